@@ -1,0 +1,708 @@
+"""The student: a Mixture-of-Experts ViT over packed token rows, PHI-S teacher balancing, and the distillation losses.
+
+After AMoE / SigLino (arXiv 2512.20157). PHI-S is arXiv 2410.01680; golden RoPE is Jerry Xiong's "On N-dimensional
+rotary positional embeddings" (2025); aux-loss-free balancing is arXiv 2408.15664. A released SigLino checkpoint loads
+with `load_siglino`. The equations (E1) to (E5) are written out at the functions that compute them.
+
+A pack is a concatenation of images, `[CLS, registers, patches in row-major order]` each, with no padding between them
+and no batch axis. Attention never crosses images, so packing changes no result.
+
+Shape letters: T tokens in the pack, M images in it, P pixel values a patch (768), D model width, H heads, d head width,
+L tokens of an image, E experts, K experts a token, F hidden width of a feed-forward, C channels of a teacher,
+R registers, N rows of anything, B images of the global batch.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from kernels.arkd import arkd
+from kernels.attention import attend, runs
+from kernels.moe import moe
+
+PATCH = 16  # pixels on a side
+ROW = PATCH * PATCH * 3
+QK_EPS = 1.1920928955078125e-07  # float32's machine epsilon, also under bfloat16, as the released weights were trained
+
+
+# ---- configs ----
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of a student. `hidden` is the width of one expert or, where `experts` = 0, of the dense feed-forward."""
+
+    layers: int
+    dim: int
+    heads: int
+    head_dim: int
+    hidden: int
+    experts: int = 0
+    top_k: int = 0
+    norm_weight: bool = True  # False: the weightless block norms of the 30M and 70M models
+    registers: int = 4
+
+
+CONFIGS = {
+    "amoe-0.3b": Config(18, 768, 8, 128, 384, experts=28, top_k=6),
+    "amoe-0.15b": Config(18, 768, 8, 128, 384, experts=28, top_k=2),
+    "dense-0.6b": Config(18, 1280, 16, 80, 5120),
+    "dense-70m": Config(12, 512, 8, 64, 2048, norm_weight=False),
+    "dense-30m": Config(12, 384, 6, 64, 1536, norm_weight=False),
+    "toy": Config(4, 128, 4, 32, 128, experts=8, top_k=2),
+}
+
+
+class Float32Buffers(nn.Module):
+    """A module whose own buffers keep their dtype under `.to(bfloat16)`, which would round positions and biases."""
+
+    def _apply(self, fn, recurse=True):
+        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            self._buffers[name] = buffer.to(self._buffers[name].device)
+        return self
+
+
+# ---- golden RoPE ----
+
+
+def golden_frequencies(heads, head_dim, low=1.0, high=20.0):
+    """Rotation frequencies [heads, head_dim / 4, 2] in radians per unit of (y, x), float32.
+
+    Magnitudes are geometric from `low` to `high` within a head; directions follow the plastic-number low-discrepancy
+    sequence over all (head, frequency) pairs, mapped through erfinv to a Gaussian plane and normalised to the circle.
+    """
+    n = head_dim // 4
+    plastic = 2.0  # the real root of x^3 = x + 1, by the fixed point x = (1 + x)^(1/3)
+    for _ in range(10):  # ten steps, as the released buffers were made: the last digits of a direction depend on it
+        plastic = (1 + plastic) ** (1 / 3)
+    index = torch.arange(1, heads * n + 1, dtype=torch.float64)
+    point = torch.stack([index / plastic, index / plastic**2], dim=1) % 1
+    direction = F.normalize(torch.erfinv(2 * point - 1), dim=1)
+    magnitude = low * (high / low) ** torch.linspace(0, 1, n, dtype=torch.float64)
+    return (direction.view(heads, n, 2) * magnitude[:, None]).float()
+
+
+def grid_positions(h, w):
+    """Patch positions [h * w, 2] (y, x), row-major: y spans +-sqrt(h / w), x +-sqrt(w / h), ends included.
+
+    An axis of a single patch sits at its minimum. The area spanned is the same for every shape.
+    """
+    axes = [
+        -limit + 2 * limit * torch.arange(n) / max(n - 1, 1)
+        for n, limit in ((h, math.sqrt(h / w)), (w, math.sqrt(w / h)))
+    ]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).view(h * w, 2)
+
+
+def rotations(yx_T2, freqs_Hf2):
+    """cos and sin of theta = yx . f, each [T, H, head_dim / 4], float32. Position 0 does not rotate."""
+    theta = torch.einsum("tp,hfp->thf", yx_T2.float(), freqs_Hf2)
+    return theta.cos(), theta.sin()
+
+
+def rotate(x_THd, cos_THf, sin_THf):
+    """Rotate the second half of each head in interleaved pairs; the first half carries no position. Same dtype out."""
+    half = x_THd.shape[-1] // 2
+    a, b = x_THd[..., half:].float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([a * cos_THf - b * sin_THf, a * sin_THf + b * cos_THf], dim=-1).flatten(-2)
+    return torch.cat([x_THd[..., :half], turned.to(x_THd.dtype)], dim=-1)
+
+
+# ---- blocks ----
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.head_dim, inner = config.head_dim, config.heads * config.head_dim
+        self.wq, self.wk, self.wv = (nn.Linear(config.dim, inner, bias=False) for _ in range(3))
+        self.wo = nn.Linear(inner, config.dim, bias=False)
+        self.sinks = nn.Parameter(torch.empty(config.heads))
+
+    def forward(self, x_TD, rotation, groups):
+        q, k, v = (w(x_TD).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        q, k = (rotate(F.rms_norm(t, (self.head_dim,), eps=QK_EPS), *rotation) for t in (q, k))
+        return self.wo(attend(q, k, v, groups, self.sinks).flatten(1))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.w1, self.w3 = (nn.Linear(config.dim, config.hidden, bias=False) for _ in range(2))
+        self.w2 = nn.Linear(config.hidden, config.dim, bias=False)
+
+    def forward(self, x_TD):
+        return self.w2(F.silu(self.w1(x_TD)) * self.w3(x_TD))
+
+
+class Router(nn.Module):
+    """Sigmoid scores; the bias moves who is chosen, never the weight of the chosen (arXiv 2408.15664)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.top_k = config.top_k
+        self.gate = nn.Linear(config.dim, config.experts, bias=False)
+
+    def forward(self, x_TD, bias_E):
+        """Experts [T, K] int64 and their raw scores [T, K] float32."""
+        with torch.autocast(x_TD.device.type, enabled=False):  # float32: bfloat16 ties flip the top-k
+            score_TE = torch.sigmoid(F.linear(x_TD.float(), self.gate.weight.float()))
+        expert_TK = (score_TE + bias_E).topk(self.top_k, dim=1).indices
+        return expert_TK, score_TE.gather(1, expert_TK)
+
+
+class Experts(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        E, D, F_ = config.experts, config.dim, config.hidden
+        self.w1, self.w2, self.w3 = (nn.Parameter(torch.empty(shape)) for shape in ((E, F_, D), (E, D, F_), (E, F_, D)))
+
+
+class MoE(Float32Buffers):
+    def __init__(self, config):
+        super().__init__()
+        self.router, self.experts = Router(config), Experts(config)
+        self.register_buffer("expert_bias", torch.zeros(config.experts))
+        self.impl = "auto"
+
+    def forward(self, x_TD, counted_T):
+        """Returns [T, D] and the load [E]: how many of the tokens with counted_T each expert was given."""
+        expert_TK, weight_TK = self.router(x_TD, self.expert_bias)
+        w = self.experts
+        out = moe(x_TD, expert_TK, weight_TK, w.w1, w.w2, w.w3, self.impl)
+        counted_N = counted_T[:, None].expand_as(expert_TK).flatten().float()
+        load_E = torch.zeros_like(self.expert_bias).index_add(0, expert_TK.flatten(), counted_N)
+        return out, load_E
+
+    def balance(self, load_E, rate):
+        """After an optimizer step: push the next routing towards the experts that were given less than the mean."""
+        self.expert_bias += rate * torch.sign(load_E.mean() - load_E)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        # The two epsilons are the released models': a weightless norm ran at float32's machine epsilon.
+        eps = 1e-5 if config.norm_weight else QK_EPS
+        norm = lambda: nn.RMSNorm(config.dim, eps=eps, elementwise_affine=config.norm_weight)  # noqa: E731
+        self.attention_norm, self.attention, self.ffn_norm = norm(), Attention(config), norm()
+        if config.experts:
+            self.moe = MoE(config)
+        else:
+            self.feed_forward = FeedForward(config)
+
+    def forward(self, x_TD, rotation, groups, counted_T):
+        """Returns the residual stream and the expert load [E], of no experts in a dense block."""
+        x_TD = x_TD + self.attention(self.attention_norm(x_TD), rotation, groups)
+        normed_TD = self.ffn_norm(x_TD)
+        if hasattr(self, "moe"):
+            out_TD, load_E = self.moe(normed_TD, counted_T)
+        else:
+            out_TD, load_E = self.feed_forward(normed_TD), x_TD.new_zeros(0)
+        return x_TD + out_TD, load_E
+
+
+# ---- PHI-S ----
+
+
+def hadamard(n):
+    """A Hadamard matrix of order n (entries +-1, orthogonal rows), float64; None where no construction here reaches n.
+
+    Sylvester doubling, Paley I (n - 1 prime, 3 mod 4) and Paley II (n / 2 - 1 prime, 1 mod 4), and their doublings.
+    """
+    if n == 1:
+        return torch.ones(1, 1, dtype=torch.float64)
+    if n % 2 == 0 and (half := hadamard(n // 2)) is not None:
+        return torch.cat([torch.cat([half, half], 1), torch.cat([half, -half], 1)])
+    prime = lambda q: q > 1 and all(q % f for f in range(2, math.isqrt(q) + 1))  # noqa: E731
+
+    def conference(q, symmetric):  # Paley's core [q + 1, q + 1]: zero diagonal, +-1 elsewhere, rows orthogonal
+        square = torch.full((q,), -1.0, dtype=torch.float64)
+        square[[x * x % q for x in range(1, q)]] = 1
+        square[0] = 0
+        i = torch.arange(q)
+        core = torch.zeros(q + 1, q + 1, dtype=torch.float64)
+        core[1:, 1:] = square[(i[:, None] - i) % q]
+        core[0, 1:] = 1
+        core[1:, 0] = 1 if symmetric else -1
+        return core
+
+    if n % 4 == 0 and prime(n - 1):
+        return conference(n - 1, symmetric=False) + torch.eye(n, dtype=torch.float64)
+    if n % 4 == 0 and prime(n // 2 - 1) and (n // 2 - 1) % 4 == 1:
+        core, eye = conference(n // 2 - 1, symmetric=True), torch.eye(n // 2, dtype=torch.float64)
+        a = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+        b = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64)
+        return torch.kron(core, a) + torch.kron(eye, b)
+    return None
+
+
+class PhiS(Float32Buffers):
+    """PHI-S standardisation (E1; arXiv 2410.01680): y = H U^T (x - mean) / sigma, x = mean + sigma U H^T y.
+
+    U holds the covariance's eigenvectors, sigma^2 is its mean eigenvalue, H a normalised Hadamard matrix. The rotation
+    spreads variance evenly, so every channel of y has unit variance while one scalar keeps the teacher's geometry.
+    """
+
+    def __init__(self, mean_C, rotation_CC, sigma):
+        """rotation_CC is H U^T."""
+        super().__init__()
+        self.register_buffer("mean", mean_C)
+        self.register_buffer("rotation", rotation_CC)
+        self.register_buffer("sigma", torch.as_tensor(sigma, dtype=mean_C.dtype))
+
+    @classmethod
+    def fit(cls, x_NC):
+        """Fit to features [N, C], N >= 2, in float64; kept in float32 (float64 for float64 features)."""
+        x = x_NC.double()
+        phi_s = cls.from_moments(len(x), x.sum(0), x.T @ x)
+        return phi_s if x_NC.dtype == torch.float64 else phi_s.float32()
+
+    @classmethod
+    def from_moments(cls, count, sum_C, outer_CC):
+        """Fit from float64 sums of x and x x^T over `count` rows: moments add up over shards, features do not move."""
+        if count < 2:
+            raise ValueError(f"PHI-S needs at least 2 feature rows to measure a covariance, and was given {count}")
+        C = len(sum_C)
+        mean = sum_C / count
+        covariance = outer_CC / count - torch.outer(mean, mean)
+        if not torch.isfinite(covariance).all():
+            raise ValueError("PHI-S was given features that are not finite (NaN or infinity)")
+        values, vectors = torch.linalg.eigh(covariance)
+        largest = vectors.abs().argmax(0)  # an eigenvector's sign is LAPACK's whim: fix it
+        vectors = vectors * vectors[largest, torch.arange(C)].sign()
+        sigma = values.clamp(min=0).mean().sqrt()
+        if sigma == 0:
+            raise ValueError("PHI-S was given constant features: their variance is 0 in every channel")
+        H = hadamard(C)
+        if H is None:
+            print(
+                f"PHI-S: no Hadamard matrix of order {C} is constructed here; a seeded random rotation instead",
+                flush=True,
+            )
+            generator = torch.Generator().manual_seed(0)
+            H = torch.linalg.qr(torch.randn(C, C, generator=generator, dtype=torch.float64))[0] * math.sqrt(C)
+        return cls(mean, (H / math.sqrt(C)) @ vectors.T, sigma)
+
+    def float32(self):
+        return PhiS(self.mean.float(), self.rotation.float(), self.sigma.float())
+
+    def apply(self, x):
+        """Teacher's space to balanced space, [..., C] -> [..., C]."""
+        return (x.to(self.mean.dtype) - self.mean) @ self.rotation.T / self.sigma
+
+    def invert(self, y):
+        """Balanced space to the teacher's own, [..., C] -> [..., C]."""
+        return self.mean + self.sigma * (y.to(self.mean.dtype) @ self.rotation)
+
+    def fold(self, linear):
+        """A new nn.Linear, with bias, that answers in the teacher's own space: fold(linear)(x) = invert(linear(x))."""
+        out = nn.Linear(linear.in_features, linear.out_features, dtype=linear.weight.dtype, device=linear.weight.device)
+        weight, rotation = linear.weight.detach().double(), self.rotation.double()
+        bias = (
+            torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
+            if linear.bias is None
+            else linear.bias.detach()
+        )
+        with torch.no_grad():
+            out.weight.copy_(self.sigma.double() * rotation.T @ weight)
+            out.bias.copy_(self.mean.double() + self.sigma.double() * (bias.double() @ rotation))
+        return out
+
+
+INT8_STEP = 1 / 16  # of a standard deviation: +-127 steps reach 7.9 sigma, rounding noise is 35 dB below unit variance
+
+
+def quantise(y):
+    """Balanced features to int8 steps; values beyond +-7.9 sigma are clipped."""
+    return (y / INT8_STEP).round().clamp(-127, 127).to(torch.int8)
+
+
+def dequantise(y):
+    """Balanced features as stored (int8 steps or floats) to float32 (floats keep a wider dtype)."""
+    return y.float() * INT8_STEP if y.dtype == torch.int8 else y.to(torch.promote_types(y.dtype, torch.float32))
+
+
+# ---- teacher heads ----
+
+
+@dataclass
+class Space:
+    """What the student must know of a teacher: its sizes, its PHI-S, and the spread of what it says (E2).
+
+    `summary_variance` and `register_variance` are mean channel variances in the teacher's own space. `pool` holds the
+    state of a frozen MAP head (see MapPool) where the teacher's summary is attention-pooled.
+    """
+
+    name: str
+    dim: int
+    registers: int = 0
+    phi_s: PhiS | None = None
+    summary_mean: torch.Tensor | None = None  # [C]
+    summary_variance: float = 1.0
+    register_variance: tuple[float, ...] = ()
+    pool: dict | None = None
+    pool_heads: int = 16
+    pool_eps: float = 1e-6
+
+
+class MapPool(nn.Module):
+    """SigLIP's attention pooling (MAP) head over every image of a pack: one learned probe, the image's tokens as keys.
+
+    Frozen: it belongs to the teacher. Softmax runs per image over the packed tokens, so no padded [M, L] tensor exists.
+    """
+
+    def __init__(self, dim, hidden, heads, eps):
+        super().__init__()
+        self.heads = heads
+        self.probe = nn.Parameter(torch.zeros(1, 1, dim))
+        self.attention = nn.MultiheadAttention(dim, heads)  # a container: its keys are the checkpoints'
+        self.layernorm = nn.LayerNorm(dim, eps=eps)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, hidden), "fc2": nn.Linear(hidden, dim)})
+        self.requires_grad_(False)
+
+    @classmethod
+    def from_state(cls, state, heads, eps):
+        hidden, dim = state["mlp.fc1.weight"].shape
+        pool = cls(dim, hidden, heads, eps)
+        pool.load_state_dict(state)
+        return pool
+
+    def forward(self, x_TC, image_T, n_images):
+        """Summaries [M, C] of tokens [T, C]; tokens whose image_T is n_images (padding) are left out."""
+        T, C = x_TC.shape
+        a = self.attention
+        query, key, value = a.in_proj_weight.chunk(3)
+        bias_q, bias_k, bias_v = a.in_proj_bias.chunk(3)
+        q_Hd = F.linear(self.probe[0, 0], query, bias_q).view(self.heads, -1)
+        k_THd = F.linear(x_TC, key, bias_k).view(T, self.heads, -1)
+        v_THd = F.linear(x_TC, value, bias_v).view(T, self.heads, -1)
+        score_TH = torch.einsum("thd,hd->th", k_THd, q_Hd).float() / math.sqrt(q_Hd.shape[1])
+        index_TH = image_T.long()[:, None].expand_as(score_TH)
+        top = score_TH.new_full((n_images + 1, self.heads), -math.inf).scatter_reduce(
+            0, index_TH, score_TH.detach(), "amax"
+        )
+        weight_TH = (score_TH - top.gather(0, index_TH)).exp()
+        total = torch.zeros_like(top).scatter_add(0, index_TH, weight_TH)
+        weight_TH = (weight_TH / total.gather(0, index_TH)).to(v_THd.dtype)
+        pooled = v_THd.new_zeros(n_images + 1, C).index_add(
+            0, image_T.long(), (v_THd * weight_TH[..., None]).flatten(1)
+        )
+        x_MC = F.linear(pooled[:n_images], a.out_proj.weight, a.out_proj.bias)
+        return x_MC + self.mlp.fc2(F.gelu(self.mlp.fc1(self.layernorm(x_MC)), approximate="tanh"))
+
+
+class Head(nn.Module):
+    """One teacher's features from the trunk's tokens: fc1 -> LayerNorm -> GELU -> fc2, for all kinds of token alike."""
+
+    def __init__(self, dim, space):
+        super().__init__()
+        self.registers = space.registers
+        self.fc1 = nn.Linear(dim, space.dim)
+        self.norm = nn.LayerNorm(space.dim)
+        self.fc2 = nn.Linear(space.dim, space.dim, bias=False)
+        self.phi_s = space.phi_s
+        self.pool = None
+        if space.pool is not None:
+            self.pool = MapPool.from_state(space.pool, space.pool_heads, space.pool_eps)
+
+    def own(self, z):
+        """Balanced features to the teacher's own space; already there once folded."""
+        return z if self.phi_s is None else self.phi_s.invert(z)
+
+    def fold(self):
+        """Put the inverse of PHI-S into fc2, for good: the head then speaks the teacher's own space."""
+        if self.phi_s is not None:
+            self.fc2, self.phi_s = self.phi_s.fold(self.fc2), None
+
+    def forward(self, h_TD, batch):
+        """{"patch": [T, C] balanced, "summary": [M, C] own space, "registers": [M, R, C] own space}.
+
+        "patch" has a row for every token; those of CLS, registers and padding are not patches.
+        """
+        z_TC = self.fc2(F.gelu(self.norm(self.fc1(h_TD))))
+        first_M = batch.starts[:-1].long()
+        with torch.autocast(h_TD.device.type, enabled=False):  # summaries are few: the way out of PHI-S stays float32
+            if self.pool is None:
+                summary = self.own(z_TC[first_M].float())
+            else:
+                summary = self.pool(self.own(z_TC.float()), batch.image, batch.n_images)
+            out = {"patch": z_TC, "summary": summary}
+            if self.registers:
+                registers = z_TC[first_M[:, None] + 1 + torch.arange(self.registers, device=h_TD.device)]
+                out["registers"] = self.own(registers.float())
+        return out
+
+
+# ---- the student ----
+
+
+class AMoE(Float32Buffers):
+    """The student, like its teachers a function of a packed Batch to features.
+
+    `spaces` is one Space a teacher. Parameter names are the released checkpoints', but for the heads, which stand under
+    `heads.<teacher>`.
+    """
+
+    def __init__(self, config, spaces):
+        super().__init__()
+        for space in spaces:
+            if space.registers > config.registers:
+                raise ValueError(
+                    f"teacher '{space.name}' has {space.registers} registers and the student {config.registers}: "
+                    "each is matched by one of the student's"
+                )
+        self.config = config
+        self.img_projector = nn.Linear(ROW, config.dim, bias=False)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, config.dim))
+        self.storage_tokens = nn.Parameter(torch.empty(1, config.registers, config.dim))
+        self.register_buffer("freqs_cis_golden", golden_frequencies(config.heads, config.head_dim))
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.dim, eps=1e-5)
+        self.heads = nn.ModuleDict({space.name: Head(config.dim, space) for space in spaces})
+        self.checkpoint_blocks = False
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self):
+        """Truncated normals of 0.02 / sqrt(2 (layer + 1)); wo and w2 zero: a block starts as the identity; heads 0.01."""
+        for p in (self.img_projector.weight, self.cls_token, self.storage_tokens):
+            nn.init.trunc_normal_(p, std=0.02)
+        for l, block in enumerate(self.layers):
+            for name, p in block.named_parameters():
+                if name.endswith(("wo.weight", "w2.weight", "experts.w2")):
+                    nn.init.zeros_(p)
+                elif "norm" not in name:
+                    nn.init.trunc_normal_(p, std=0.02 / math.sqrt(2 * (l + 1)))
+        for head in self.heads.values():
+            nn.init.trunc_normal_(head.fc1.weight, std=0.01)
+            nn.init.trunc_normal_(head.fc2.weight, std=0.01)
+            nn.init.zeros_(head.fc1.bias)
+
+    def forward(self, batch, groups=None):
+        """Returns ({teacher: outputs of its Head, "amoe": the trunk's own}, load [layers, E] float32).
+
+        `groups`: what kernels.attention.attend takes; by default SDPA's runs, made here on the host.
+        """
+        h_TD, load = self.trunk(batch, groups)
+        out = {name: head(h_TD, batch) for name, head in self.heads.items()}
+        out["amoe"] = {"patch": h_TD, "summary": h_TD[batch.starts[:-1].long()]}
+        return out, load
+
+    def trunk(self, batch, groups=None):
+        """The tokens [T, D] after the final norm, and the expert load [layers, E]."""
+        groups = runs(batch.starts, batch.n_tokens) if groups is None else groups
+        n_special = 1 + self.config.registers
+        image_T = batch.image.long()
+        place_T = torch.arange(batch.n_tokens, device=image_T.device) - batch.starts.long()[image_T]
+        real_T = image_T < batch.n_images
+        # A one-hot product: its gradient is a small GEMM, where that of indexing would be a scatter onto five rows.
+        special_TS = (place_T[:, None] == torch.arange(n_special, device=image_T.device)) & real_T[:, None]
+        patch_T = real_T & (place_T >= n_special)
+        special_SD = torch.cat([self.cls_token[0], self.storage_tokens[0]])
+        x_TD = self.img_projector(normalise(batch.rows)) * patch_T[:, None]
+        x_TD = x_TD + special_TS.to(x_TD.dtype) @ special_SD.to(x_TD.dtype)
+        rotation = rotations(batch.yx, self.freqs_cis_golden)
+        loads = []
+        for block in self.layers:
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                x_TD, load_E = checkpoint(block, x_TD, rotation, groups, real_T, use_reentrant=False)
+            else:
+                x_TD, load_E = block(x_TD, rotation, groups, real_T)
+            loads.append(load_E)
+        return self.norm(x_TD), torch.stack(loads)
+
+    @torch.no_grad()
+    def balance(self, load_LE, rate):
+        """Aux-loss-free balancing, after an optimizer step; load_LE counted over all packs and ranks of the step."""
+        for block, load_E in zip(self.layers, load_LE, strict=True):
+            if hasattr(block, "moe"):
+                block.moe.balance(load_E, rate)
+
+    @torch.no_grad()
+    def encode(self, images, shapes=None, n_tokens=16384):
+        """Features of images in the teachers' own spaces, one dict an image.
+
+        images: uint8 tensors [H, W, 3] with sides in multiples of 16, or row tensors [n, 768] (uint8, or floats
+        already normalised) with `shapes` [(h, w)]. An answer is {"patch": {teacher: [n, C]}, "summary": {teacher: [C]}}
+        with the trunk's own features as a further teacher, "amoe". Images are packed `n_tokens` at a time.
+        """
+        from data import pack, to_rows  # data imports this module for PHI-S
+
+        if shapes is None:
+            pairs = [to_rows(image) for image in images]
+            rows, shapes = [p[0] for p in pairs], [p[1] for p in pairs]
+        else:
+            rows = list(images)
+        device = self.cls_token.device
+        out, first = [], 0
+        while first < len(rows):
+            last, room = first, n_tokens
+            while last < len(rows) and (last == first or len(rows[last]) + 1 + self.config.registers <= room):
+                room -= len(rows[last]) + 1 + self.config.registers
+                last += 1
+            batch = pack(rows[first:last], shapes[first:last], registers=self.config.registers).to(device)
+            features, _ = self(batch)
+            for name, head in self.heads.items():
+                features[name]["patch"] = head.own(features[name]["patch"])
+            for i in range(batch.n_images):
+                out.append(
+                    {
+                        "patch": {name: f["patch"][batch.patch_rows(i)] for name, f in features.items()},
+                        "summary": {name: f["summary"][i] for name, f in features.items()},
+                    }
+                )
+            first = last
+        return out
+
+
+def normalise(rows):
+    """uint8 pixels to [-1, 1]; floats are taken as already normalised."""
+    return rows.float() / 127.5 - 1 if rows.dtype == torch.uint8 else rows
+
+
+# ---- checkpoints ----
+
+
+def read_state(path):
+    """A state dict of tensors from .safetensors, .pth or .pt; ValueError names the file when it holds anything else."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no weights at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a reader's own error names no file
+        raise ValueError(f"{path} is not a readable weights file: {str(error).splitlines()[0]}") from error
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise ValueError(f"{path} holds no state dict of tensors")
+    return state
+
+
+def load_siglino(weights, top_k=6):
+    """An AMoE from a released SigLino checkpoint, a path or its state dict; every size but top_k is read off shapes.
+
+    top_k: 6 for AMoE-0.3B, 2 for 0.15B, whose shapes are the same. The heads answer in the teachers' own spaces.
+    ValueError names a key that is missing, left over or misshapen.
+    """
+    state = dict(weights if isinstance(weights, dict) else read_state(weights))
+    source = "the state dict" if isinstance(weights, dict) else str(weights)
+    missing = [
+        k
+        for k in ("img_projector.weight", "freqs_cis_golden", "layers.0.attention.sinks", "storage_tokens")
+        if k not in state
+    ]
+    if missing:
+        raise ValueError(f"{source} is no SigLino checkpoint: it has no '{missing[0]}'")
+    layers = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("layers."))
+    heads, quarter, _ = state["freqs_cis_golden"].shape
+    gate = state.get("layers.0.moe.router.gate.weight")
+    ffn = state.get("layers.0.moe.experts.w1", state.get("layers.0.feed_forward.w1.weight"))
+    if ffn is None:
+        raise ValueError(
+            f"{source} is no SigLino checkpoint: layer 0 has neither 'moe.experts.w1' nor 'feed_forward.w1.weight'"
+        )
+    config = Config(
+        layers=layers,
+        dim=state["img_projector.weight"].shape[0],
+        heads=heads,
+        head_dim=4 * quarter,
+        hidden=ffn.shape[-2],
+        experts=0 if gate is None else len(gate),
+        top_k=0 if gate is None else top_k,
+        norm_weight="layers.0.attention_norm.weight" in state,
+        registers=state["storage_tokens"].shape[1],
+    )
+    pool_prefix = "siglip2_multihead_attention_pooling_head."
+    pool = {key.removeprefix(pool_prefix): state.pop(key) for key in list(state) if key.startswith(pool_prefix)}
+    for key in ("layer_norm_dinov3.weight", "layer_norm_dinov3.bias"):
+        state.pop(key, None)  # present in the checkpoints, unused in their forward pass
+    spaces = []
+    for name in ("dinov3", "siglip2"):
+        dim = state[f"{name}_adapter.fc1.weight"].shape[0] if f"{name}_adapter.fc1.weight" in state else 0
+        if not dim:
+            raise ValueError(f"{source} is no SigLino checkpoint: it has no '{name}_adapter.fc1.weight'")
+        if name == "siglip2":
+            spaces.append(Space(name, dim, pool=pool, pool_eps=1e-5))
+        else:
+            spaces.append(Space(name, dim, registers=config.registers))
+    model = AMoE(config, spaces)
+    for key in list(state):
+        if "_adapter." in key:
+            state["heads." + key.replace("_adapter.", ".")] = state.pop(key)
+    load_exactly(model, state, source, allow_missing=lambda key: ".pool." in key)
+    return model.eval()
+
+
+def load_exactly(model, state, source, allow_missing=lambda key: False):
+    """load_state_dict whose errors name the key, the file and both shapes."""
+    own = model.state_dict()
+    for key, value in state.items():
+        if key not in own:
+            raise ValueError(f"{source} has a key that this model has not: '{key}'")
+        if own[key].shape != value.shape:
+            raise ValueError(f"{source}: '{key}' is {tuple(value.shape)} and this model wants {tuple(own[key].shape)}")
+    missing = [key for key in own if key not in state and not allow_missing(key)]
+    if missing:
+        raise ValueError(
+            f"{source} lacks '{missing[0]}'" + (f" and {len(missing) - 1} more keys" if len(missing) > 1 else "")
+        )
+    model.load_state_dict(state, strict=False)
+
+
+# ---- losses ----
+
+
+def distillation_loss(out, batch, spaces):
+    """(E2) summed over the pack's images: {teacher: {"patch", "summary", "registers"}}, float32 scalars.
+
+        L(q) = e(summary) + mean over patches of e(patch) + mean over registers of e(register)
+        e(kind) = mean over channels of (prediction - target)^2 / v_kind
+
+    Divide the sum by the images of the global batch for (E3): every image then weighs the same at every resolution, in
+    whatever pack and on whichever rank. v is 1 for patches, which live in balanced space; summaries and registers are
+    compared in the teacher's own space, where an L2 distance over v is the same number.
+    """
+    image_T = batch.image.long()
+    patches_M = batch.shapes.prod(1).float()
+    n_special = batch.starts[1:] - batch.starts[:-1] - batch.shapes.prod(1)  # CLS and registers
+    place_T = torch.arange(batch.n_tokens, device=image_T.device) - batch.starts.long()[image_T]
+    real_T = image_T < batch.n_images
+    of_T = image_T.clamp(max=batch.n_images - 1)
+    weight_T = torch.where(real_T & (place_T >= n_special[of_T]), 1 / patches_M[of_T], 0.0)
+    losses = {}
+    for space in spaces:
+        target = batch.targets[space.name]
+        error_T = (out[space.name]["patch"].float() - dequantise(target["patch"])).square().mean(1)
+        error_M = (out[space.name]["summary"] - target["summary"]).square().mean(1)
+        losses[space.name] = {
+            "patch": (weight_T * error_T).sum(),
+            "summary": error_M.sum() / space.summary_variance,
+        }
+        if space.registers:
+            variance_R = error_M.new_tensor(space.register_variance)
+            error_MR = (out[space.name]["registers"] - target["registers"]).square().mean(2)
+            losses[space.name]["registers"] = (error_MR / variance_R).sum() / space.registers
+    return losses
+
+
+def arkd_loss(student_BD, teacher_BD, mode="arkd"):
+    """Asymmetric relational distillation on the summaries of the global batch (E4); gradients reach the student only.
+
+    D_ij = ||z_i - z_j|| over its mean for i != j; m is the lower median of the teacher's D_ij.
+        L = 1 / (B (B - 1)) sum_{i != j} [D^T < m] h(max(D^S - D^T, 0)) + [D^T >= m] h(max(D^T - D^S, 0))
+    with h the smooth L1 of beta 1.
+    mode "rkd" is the symmetric baseline h(D^S - D^T). Duplicate images give no NaN; B < 2 gives 0.
+    """
+    return arkd(student_BD, teacher_BD, mode)

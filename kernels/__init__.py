@@ -1,0 +1,1 @@
+"""One operation a file: the plain-torch reference is the specification, faster forms stand beside it."""
