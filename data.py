@@ -1,10 +1,57 @@
-"""Images to token rows, packs of whole images, the feature cache, and the loader that reads it back."""
+"""Images to token rows, packs of whole images, the feature cache, and the loader that reads it back.
 
+The cache (format 1):
+
+    cache.json                    what it was made of: format, teachers, dtype, seed, token budget, hash of the sources
+    teachers/<name>.safetensors   phi_s.{mean,rotation,sigma}, summary_mean, summary_variance, register_variance, pool.*
+    skipped.jsonl                 {"source", "reason"} for every image left out
+    shards/00000/                 self-contained: the images of one contiguous slice of the sources
+        pixels         uint8   [rows, 768]     a row a patch, (row, col, channel) order inside it
+        patch.<t>      int8    [rows, C]       teacher t's patches in PHI-S space, in steps of amoe.INT8_STEP
+                       (bfloat16 under --dtype bf16)
+        summary.<t>    float32 [images, C]     in the teacher's own space, as are the next two
+        registers.<t>  float32 [images, R * C] where t has registers
+        text.<t>       float32 [images, C]     the caption's embedding, where t embeds text; NaN without a caption
+        starts         int64   [images + 1]    first row of each image, and the end
+        shapes         int32   [images, 2]     (h, w) in patches
+        ids            int64   [images]        hash of the source's name, the same on every machine
+        views          float32 [images, 6]     view number, crop box (left, top, right, bottom, in shares), flip
+        meta           uint8   [bytes]         a JSON line an image: source, caption, category
+        shard.json     the commit record, written last: counts, skipped images, a hash of every file of the shard
+
+Arrays are zarr3 with a crc32c on every inner chunk and no compression (features shrink by a fifth, reading costs thrice).
+A shard without a valid shard.json does not exist for readers; a writer that finds one begins it anew.
+
+Shape letters: T tokens of a pack, M images in it, N images, L patches of an image, C channels of a teacher, R registers.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from pathlib import Path
 
+import numpy as np
+import tensorstore as ts
 import torch
+from PIL import Image, ImageOps
+from safetensors import torch as safetensors
+from tqdm import tqdm
 
-from amoe import PATCH, ROW, grid_positions
+from amoe import PATCH, ROW, PhiS, Space, grid_positions, quantise
+
+FORMAT = 1
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
+MAX_ASPECT = 10  # at 256 tokens, 5 x 51 patches; beyond it an image says more of its frame than of the world
+CHUNK = 64  # rows behind one checksum: an image is read without decoding much of its neighbours
+
+
+# ---- packs of token rows ----
 
 
 @dataclass
@@ -81,24 +128,928 @@ def pack(rows, shapes, n_tokens=None, registers=4, ids=None):
         if r.shape != (h * w, ROW):
             raise ValueError(f"image {i} of shape {(h, w)} needs rows [{h * w}, {ROW}] and has {list(r.shape)}")
     special = 1 + registers
-    lengths = torch.tensor([special + len(r) for r in rows])
-    starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    used = int(starts[-1])
-    T = used if n_tokens is None else n_tokens
-    if used > T:
-        raise ValueError(f"{len(rows)} images need {used} tokens and the pack has {T}")
-    packed = rows[0].new_zeros(T, ROW)
-    yx = torch.zeros(T, 2)
-    image = torch.full((T,), len(rows), dtype=torch.int32)
-    image[:used] = torch.arange(len(rows), dtype=torch.int32).repeat_interleave(lengths)
-    for r, (h, w), start in zip(rows, shapes, starts.tolist(), strict=False):
-        packed[start + special : start + special + h * w] = r
-        yx[start + special : start + special + h * w] = grid_positions(h, w)
+    starts = np.cumsum([0, *(special + len(r) for r in rows)])
+    T = int(starts[-1]) if n_tokens is None else n_tokens
+    if starts[-1] > T:
+        raise ValueError(f"{len(rows)} images need {starts[-1]} tokens and the pack has {T}")
+    image = np.repeat(np.arange(len(rows) + 1, dtype=np.int32), np.diff(starts, append=T))
+    packed, yx = [], []
+    for r, (h, w) in zip(rows, shapes, strict=True):
+        packed += [r.new_zeros(special, ROW), r]
+        yx += [torch.zeros(special, 2), grid_positions(h, w)]
+    padding = T - int(starts[-1])
     return Batch(
-        rows=packed,
-        image=image,
-        yx=yx,
-        starts=starts.int(),
+        rows=torch.cat([*packed, rows[0].new_zeros(padding, ROW)]),
+        image=torch.from_numpy(image),
+        yx=torch.cat([*yx, torch.zeros(padding, 2)]),
+        starts=torch.from_numpy(starts.astype(np.int32)),
         shapes=torch.tensor([tuple(s) for s in shapes], dtype=torch.int32),
         ids=torch.arange(len(rows)) if ids is None else torch.as_tensor(ids, dtype=torch.int64),
     )
+
+
+# ---- images ----
+
+
+def grid(height, width, min_tokens, max_tokens):
+    """Patches (h, w) for an image of height x width pixels: native resolution, shrunk or enlarged to the token budget.
+
+    The native grid is rounded to whole patches. Above max_tokens it is the largest grid of the same aspect that fits,
+    below min_tokens the smallest that reaches it.
+    """
+
+    def at(scale):
+        return max(1, round(height * scale / PATCH)), max(1, round(width * scale / PATCH))
+
+    def tokens(scale):
+        h, w = at(scale)
+        return h * w
+
+    if min_tokens <= tokens(1.0) <= max_tokens:
+        return at(1.0)
+    shrink = tokens(1.0) > max_tokens
+    low, high = (1e-6, 1.0) if shrink else (1.0, 1e6)
+    for _ in range(60):  # tokens(scale) never falls as the scale grows, so bisection finds the step's very edge
+        middle = (low * high) ** 0.5
+        if tokens(middle) <= max_tokens if shrink else tokens(middle) < min_tokens:
+            low = middle
+        else:
+            high = middle
+    return at(low if shrink else high)
+
+
+def choose_view(seed, image_id, number):
+    """The crop box (left, top, right, bottom, shares of the image) and flip of a view, fixed by its three arguments.
+
+    View 0 is the whole image. The others keep 40 to 100% of the area, change the aspect by up to 4:3, and flip every
+    second time.
+    """
+    if number == 0:
+        return (0.0, 0.0, 1.0, 1.0), False
+    random = np.random.default_rng([seed, image_id, number])
+    area, stretch = random.uniform(0.4, 1.0), np.exp(random.uniform(-1, 1) * np.log(4 / 3) / 2)
+    h, w = min(1.0, np.sqrt(area) * stretch), min(1.0, np.sqrt(area) / stretch)
+    top, left = random.uniform(0, 1 - h), random.uniform(0, 1 - w)
+    box = np.float32([left, top, left + w, top + h]).tolist()
+    return tuple(box), bool(random.integers(2))
+
+
+def load_image(file, min_tokens=1, max_tokens=256, box=(0.0, 0.0, 1.0, 1.0), flip=False, draft=False):
+    """An image file (path or binary file) as uint8 [16 h, 16 w, 3] under the token budget; ValueError says what is wrong.
+
+    JPEG, PNG, WebP; EXIF orientation applied, transparency laid over white, grey, palette, CMYK and 16-bit converted,
+    the first frame of an animation. `draft` lets the JPEG decoder skip detail far above the target size: for training
+    data, not for evaluation.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of bombs from half the size that it refuses
+            with Image.open(file, formats=("JPEG", "PNG", "WEBP")) as image:
+                return torch.from_numpy(convert(image, min_tokens, max_tokens, box, flip, draft))
+    except ValueError as error:
+        raise ValueError(str(error) or "unreadable") from error
+    except Exception as error:  # decoders raise whatever their depths raise: OSError, SyntaxError, struct.error, ...
+        raise ValueError(f"cannot be decoded: {str(error) or type(error).__name__}") from error
+
+
+def convert(image, min_tokens, max_tokens, box, flip, draft):
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} pixels are more than {MAX_PIXELS:,}, a decompression bomb")
+    turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 swap the axes
+    if turned:
+        width, height = height, width
+    left, top, right, bottom = box
+    view_width, view_height = width * (right - left), height * (bottom - top)
+    if min(view_width, view_height) < PATCH:
+        raise ValueError(f"{width} x {height} pixels: smaller than a patch of {PATCH} x {PATCH}")
+    if max(view_width, view_height) > MAX_ASPECT * min(view_width, view_height):
+        raise ValueError(f"{width} x {height} pixels: an aspect beyond {MAX_ASPECT} to 1")
+    h, w = grid(view_height, view_width, min_tokens, max_tokens)
+    if draft:
+        target = (round(w * PATCH / (right - left)), round(h * PATCH / (bottom - top)))
+        image.draft("RGB", target[::-1] if turned else target)
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip at 255
+        image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    image = image.convert("RGB")
+    width, height = image.size
+    crop = (left * width, top * height, right * width, bottom * height)
+    image = image.resize((w * PATCH, h * PATCH), Image.Resampling.BICUBIC, box=crop)
+    if flip:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.array(image)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One image to cache: its stable name, where its bytes are, and what is known of it."""
+
+    name: str
+    path: Path
+    caption: str | None = None
+    category: str | None = None
+
+    @cached_property
+    def id(self):
+        """63 bits of the name's hash: non-negative in int64, the same on every machine."""
+        return int.from_bytes(hashlib.blake2b(self.name.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def find_sources(images):
+    """Sources of a folder (by suffix, in sorted order) or of a list file (a path a line, relative to the list).
+
+    Captions and categories come from the folder's captions.json, [{"file", "caption", "category"}], or from a .txt
+    beside the image.
+    """
+    root = Path(images)
+    if root.is_dir():
+        paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    elif root.is_file() and root.suffix == ".txt":
+        paths = [root.parent / line.strip() for line in root.read_text().splitlines() if line.strip()]
+        root = root.parent
+    else:
+        raise ValueError(f"--images {images} is neither a folder of images nor a .txt list of them")
+    if not paths:
+        raise ValueError(f"--images {images} holds no image: looked for {' '.join(SUFFIXES)}")
+    known = {}
+    if (root / "captions.json").is_file():
+        known = {entry["file"]: entry for entry in json.loads((root / "captions.json").read_text())}
+    sources = []
+    for path in paths:
+        name = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
+        entry = known.get(name, {})
+        beside = path.with_suffix(".txt")
+        caption = entry.get("caption") or (beside.read_text().strip() if not entry and beside.is_file() else None)
+        sources.append(Source(name, path, caption, entry.get("category")))
+    return sources
+
+
+# ---- the cache: writing ----
+
+
+class Record:
+    """A shard's commit record: {"images", "rows", "skipped", "files": {key: [bytes, hash]}}, sealed by a hash of itself."""
+
+    @staticmethod
+    def seal(content):
+        return json.dumps(content | {"hash": digest(json.dumps(content, sort_keys=True).encode())}).encode()
+
+    @staticmethod
+    def read(raw):
+        """The content, or None where the bytes are not a sealed record."""
+        try:
+            content = json.loads(raw)
+            seal = content.pop("hash")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return None
+        return content if seal == digest(json.dumps(content, sort_keys=True).encode()) else None
+
+
+def digest(data):
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def open_store(path):
+    """The tensorstore key-value store of a cache: a local folder or a URL such as s3://bucket/cache."""
+    if "://" in str(path):
+        return ts.KvStore.open(f"{str(path).rstrip('/')}/").result()
+    return ts.KvStore.open({"driver": "file", "path": f"{Path(path).resolve()}/"}).result()
+
+
+def open_array(store, key, context=None, create=None):
+    """A zarr3 array under `key`. create: (shape, dtype) for a new one, a single shard file of CHUNK-row inner chunks."""
+    spec = {"driver": "zarr3", "kvstore": store.spec().to_json() | {"path": f"{store.path}{key}/"}}
+    if create is None:
+        # A chunk that is not there is damage, never a run of zeros.
+        return ts.open(spec | {"open": True, "fill_missing_data_reads": False}, context=context)
+    (n, *columns), dtype = create
+    plain = (
+        [{"name": "bytes", "configuration": {"endian": "little"}}]
+        if dtype not in ("uint8", "int8")
+        else [{"name": "bytes"}]
+    )
+    checked = [*plain, {"name": "crc32c"}]
+    inner = CHUNK if columns else max(CHUNK, min(n, 1 << 16))
+    index = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+    codec = {"chunk_shape": [inner, *columns], "codecs": checked, "index_codecs": index}
+    whole = [max(1, -(-n // inner)) * inner, *columns]
+    spec["metadata"] = {
+        "shape": [n, *columns],
+        "data_type": dtype,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": whole}},
+        "codecs": [{"name": "sharding_indexed", "configuration": codec}],
+    }
+    spec |= {"create": True, "store_data_equal_to_fill_value": True}
+    return ts.open(spec, context=context)
+
+
+def write_shard(store, number, arrays, skipped):
+    """Write {name: numpy array} as one shard, whole arrays at a time, then its commit record."""
+    prefix = f"shards/{number:05d}/"
+    store.delete_range(ts.KvStore.KeyRange(prefix, prefix[:-1] + "0")).result()  # what a killed writer left, locks too
+    opened = {name: open_array(store, prefix + name, create=(a.shape, str(a.dtype))) for name, a in arrays.items()}
+    writes = [opened[name].result().write(a) for name, a in arrays.items() if a.size]
+    for write in writes:
+        write.result()
+    files = {}
+    for name in arrays:
+        for key in sorted(list_keys(store, f"{prefix}{name}/")):
+            raw = store.read(key).result().value
+            files[key.removeprefix(prefix)] = [len(raw), digest(raw)]
+    record = {"images": len(arrays["ids"]), "rows": len(arrays["pixels"]), "skipped": skipped, "files": files}
+    store.write(prefix + "shard.json", Record.seal(record)).result()
+
+
+def list_keys(store, prefix):
+    keys = store.list(ts.KvStore.KeyRange(prefix, prefix[:-1] + "0")).result()
+    return [key.decode() for key in keys]
+
+
+def embed_captions(teacher, captions):
+    """Text embeddings [N, C] float32 of captions (None gives NaN), or None where the teacher embeds no text."""
+    if not hasattr(teacher, "encode_text"):
+        return None
+    out = np.full((len(captions), teacher.dim), np.nan, np.float32)
+    known = [i for i, caption in enumerate(captions) if caption]
+    if known:
+        out[known] = teacher.encode_text([captions[i] for i in known]).float().cpu().numpy()
+    return out
+
+
+@torch.inference_mode()
+def run_teachers(teachers, decoded, device, n_tokens=16384):
+    """Teachers' features of decoded images [(rows, shape, id)], packed n_tokens at a time.
+
+    Yields (slice of the images, Batch, {teacher: its answer}). ValueError where a teacher's answer has not the shapes it
+    announced, or is not finite.
+    """
+    first = 0
+    while first < len(decoded):
+        last, used = first, 0
+        while last < len(decoded) and (last == first or used + len(decoded[last][0]) + 5 <= n_tokens):
+            used += len(decoded[last][0]) + 5
+            last += 1
+        rows, shapes, ids = zip(*decoded[first:last], strict=True)
+        batch = pack(rows, shapes, ids=ids).to(device)
+        answers = {t.name: t(batch) for t in teachers}
+        for t in teachers:
+            want = {"patch": (batch.n_tokens, t.dim), "summary": (batch.n_images, t.dim)}
+            if t.registers:
+                want["registers"] = (batch.n_images, t.registers, t.dim)
+            for kind, shape in want.items():
+                got = answers[t.name].get(kind)
+                if got is None or tuple(got.shape) != shape:
+                    got = None if got is None else list(got.shape)
+                    raise ValueError(
+                        f"teacher '{t.name}' answered {kind} {got} where its dim and registers mean {list(shape)}"
+                    )
+                if not torch.isfinite(got).all():
+                    raise ValueError(
+                        f"teacher '{t.name}' answered {kind} with NaN or infinity for images {list(ids)[:8]}"
+                    )
+        yield slice(first, last), batch, answers
+        first = last
+
+
+def fit_spaces(teachers, decoded, device):
+    """A Space a teacher from a calibration sample: PHI-S by the moments of its patches, spreads of summary and registers."""
+    moments = {t.name: [0, 0.0, 0.0] for t in teachers}
+    summaries, registers = {t.name: [] for t in teachers}, {t.name: [] for t in teachers}
+    for _, batch, answers in run_teachers(teachers, decoded, device):
+        kept = torch.cat([torch.arange(batch.n_tokens)[batch.patch_rows(i)] for i in range(batch.n_images)])
+        for name, answer in answers.items():
+            x = answer["patch"][kept.to(device)].double()
+            m = moments[name]
+            moments[name] = [m[0] + len(x), m[1] + x.sum(0).cpu(), m[2] + (x.T @ x).cpu()]
+            summaries[name].append(answer["summary"].double().cpu())
+            registers[name].append(answer["registers"].double().cpu() if "registers" in answer else torch.zeros(0))
+    spaces = []
+    for t in teachers:
+        summary = torch.cat(summaries[t.name])
+        variance_R = torch.cat(registers[t.name]).var(0, correction=0).mean(1).tolist() if t.registers else []
+        spaces.append(
+            Space(
+                t.name,
+                t.dim,
+                t.registers,
+                phi_s=PhiS.from_moments(*moments[t.name]).float32(),
+                summary_mean=summary.mean(0).float(),
+                summary_variance=float(summary.var(0, correction=0).mean()),
+                register_variance=tuple(variance_R),
+                pool=getattr(t, "pool", None),
+                pool_heads=getattr(t, "pool_heads", 16),
+                pool_eps=getattr(t, "pool_eps", 1e-6),
+            )
+        )
+        for kind, value in (("summaries", spaces[-1].summary_variance), *(("registers", v) for v in variance_R)):
+            if value <= 0:
+                raise ValueError(f"teacher '{t.name}' gave all {len(summary)} calibration images the same {kind}")
+    return spaces
+
+
+def space_bytes(space):
+    """A Space as a .safetensors file, every scalar included."""
+    tensors = {f"phi_s.{k}": v for k, v in space.phi_s.state_dict().items()}
+    tensors |= {
+        "summary_mean": space.summary_mean,
+        "summary_variance": torch.tensor(space.summary_variance, dtype=torch.float64),
+        "register_variance": torch.tensor(space.register_variance, dtype=torch.float64),
+    }
+    tensors |= {f"pool.{k}": v.contiguous() for k, v in (space.pool or {}).items()}
+    scalars = {"name": space.name, "dim": space.dim, "registers": space.registers}
+    scalars |= {"pool_heads": space.pool_heads, "pool_eps": space.pool_eps}
+    return safetensors.save(tensors, metadata={"space": json.dumps(scalars)})
+
+
+def space_from(raw):
+    """The inverse of space_bytes."""
+    tensors = safetensors.load(raw)
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    pool = {k.removeprefix("pool."): v for k, v in tensors.items() if k.startswith("pool.")}
+    return Space(
+        **json.loads(header["__metadata__"]["space"]),
+        phi_s=PhiS(tensors["phi_s.mean"], tensors["phi_s.rotation"], tensors["phi_s.sigma"]),
+        summary_mean=tensors["summary_mean"],
+        summary_variance=float(tensors["summary_variance"]),
+        register_variance=tuple(tensors["register_variance"].tolist()),
+        pool=pool or None,
+    )
+
+
+def cache(
+    images,
+    teachers,
+    out,
+    *,
+    min_tokens=1,
+    max_tokens=256,
+    views=1,
+    subset=None,
+    dtype="int8",
+    seed=0,
+    shard_images=512,
+    shard_range=(0, 1),
+    calibrate=512,
+    max_skipped=0.05,
+    device="cpu",
+    progress=True,
+):
+    """Decode images, run the teachers, write the cache `out`; what is committed already is kept, so a rerun continues.
+
+    images: a folder, a list file, or a list of Source. teachers: objects as DESIGN's plug-ins: name, dim, registers, called
+    with a Batch. shard_range (i, n): write every n-th shard from the i-th, so that n writers share the work without a word.
+    ValueError for an existing cache of other contents, for unreadable images beyond the share max_skipped, and for
+    teachers whose answers do not fit.
+    """
+    sources = images if isinstance(images, list) else find_sources(images)
+    if subset is not None:
+        wanted = set(np.asarray(subset).tolist())
+        sources = [s for s in sources if s.id in wanted]
+        if not sources:
+            raise ValueError("none of the ids of --subset is among the images")
+    about = {
+        "format": FORMAT,
+        "teachers": {t.name: {"dim": t.dim, "registers": t.registers} for t in teachers},
+        "dtype": dtype,
+        "seed": seed,
+        "min_tokens": min_tokens,
+        "max_tokens": max_tokens,
+        "views": views,
+        "sources": len(sources),
+        "sources_hash": digest("\n".join(s.name for s in sources).encode()),
+        "shard_images": shard_images,
+    }
+    store = open_store(out)
+    with ThreadPoolExecutor() as pool:  # Pillow decodes and resizes outside the interpreter's lock
+
+        def decode(job):
+            source, number = job
+            box, flip = choose_view(seed, source.id, number)
+            try:
+                image = load_image(source.path, min_tokens, max_tokens, box, flip, draft=True)
+            except ValueError as error:
+                return {"source": source.name, "reason": str(error)}
+            return (*to_rows(image), source.id), (number, *box, flip), source
+
+        existing = store.read("cache.json").result().value
+        if existing:
+            check_same_cache(json.loads(existing), about, out)
+            spaces = Cache(out).spaces
+        else:
+            chosen = np.random.default_rng(seed).permutation(len(sources))[:calibrate]
+            sample = [d[0] for d in pool.map(decode, [(sources[i], 0) for i in sorted(chosen)]) if isinstance(d, tuple)]
+            if not sample:
+                raise ValueError(
+                    f"none of {len(chosen)} calibration images can be decoded: is --images {images} right?"
+                )
+            spaces = fit_spaces(teachers, sample, device)
+            for space in spaces:
+                store.write(f"teachers/{space.name}.safetensors", space_bytes(space)).result()
+            about["teachers_hash"] = {s.name: digest(space_bytes(s)) for s in spaces}
+            store.write("cache.json", json.dumps(about, indent=1).encode()).result()
+        numbers = range(shard_range[0], -(-len(sources) // shard_images), shard_range[1])
+        skipped = 0
+        bar = tqdm(total=sum(len(sources[n * shard_images : (n + 1) * shard_images]) for n in numbers), unit="image")
+        bar.disable = bar.disable or not progress
+        for number in numbers:
+            part = sources[number * shard_images : (number + 1) * shard_images]
+            record = read_record(store, number)
+            if record is None:
+                results = list(pool.map(decode, [(s, v) for s in part for v in range(views)]))
+                bad = [r for r in results if isinstance(r, dict)]
+                arrays = shard_arrays(teachers, spaces, [r for r in results if isinstance(r, tuple)], dtype, device)
+                write_shard(store, number, arrays, bad)
+                record = {"skipped": bad}
+            skipped += len({entry["source"] for entry in record["skipped"]})
+            bar.update(len(part))
+            if skipped > max_skipped * len(sources):
+                write_skipped(store)
+                raise ValueError(
+                    f"{skipped} of {len(sources)} images cannot be used, more than --max-skipped {max_skipped:g} of them; "
+                    f"{out}/skipped.jsonl says which and why"
+                )
+        bar.close()
+    write_skipped(store)
+    return Cache(out)
+
+
+def check_same_cache(existing, about, out):
+    """ValueError naming both sides where a cache was begun with other contents."""
+    for key, value in about.items():
+        if existing.get(key) != value:
+            raise ValueError(f"{out} is a cache of {key} {existing.get(key)!r}, not {value!r}: choose another --out")
+
+
+def shard_arrays(teachers, spaces, decoded, dtype, device):
+    """The arrays of a shard, {name: numpy array}, from decoded images [((rows, shape, id), view, source)]."""
+    images = [d[0] for d in decoded]
+    lengths = [len(rows) for rows, _, _ in images]
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    meta = [{"source": s.name, "caption": s.caption, "category": s.category} for _, _, s in decoded]
+    arrays = {
+        "pixels": torch.cat([rows for rows, _, _ in images]).numpy() if images else np.zeros((0, ROW), np.uint8),
+        "starts": starts,
+        "shapes": np.array([shape for _, shape, _ in images], np.int32).reshape(-1, 2),
+        "ids": np.array([i for _, _, i in images], np.int64),
+        "views": np.array([view for _, view, _ in decoded], np.float32).reshape(-1, 6),
+        "meta": np.frombuffer("\n".join(json.dumps(m, ensure_ascii=False) for m in meta).encode(), np.uint8),
+    }
+    feature_type = {"int8": np.int8, "bf16": ts.bfloat16.numpy_dtype}[dtype]
+    for t in teachers:
+        arrays[f"patch.{t.name}"] = np.empty((starts[-1], t.dim), feature_type)
+        arrays[f"summary.{t.name}"] = np.empty((len(images), t.dim), np.float32)
+        if t.registers:
+            arrays[f"registers.{t.name}"] = np.empty((len(images), t.registers * t.dim), np.float32)
+        text = embed_captions(t, [s.caption for _, _, s in decoded])
+        if text is not None:
+            arrays[f"text.{t.name}"] = text
+    for part, batch, answers in run_teachers(teachers, images, device):
+        kept = torch.cat([torch.arange(batch.n_tokens)[batch.patch_rows(i)] for i in range(batch.n_images)]).to(device)
+        for space in spaces:
+            answer = answers[space.name]
+            y = space.phi_s.to(device).apply(answer["patch"][kept]).cpu()
+            stored = quantise(y).numpy() if dtype == "int8" else y.numpy().astype(feature_type)
+            arrays[f"patch.{space.name}"][starts[part.start] : starts[part.stop]] = stored
+            arrays[f"summary.{space.name}"][part] = answer["summary"].float().cpu().numpy()
+            if space.registers:
+                arrays[f"registers.{space.name}"][part] = answer["registers"].float().flatten(1).cpu().numpy()
+    return arrays
+
+
+def read_record(store, number):
+    """The commit record of a shard, or None where it is not committed."""
+    return Record.read(store.read(f"shards/{number:05d}/shard.json").result().value)
+
+
+def write_skipped(store):
+    """skipped.jsonl, anew from every commit record: writers on many machines need not append to one file."""
+    lines = []
+    for number in committed(store):
+        lines += [
+            json.dumps(entry, ensure_ascii=False)
+            for entry in (read_record(store, number) or {"skipped": []})["skipped"]
+        ]
+    store.write("skipped.jsonl", "".join(f"{line}\n" for line in lines).encode()).result()
+
+
+def committed(store):
+    """Numbers of the shards that have a commit record, in order."""
+    return sorted(int(key.split("/")[1]) for key in list_keys(store, "shards/") if key.endswith("/shard.json"))
+
+
+# ---- the cache: reading ----
+
+
+class Damage(ValueError):
+    """A shard whose bytes are not what was committed; the message names shard and array."""
+
+
+class Shard:
+    """One committed shard; its arrays open on first use and its small ones stay in memory."""
+
+    def __init__(self, store, number, context):
+        self.store, self.number, self.context = store, number, context
+        self.arrays = {}
+        self.record = read_record(store, number)
+        if self.record is None:
+            raise Damage(f"shard {number:05d}: shard.json is damaged")
+
+    def array(self, name):
+        """The open tensorstore array; its metadata is checked against the commit record first."""
+        if name not in self.arrays:
+            key = f"{name}/zarr.json"
+            raw = self.store.read(f"shards/{self.number:05d}/{key}").result().value
+            if key not in self.record["files"] or self.record["files"][key] != [len(raw), digest(raw)]:
+                raise Damage(f"shard {self.number:05d}, array {name}: its zarr.json is missing or damaged")
+            self.arrays[name] = open_array(self.store, f"shards/{self.number:05d}/{name}", self.context).result()
+        return self.arrays[name]
+
+    def read(self, name, part=slice(None)):
+        """A future of rows `part` of an array. Await it with `whole`."""
+        return self.array(name)[part].read()
+
+    def whole(self, name, future):
+        """The numpy array of a read; Damage names shard and array where a checksum or a chunk fails."""
+        try:
+            return future.result()
+        except (ValueError, OSError) as error:
+            raise Damage(f"shard {self.number:05d}, array {name}: {str(error).splitlines()[0][:200]}") from error
+
+    def all(self, name):
+        return self.whole(name, self.read(name))
+
+    @cached_property
+    def ids(self):
+        return self.all("ids")
+
+    @cached_property
+    def shapes(self):
+        return self.all("shapes")
+
+    @cached_property
+    def starts(self):
+        return self.all("starts")
+
+    @cached_property
+    def meta(self):
+        raw = bytes(self.all("meta")) if self.record["images"] else b""
+        return [json.loads(line) for line in raw.decode().splitlines()]
+
+
+class Cache:
+    """A feature cache opened for reading: `spaces` (what the student must know of the teachers) and committed `shards`."""
+
+    def __init__(self, path):
+        self.path = path
+        self.store = open_store(path)
+        raw = self.store.read("cache.json").result().value
+        if not raw:
+            raise ValueError(f"{path} is not a feature cache: it has no cache.json (python data.py cache makes one)")
+        try:
+            self.about = json.loads(raw)
+        except ValueError as error:
+            raise ValueError(f"{path}/cache.json is damaged: {error}") from error
+        if self.about.get("format") != FORMAT:
+            raise ValueError(
+                f"{path} has cache format {self.about.get('format')} and this code reads {FORMAT}: cache it anew"
+            )
+        self.spaces = []
+        for name in self.about["teachers"]:
+            raw = self.store.read(f"teachers/{name}.safetensors").result().value
+            if digest(raw) != self.about.get("teachers_hash", {}).get(name):
+                raise ValueError(f"{path}/teachers/{name}.safetensors (its PHI-S) is missing or damaged: cache it anew")
+            self.spaces.append(space_from(raw))
+        # memory-mapped reads: twice the bandwidth of copied ones on a local disk
+        self.context = ts.Context({"file_io_mode": {"mode": "memmap"}, "cache_pool": {"total_bytes_limit": 1 << 26}})
+        self.numbers = committed(self.store)
+        self.opened = {}
+
+    def shard(self, number):
+        if number not in self.opened:
+            self.opened[number] = Shard(self.store, number, self.context)
+        return self.opened[number]
+
+    @property
+    def shards(self):
+        return [self.shard(number) for number in self.numbers]
+
+
+def held_out(ids):
+    """The fixed tenth of the images, by id, that is never trained on. Boolean, one an id."""
+    return np.asarray(ids) % 10 == 0
+
+
+def read_images(cache, entries, names):
+    """Arrays of single images, [(shard number, index)]: one dict an image, {name: rows or row}.
+
+    Reads are all under way before the first is awaited. Damage names the shard and the array that cannot be trusted.
+    """
+    reads = []
+    for number, i in entries:
+        shard = cache.shard(number)
+        rows = slice(int(shard.starts[i]), int(shard.starts[i + 1]))
+        per_row = lambda name: name == "pixels" or name.startswith("patch.")  # noqa: E731
+        reads.append((shard, {name: shard.read(name, rows if per_row(name) else i) for name in names}))
+    return [{name: shard.whole(name, f) for name, f in futures.items()} for shard, futures in reads]
+
+
+def read_pack(cache, entries, n_tokens=None, targets=True, registers=4):
+    """A Batch of the given images [(shard number, index)], with the teachers' features as targets unless told otherwise.
+
+    n_tokens: the pack's length, by default just what the images need. registers: the student's.
+    """
+    names = ["pixels"]
+    for space in cache.spaces if targets else ():
+        names += [f"patch.{space.name}", f"summary.{space.name}"]
+        names += [f"registers.{space.name}"] if space.registers else []
+    images = read_images(cache, entries, names)
+    shapes = [tuple(cache.shard(number).shapes[i].tolist()) for number, i in entries]
+    ids = [int(cache.shard(number).ids[i]) for number, i in entries]
+    batch = pack([torch.from_numpy(image["pixels"]) for image in images], shapes, n_tokens, registers, ids)
+    for space in cache.spaces if targets else ():
+        patch = [as_tensor(image[f"patch.{space.name}"]) for image in images]
+        blank = patch[0].new_zeros(1 + registers, space.dim)
+        padding = patch[0].new_zeros(batch.n_tokens - int(batch.starts[-1]), space.dim)
+        target = {"patch": torch.cat([*(piece for p in patch for piece in (blank, p)), padding])}
+        target["summary"] = torch.from_numpy(np.stack([image[f"summary.{space.name}"] for image in images]))
+        if space.registers:
+            stacked = torch.from_numpy(np.stack([image[f"registers.{space.name}"] for image in images]))
+            target["registers"] = stacked.unflatten(1, (space.registers, space.dim))
+        batch.targets[space.name] = target
+    return batch
+
+
+def as_tensor(array):
+    """numpy to torch, bfloat16 included, which numpy knows by tensorstore's word only."""
+    if array.dtype == np.dtype("int8"):
+        return torch.from_numpy(array)
+    return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+
+
+def verify(cache):
+    """Check every file of every committed shard against its commit record, and the cache's own files. A list of complaints."""
+    complaints = []
+    expected = -(-cache.about["sources"] // cache.about["shard_images"])
+    for number in range(expected):
+        prefix = f"shards/{number:05d}/"
+        record = read_record(cache.store, number)
+        if record is None:
+            there = list_keys(cache.store, prefix)
+            state = (
+                "shard.json is damaged"
+                if prefix + "shard.json" in there
+                else "not committed (writing it was cut short)"
+            )
+            complaints.append(f"shard {number:05d}: {state if there else 'missing'}; rerun the caching command")
+            continue
+        for key, (size, value) in record["files"].items():
+            raw = cache.store.read(prefix + key).result().value
+            if len(raw) != size or digest(raw) != value:
+                state = (
+                    "missing" if not raw else f"{len(raw)} bytes of {size}" if len(raw) != size else "has changed bytes"
+                )
+                complaints.append(
+                    f"shard {number:05d}, array {key.split('/')[0]}: {key} is {state}".replace("is has", "has")
+                )
+    return complaints
+
+
+# ---- the loader ----
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where in the endless order of packs a run stands; `carried` images are still to be packed in this window."""
+
+    epoch: int = 0
+    window: int = 0
+    pack: int = 0
+    carried: tuple = ()
+
+
+WINDOW = 16  # shards shuffled together
+OPEN_PACKS = 4  # packs left for the next window to fill
+FULL = 0.97
+
+
+class Order:
+    """The seeded global order of packs, the same for any number of ranks and workers, endless.
+
+        for each epoch: permute the shards; for each window of them: shuffle its images after those carried over,
+            first-fit them into packs of n_tokens; the newest few packs under 97% full are carried into the next window
+
+    Nothing but Position is needed to go on from any pack: a window is planned anew from the seed and its carried images.
+    """
+
+    def __init__(self, cache, n_tokens, seed=0, subset=None, registers=4):
+        self.cache, self.n_tokens, self.seed, self.special = cache, n_tokens, seed, 1 + registers
+        self.subset = None if subset is None else np.sort(np.asarray(subset))
+        self.windows = -(-len(cache.numbers) // WINDOW)
+        if not any(len(self.kept(number)) for number in cache.numbers):
+            raise ValueError(
+                f"{cache.path} holds no image to train on (a tenth is held out, --subset keeps its ids only)"
+            )
+
+    def kept(self, number):
+        """Indices of the shard's images that are trained on."""
+        ids = self.cache.shard(number).ids
+        keep = ~held_out(ids)
+        if self.subset is not None:
+            keep &= np.isin(ids, self.subset)
+        return np.flatnonzero(keep)
+
+    def plan(self, position):
+        """The packs of a window, [[(shard number, index), ...], ...], and the images that it carries over."""
+        order = np.random.default_rng([self.seed, position.epoch]).permutation(self.cache.numbers)
+        numbers = order[position.window * WINDOW : (position.window + 1) * WINDOW].tolist()
+        images = [(number, int(i)) for number in numbers for i in self.kept(number)]
+        shuffle = np.random.default_rng([self.seed, position.epoch, position.window + 1]).permutation(len(images))
+        room, packs, open_packs = [], [], []  # open: those that could still take an image
+        least = self.special + 1
+        for number, i in [*position.carried, *(images[j] for j in shuffle)]:
+            length = self.special + int(self.cache.shard(number).shapes[i].prod())
+            if length > self.n_tokens:
+                raise ValueError(
+                    f"--tokens {self.n_tokens} is less than one image of {length}; the cache has larger ones"
+                )
+            for p in open_packs:
+                if room[p] >= length:
+                    break
+            else:
+                p = len(packs)
+                packs.append([])
+                room.append(self.n_tokens)
+                open_packs.append(p)
+            packs[p].append((number, i))
+            room[p] -= length
+            if room[p] < least:
+                open_packs.remove(p)
+        late = [p for p in range(len(packs))[-OPEN_PACKS:] if room[p] > (1 - FULL) * self.n_tokens]
+        carried = tuple(image for p in late for image in packs[p])
+        # Equally long images side by side: attention runs them as one batch.
+        length = lambda image: int(self.cache.shard(image[0]).shapes[image[1]].prod())  # noqa: E731
+        return [sorted(packs[p], key=length) for p in range(len(packs)) if p not in late], carried
+
+    def packs(self, position):
+        """(pack, position after it), for ever."""
+        while True:
+            packs, carried = self.plan(position)
+            for n in range(position.pack, len(packs)):
+                yield packs[n], replace(position, pack=n + 1)
+            last = position.window + 1 == self.windows
+            position = Position(position.epoch + last, 0 if last else position.window + 1, 0, carried)
+
+
+class Packs(torch.utils.data.Dataset):
+    """Reads what a sampler of (pack, position after the step) names; `on_corrupt` decides what damage does."""
+
+    def __init__(self, cache, n_tokens, on_corrupt="stop", registers=4):
+        self.cache, self.n_tokens, self.on_corrupt, self.registers = cache, n_tokens, on_corrupt, registers
+
+    def __getitem__(self, item):
+        entries, position = item
+        while True:
+            try:
+                return read_pack(self.cache, entries, self.n_tokens, registers=self.registers), position
+            except Damage as error:
+                if self.on_corrupt == "stop":
+                    raise
+                number = int(str(error).split()[1].rstrip(",:"))
+                entries = [entry for entry in entries if entry[0] != number]
+                print(f"skipping damage: {error}", file=sys.stderr, flush=True)
+                if not entries:
+                    raise ValueError(f"every image of a pack lies in damaged shards, the last: {error}") from error
+
+    def __getstate__(self):  # worker processes open the cache for themselves
+        return self.__dict__ | {"cache": self.cache.path}
+
+    def __setstate__(self, state):
+        self.__dict__ = state | {"cache": Cache(state["cache"])}
+
+
+def loader(order, position, rank=0, world=1, per_step=1, workers=0, on_corrupt="stop"):
+    """Batches of this rank, endless, each with the Position after the step it belongs to.
+
+    A step takes world * per_step packs of the global order; this rank's are every world-th of them.
+    """
+
+    def steps():
+        packs = order.packs(position)
+        while True:
+            step = [next(packs) for _ in range(world * per_step)]
+            for entries, _ in step[rank::world]:
+                yield entries, step[-1][1]
+
+    return torch.utils.data.DataLoader(
+        Packs(order.cache, order.n_tokens, on_corrupt, order.special - 1),
+        sampler=Endless(steps),
+        batch_size=None,
+        num_workers=workers,
+        multiprocessing_context="forkserver" if workers else None,  # fork would copy tensorstore's locked threads
+        prefetch_factor=4 if workers else None,
+    )
+
+
+class Endless(torch.utils.data.Sampler):
+    def __init__(self, make):
+        self.make = make
+
+    def __iter__(self):
+        return self.make()
+
+
+# ---- command line ----
+
+
+def info(cache):
+    """A printed page: what the cache was made of, what is in it, and the signal-to-noise ratio of what is stored."""
+    records = [shard.record for shard in cache.shards]
+    images, rows = (sum(r[key] for r in records) for key in ("images", "rows"))
+    size = sum(n for r in records for n, _ in r["files"].values())
+    total = -(-cache.about["sources"] // cache.about["shard_images"])
+    print(f"{cache.path}: format {FORMAT}, {len(records)} of {total} shards, {size / 2**20:.1f} MiB")
+    print(
+        f"{images} images of {cache.about['sources']} sources, {rows} patches, {sum(len(r['skipped']) for r in records)} skipped"
+    )
+    for space in cache.spaces:
+        text = f"{space.name}: {space.dim} channels, {space.registers} registers, patches as {cache.about['dtype']}"
+        if cache.about["dtype"] == "int8" and rows:
+            y = cache.shards[0].all(f"patch.{space.name}").astype(np.float32)
+            signal = y.var() * 12  # rounding to whole steps leaves a uniform error of variance 1 / 12
+            clipped = (np.abs(y) == 127).mean()
+            text += f", signal to rounding noise {10 * np.log10(signal):.1f} dB, {clipped:.2e} clipped"
+        print(text)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="data.py", description="The feature cache.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    write = commands.add_parser("cache", help="run teachers over images and write a cache", allow_abbrev=False)
+    add = write.add_argument
+    add("--images", required=True, help="folder of images, or a .txt list of them")
+    add(
+        "--teacher",
+        action="append",
+        required=True,
+        metavar="NAME=SPEC",
+        help="weights file, or file.py:factory; repeatable",
+    )
+    add("--out", required=True, help="folder or tensorstore URL of the cache; an unfinished one is continued")
+    add("--min-tokens", type=int, default=1, help="patches below which an image is enlarged")
+    add("--max-tokens", type=int, default=256, help="patches above which an image is shrunk")
+    add("--views", type=int, default=1, help="views an image: the whole of it, then random crops")
+    add("--subset", help=".npy of image ids to keep (curate.py writes one)")
+    add("--dtype", choices=("int8", "bf16"), default="int8", help="how patch features are stored")
+    add("--seed", type=int, default=0, help="of the calibration sample and the views")
+    add("--shard-images", type=int, default=512, help="sources in a shard")
+    add("--shard-range", default="0/1", metavar="I/N", help="write every N-th shard from the I-th")
+    add("--calibrate", type=int, default=512, help="images that PHI-S is fitted on")
+    add("--max-skipped", type=float, default=0.05, help="share of unusable images that is put up with")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where teachers run")
+    for name, text in (("info", "say what is in a cache"), ("verify", "check every byte of a cache")):
+        commands.add_parser(name, help=text, allow_abbrev=False).add_argument("cache")
+    args = parser.parse_args(argv)
+    if args.command == "cache":
+        from teachers import load  # teachers import this module for its Batch
+
+        i, n = (int(x) for x in args.shard_range.split("/"))
+        result = cache(
+            args.images,
+            load_teachers(args.teacher, args.images, args.device, load),
+            args.out,
+            min_tokens=args.min_tokens,
+            max_tokens=args.max_tokens,
+            views=args.views,
+            subset=None if args.subset is None else np.load(args.subset),
+            dtype=args.dtype,
+            seed=args.seed,
+            shard_images=args.shard_images,
+            shard_range=(i, n),
+            calibrate=args.calibrate,
+            max_skipped=args.max_skipped,
+            device=args.device,
+        )
+        info(result)
+    elif args.command == "info":
+        info(Cache(args.cache))
+    else:
+        opened = Cache(args.cache)
+        complaints = verify(opened)
+        for complaint in complaints:
+            print(complaint)
+        print(f"{args.cache}: {len(opened.numbers)} shards, {len(complaints)} complaints")
+        return 1 if complaints else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except ValueError as error:
+        sys.exit(f"data.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("data.py: interrupted; what is committed stays, the same command continues")

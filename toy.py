@@ -1,0 +1,291 @@
+"""A procedural world of images with a long tail of concepts, and two oracle teachers that read its scenes.
+
+It is what `python train.py` uses when given no data: written as image files with captions and masks, and cached through
+the same code as photos. A concept is a colour and a texture (48 of them, Zipf-distributed); a scene shows one large object
+and up to two small ones of other concepts over a noisy background. Shapes are named in captions too and are much harder
+to see: that attribute is left for you to improve.
+
+The oracles compute features from the scene, not from pixels, so their scores are a ceiling: `TextOracle` is aligned with
+text, blurred in space; `DenseOracle` is crisp, with two registers. Their sizes, means, scales and spectra differ, as those
+of SigLIP 2 and DINOv3 do, so that balancing them matters.
+
+Shape letters: N points or scenes, h x w patches of a scene, C channels of a teacher, K concepts, T tokens, M images.
+"""
+
+import json
+import math
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from data import Source
+
+COLOURS = {
+    "red": (205, 45, 40),
+    "orange": (235, 140, 25),
+    "yellow": (225, 215, 50),
+    "green": (50, 160, 60),
+    "blue": (45, 90, 205),
+    "purple": (150, 60, 175),
+}
+TEXTURES = ("plain", "striped", "banded", "checked", "dotted", "ringed", "speckled", "slanted")
+SHAPES = ("disc", "square", "triangle", "ring", "cross", "heart")
+CLASSES = [f"{colour} {texture}" for texture in TEXTURES for colour in COLOURS]
+ZIPF = 1.0  # concept of rank r is drawn in proportion to r^-ZIPF
+SAMPLES = 4  # on a side of a patch: how finely the oracles see coverage
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object: centre and radius in units of the image's shorter side, everything else by index."""
+
+    concept: int
+    shape: int
+    x: float
+    y: float
+    radius: float
+    turn: float
+    period: float
+    phase: float
+
+    def inside(self, x_N, y_N):
+        """Which points lie in the object. Coordinates in units of the shorter side."""
+        u, v = (x_N - self.x) / self.radius, (y_N - self.y) / self.radius
+        r = np.hypot(u, v)
+        match SHAPES[self.shape]:
+            case "disc":
+                return r < 1
+            case "square":
+                return np.maximum(abs(u), abs(v)) < 0.9
+            case "triangle":
+                return (v < 0.8) & (abs(u) < (v + 1.1) * 0.55)
+            case "ring":
+                return (r < 1) & (r > 0.45)
+            case "cross":
+                return (np.minimum(abs(u), abs(v)) < 0.36) & (np.maximum(abs(u), abs(v)) < 1)
+            case "heart":
+                return (u * u + (0.35 - v - abs(u) * 0.8) ** 2 * 1.4) < 0.8
+
+    def shade(self, x_N, y_N, noise_N):
+        """Share of the object's colour at each point, in [0, 1]; the rest is its dark ground."""
+        c, s = math.cos(self.turn), math.sin(self.turn)
+        u, v = ((x_N - self.x) * c - (y_N - self.y) * s), ((x_N - self.x) * s + (y_N - self.y) * c)
+        a, b = (2 * math.pi * t / self.period + self.phase for t in (u, v))
+        match TEXTURES[self.concept // len(COLOURS)]:
+            case "plain":
+                return np.ones_like(u)
+            case "striped":
+                return 0.5 + 0.5 * np.sin(b).clip(-0.3, 0.3) / 0.3
+            case "banded":
+                return 0.5 + 0.5 * np.sin(a).clip(-0.3, 0.3) / 0.3
+            case "slanted":
+                return 0.5 + 0.5 * np.sin((a + b) * 0.75).clip(-0.3, 0.3) / 0.3
+            case "checked":
+                return 0.5 + 0.5 * (np.sin(a) * np.sin(b)).clip(-0.15, 0.15) / 0.15
+            case "dotted":
+                return ((np.cos(a) + np.cos(b)) > 0.7).astype(np.float32)
+            case "ringed":
+                return 0.5 + 0.5 * np.sin(2 * math.pi * np.hypot(u, v) / self.period).clip(-0.3, 0.3) / 0.3
+            case "speckled":
+                return (noise_N > 0.55).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Scene:
+    height: int  # pixels
+    width: int
+    things: tuple[Thing, ...]  # the first is the subject; later ones lie above earlier ones
+    tint: tuple[float, float, float]  # background colour, in [0, 1]
+    grain: float
+
+    @property
+    def label(self):
+        return self.things[0].concept
+
+    @property
+    def caption(self):
+        colour, texture = CLASSES[self.label].split()
+        return f"a {colour} {texture} {SHAPES[self.things[0].shape]}"
+
+    def labels(self, y_N, x_N):
+        """Label of points in pixels: 0 is background, 1 + concept elsewhere; and the index of the thing, -1 for none."""
+        side = min(self.height, self.width)
+        thing_N = np.full(x_N.shape, -1)
+        for i, thing in enumerate(self.things):
+            thing_N[thing.inside(x_N / side, y_N / side)] = i
+        concept = np.array([*(t.concept + 1 for t in self.things), 0])
+        return concept[thing_N], thing_N
+
+    def render(self, random):
+        """The image [height, width, 3] uint8 and its label map [height, width] uint8."""
+        side = min(self.height, self.width)
+        y, x = np.mgrid[0 : self.height, 0 : self.width].astype(np.float32) + 0.5
+        label, thing = self.labels(y, x)
+        coarse = random.random((self.height // 4 + 1, self.width // 4 + 1), dtype=np.float32)
+        noise = coarse.repeat(4, 0).repeat(4, 1)[: self.height, : self.width]
+        image = np.float32(self.tint) + self.grain * (noise[..., None] - 0.5)
+        for i, t in enumerate(self.things):
+            where = thing == i
+            shade = t.shade(x[where] / side, y[where] / side, noise[where])[:, None]
+            colour = np.float32(list(COLOURS.values())[t.concept % len(COLOURS)]) / 255
+            image[where] = shade * colour + (1 - shade) * (0.16 + 0.1 * colour)
+        image += random.normal(0, 0.03, image.shape).astype(np.float32)
+        return (image.clip(0, 1) * 255).round().astype(np.uint8), label.astype(np.uint8)
+
+
+class World:
+    """`n` scenes fixed by `seed`; scene i has the file name `name(i)` wherever it is written."""
+
+    def __init__(self, n=5000, seed=0):
+        self.n, self.seed = n, seed
+        rank = np.random.default_rng([seed, 0]).permutation(len(CLASSES)) + 1.0
+        self.frequency = rank**-ZIPF / (rank**-ZIPF).sum()
+        self.index = {Source(self.name(i), Path()).id: i for i in range(n)}
+        self.scenes = [self.scene(i) for i in range(n)]
+
+    @staticmethod
+    def name(i):
+        return f"{i:06d}.png"
+
+    def scene(self, i):
+        random = np.random.default_rng([self.seed, 1, i])
+        height, width = random.integers(64, 129, 2)
+        side = min(height, width)
+
+        def thing(low, high):
+            radius = random.uniform(low, high)
+            x, y = (random.uniform(radius * 0.8, size / side - radius * 0.8) for size in (width, height))
+            concept = random.choice(len(CLASSES), p=self.frequency)
+            shape, turn = random.integers(len(SHAPES)), random.uniform(-0.12, 0.12)
+            period, phase = random.uniform(8, 12) / side, random.uniform(0, 2 * math.pi)
+            return Thing(int(concept), int(shape), float(x), float(y), radius, turn, period, phase)
+
+        things = (thing(0.3, 0.46), *(thing(0.1, 0.16) for _ in range(random.integers(3))))
+        tint = tuple(random.uniform(0.45, 0.95, 3).tolist())
+        return Scene(int(height), int(width), things, tint, random.uniform(0.05, 0.25))
+
+    def write(self, folder):
+        """images/, masks/ (0 background, 1 + class elsewhere) and images/captions.json under `folder`; files there are kept."""
+        images, masks = Path(folder) / "images", Path(folder) / "masks"
+        images.mkdir(parents=True, exist_ok=True)
+        masks.mkdir(parents=True, exist_ok=True)
+
+        def draw(i):
+            if (masks / self.name(i)).exists():  # written after its image
+                return
+            image, label = self.scenes[i].render(np.random.default_rng([self.seed, 2, i]))
+            Image.fromarray(image).save(images / self.name(i), compress_level=1)
+            Image.fromarray(label).save(masks / self.name(i), compress_level=1)
+
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(draw, range(self.n)))
+        captions = [
+            {"file": self.name(i), "caption": s.caption, "category": CLASSES[s.label]}
+            for i, s in enumerate(self.scenes)
+        ]
+        (images / "captions.json").write_text(json.dumps(captions))
+        return images
+
+
+class Oracle:
+    """What both teachers share: coverage of a scene's patches, and a fixed, badly scaled linear map into feature space."""
+
+    def __init__(self, world, name, dim, registers, seed, scale, spectrum):
+        self.world, self.name, self.dim, self.registers = world, name, dim, registers
+        random = np.random.default_rng(seed)
+        draw = lambda n, size=1.0: random.normal(0, size / math.sqrt(dim), (n, dim)).astype(np.float32)  # noqa: E731
+        texture, colour, pair = draw(len(TEXTURES)), draw(len(COLOURS)), draw(len(CLASSES), 0.5)
+        self.concept_KC = texture.repeat(len(COLOURS), 0) + np.tile(colour, (len(TEXTURES), 1)) + pair
+        self.shape_C, self.tint_C, self.extra_C = draw(len(SHAPES), 0.5), draw(3, 0.7), draw(16, 0.7)
+        # Singular values fall geometrically by `spectrum`; the mean is as large as the spread.
+        left, right = (np.linalg.qr(random.normal(size=(dim, dim)))[0] for _ in range(2))
+        values = np.geomspace(1, 1 / spectrum, dim)
+        self.mix_CC = (scale * math.sqrt(dim) * (left * values) @ right).astype(np.float32)
+        self.mean_C = (scale * random.normal(0, 0.5, dim)).astype(np.float32)
+
+    def embed(self, meaning):
+        return meaning @ self.mix_CC + self.mean_C
+
+    def thing(self, thing):
+        return self.concept_KC[thing.concept] + self.shape_C[thing.shape]
+
+    def coverage(self, scene, h, w):
+        """Share of every patch that each thing, and last the background, covers: [h, w, things + 1]."""
+        y, x = (np.arange(n * SAMPLES, dtype=np.float32) + 0.5 for n in (h, w))
+        y, x = y * scene.height / (h * SAMPLES), x * scene.width / (w * SAMPLES)
+        _, thing = scene.labels(*np.broadcast_arrays(y[:, None], x[None]))
+        hit = thing[..., None] == np.array([*range(len(scene.things)), -1])
+        return hit.reshape(h, SAMPLES, w, SAMPLES, -1).mean((1, 3), dtype=np.float32)
+
+    def __call__(self, batch):
+        patch = torch.zeros(batch.n_tokens, self.dim)
+        summary = torch.zeros(batch.n_images, self.dim)
+        registers = torch.zeros(batch.n_images, self.registers, self.dim)
+        for i, (image_id, shape) in enumerate(zip(batch.ids.tolist(), batch.shapes.tolist(), strict=True)):
+            scene = self.world.scenes[self.world.index[image_id]]
+            p, s, r = self.read(scene, *shape)
+            patch[batch.patch_rows(i)] = torch.from_numpy(self.embed(p.reshape(-1, self.dim)))
+            summary[i] = torch.from_numpy(self.embed(s))
+            registers[i] = torch.from_numpy(self.embed(r))
+        out = {"patch": patch, "summary": summary}
+        return out | {"registers": registers} if self.registers else out
+
+
+class TextOracle(Oracle):
+    """Text-aligned, like SigLIP: an image and the caption that describes it lie together; patches are blurred in space."""
+
+    def __init__(self, world):
+        super().__init__(world, "text", dim=64, registers=0, seed=11, scale=0.3, spectrum=20)
+
+    def read(self, scene, h, w):
+        cover = self.coverage(scene, h, w)
+        for axis, n in ((0, h), (1, w)):
+            at = np.arange(n)
+            kernel = np.exp(-0.5 * ((at[:, None] - at) / 1.0) ** 2)
+            cover = np.moveaxis(np.tensordot(kernel / kernel.sum(1, keepdims=True), cover, (1, axis)), 0, axis)
+        patch = cover.astype(np.float32) @ np.stack(
+            [*(self.thing(t) for t in scene.things), np.float32(scene.tint) @ self.tint_C]
+        )
+        total = cover.mean((0, 1))
+        weight = total[:-1] / total[:-1].sum()
+        summary = weight @ np.stack([self.thing(t) for t in scene.things])
+        return patch, summary.astype(np.float32), np.zeros((0, self.dim), np.float32)
+
+    def encode_text(self, texts):
+        """[N, C] embeddings; words that name a colour, a texture or a shape are understood, others ignored."""
+        out = np.zeros((len(texts), self.dim), np.float32)
+        for i, text in enumerate(texts):
+            words = text.lower().replace(".", " ").replace(",", " ").split()
+            concepts = [k for k, name in enumerate(CLASSES) if all(word in words for word in name.split())]
+            out[i] += sum((self.concept_KC[k] for k in concepts), np.zeros(self.dim, np.float32))
+            out[i] += sum(
+                (self.shape_C[SHAPES.index(word)] for word in words if word in SHAPES), np.zeros(self.dim, np.float32)
+            )
+        return torch.from_numpy(self.embed(out))
+
+
+class DenseOracle(Oracle):
+    """Dense and self-supervised in kind, like DINOv3: crisp patches that know where in their object they lie, registers."""
+
+    def __init__(self, world):
+        super().__init__(world, "dense", dim=96, registers=2, seed=12, scale=4.0, spectrum=8)
+
+    def read(self, scene, h, w):
+        cover = self.coverage(scene, h, w)
+        side = min(scene.height, scene.width)
+        x = ((np.arange(w, dtype=np.float32) + 0.5) * scene.width / w / side)[None, :]
+        y = ((np.arange(h, dtype=np.float32) + 0.5) * scene.height / h / side)[:, None]
+        tint = np.float32(scene.tint) @ self.tint_C
+        patch = cover[..., -1:] * tint
+        for i, t in enumerate(scene.things):
+            place = np.stack(np.broadcast_arrays((x - t.x) / t.radius, (y - t.y) / t.radius), -1).clip(-1.5, 1.5)
+            patch = patch + cover[..., i : i + 1] * (self.thing(t) + 0.5 * place.astype(np.float32) @ self.extra_C[:2])
+        first = scene.things[0]
+        layout = np.float32([first.x, first.y, first.radius * 2, len(scene.things) / 2, scene.width / scene.height])
+        summary = self.concept_KC[first.concept] + 0.5 * self.shape_C[first.shape] + 0.3 * layout @ self.extra_C[2:7]
+        ground = tint + scene.grain * self.extra_C[7]
+        return patch, summary, np.stack([ground, layout @ self.extra_C[8:13]])

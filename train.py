@@ -1,0 +1,668 @@
+"""Distil teachers into one student: `python train.py` on the toy world, `python train.py --cache DIR` on your own features.
+
+The loop is at the bottom, in `train`; `gradients` is a step's mathematics. Alone means a world of one: no branch of the
+code asks whether it runs distributed. The run's folder holds log.jsonl, step-XXXXXX.pt, pca.png and result.json.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import amoe
+import data
+import evaluate
+import toy
+from kernels.attention import block_mask
+
+# ---- flags ----
+
+
+def flag(default, group, text, choices=None):
+    return field(default=default, metadata={"group": group, "help": text, "choices": choices})
+
+
+RESULTS, SPEED, PATHS = "changes results", "speed only", "paths and records"
+
+
+@dataclass
+class Flags:
+    model: str = flag("toy", RESULTS, "student: " + ", ".join(amoe.CONFIGS))
+    steps: int = flag(480, RESULTS, "optimizer steps")
+    tokens: int = flag(2048, RESULTS, "tokens in a pack, padding included")
+    accumulate: int = flag(1, RESULTS, "packs a rank adds up before a step; relations (ARKD) span all of them")
+    lr: float = flag(4e-3, RESULTS, "peak learning rate")
+    warmup: int = flag(30, RESULTS, "steps of linear warm-up")
+    schedule: str = flag(
+        "cosine", RESULTS, "after warm-up: to zero, or flat and down over the last fifth", ("cosine", "wsd")
+    )
+    weight_decay: float = flag(0.02, RESULTS, "AdamW's, on matrices only: not on norms, biases, sinks and tokens")
+    clip: float = flag(1.0, RESULTS, "largest norm of the whole gradient")
+    arkd: float = flag(0.5, RESULTS, "weight of the relational loss; 0 leaves it out")
+    arkd_mode: str = flag("arkd", RESULTS, "asymmetric, or the symmetric baseline", ("arkd", "rkd"))
+    balance: float = flag(2e-3, RESULTS, "step of the expert biases towards equal load")
+    ema: float = flag(0.0, RESULTS, "decay of an average of the weights, which is then what is evaluated; 0 for none")
+    seed: int = flag(0, RESULTS, "of initialisation and data order")
+    subset: str = flag("", RESULTS, ".npy of image ids to train on, as curate.py writes")
+    toy_images: int = flag(5000, RESULTS, "size of the toy world when there is no --cache")
+
+    device: str = flag("auto", SPEED, "cuda, cpu, or auto")
+    compile: str = flag("auto", SPEED, "torch.compile: auto means on CUDA", ("auto", "on", "off"))
+    kernels: str = flag("auto", SPEED, "implementation of the experts", ("auto", "ref", "grouped"))
+    checkpoint: bool = flag(False, SPEED, "recompute activations in the backward pass: less memory, a third more time")
+    fsdp: bool = flag(False, SPEED, "shard parameters over ranks (FSDP2) in place of replicating them")
+    workers: int = flag(0, SPEED, "processes that read the cache; 0 reads in the training process")
+    threads: int = flag(0, SPEED, "CPU threads of torch; 0 leaves its choice")
+
+    cache: str = flag("", PATHS, "feature cache to train on; none means the toy world")
+    out: str = flag("", PATHS, "folder of the run (runs/toy, or runs/ and the cache's name)")
+    resume: bool = flag(False, PATHS, "go on from the newest checkpoint of --out")
+    overwrite: bool = flag(False, PATHS, "begin anew where --out holds a run already")
+    on_corrupt: str = flag(
+        "stop", PATHS, "damage in the cache: stop, or leave those images out and say so", ("stop", "skip")
+    )
+    save_every: int = flag(200, PATHS, "steps between checkpoints; the last step is always saved")
+    log_every: int = flag(20, PATHS, "steps between lines of log.jsonl")
+    keep: int = flag(2, PATHS, "checkpoints that are kept")
+    evaluate: bool = flag(True, PATHS, "measure the student at the end")
+    bench: bool = flag(False, PATHS, "measure speed for a few steps, print it as JSON, train nothing")
+
+
+def parse(argv=None):
+    """Flags from the command line: underscores become hyphens, booleans get a --no- form, unknown flags are errors."""
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    groups = {}
+    for f in fields(Flags):
+        group = groups.setdefault(f.metadata["group"], None) or parser.add_argument_group(f.metadata["group"])
+        groups[f.metadata["group"]] = group
+        how = (
+            {"action": argparse.BooleanOptionalAction}
+            if f.type is bool
+            else {"type": f.type, "choices": f.metadata["choices"]}
+        )
+        text = f.metadata["help"] + ("" if f.default == "" else f" (default: {f.default})")
+        group.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text.replace("%", "%%"), **how)
+    flags = Flags(**vars(parser.parse_args(argv)))
+    if flags.model not in amoe.CONFIGS:
+        raise ValueError(f"--model {flags.model} is none of {', '.join(amoe.CONFIGS)}")
+    for name in ("steps", "tokens", "accumulate", "log_every", "save_every", "keep"):
+        if getattr(flags, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(flags, name)} is less than 1")
+    if not flags.out:
+        flags.out = f"runs/{Path(flags.cache).name if flags.cache else 'toy'}"
+    return flags
+
+
+# ---- where it runs ----
+
+
+@dataclass
+class Place:
+    rank: int
+    world: int
+    device: torch.device
+
+    def sum(self, tensor):
+        """The tensor summed over ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, x_NC):
+        """(rows of all ranks [B, C] in rank order, the slice of them that is this rank's); ranks may hold different counts."""
+        if self.world == 1:
+            return x_NC, slice(0, len(x_NC))
+        counts = [torch.zeros(1, dtype=torch.int64, device=x_NC.device) for _ in range(self.world)]
+        dist.all_gather(counts, torch.tensor([len(x_NC)], device=x_NC.device))
+        counts = torch.cat(counts).tolist()
+        padded = x_NC.new_zeros(max(counts), x_NC.shape[1])
+        padded[: len(x_NC)] = x_NC
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        first = sum(counts[: self.rank])
+        return torch.cat([p[:n] for p, n in zip(parts, counts, strict=True)]), slice(first, first + len(x_NC))
+
+
+def setup(flags):
+    """The Place of this process; alone means a world of one. Prints what was chosen, and why, on rank 0."""
+    device, why = flags.device, "asked for"
+    if device == "auto":
+        device, why = ("cuda", "a GPU is there") if torch.cuda.is_available() else ("cpu", "no GPU is there")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda, and torch sees no GPU; use --device cpu")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device == "cuda":
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    if flags.threads:
+        torch.set_num_threads(flags.threads)
+    compiled = flags.compile == "on" or (flags.compile == "auto" and device.startswith("cuda"))
+    if rank == 0:
+        form = "FlexAttention, compiled" if compiled and device != "cpu" else "SDPA on each image"
+        print(
+            f"device {device} ({why}), {world} rank(s), attention: {form}, compile {'on' if compiled else 'off'}",
+            flush=True,
+        )
+    return Place(rank, world, torch.device(device)), compiled
+
+
+# ---- a step ----
+
+
+def gradients(model, packs, spaces, flags, place, forward=None):
+    """Leave the gradient of (E5) over the step's packs in .grad, and return what it measured, {name: scalar tensor}, and load.
+
+        L = 1/B sum over images of all packs and ranks of L(q)  +  arkd * sum over teachers of ARKD on all B summaries
+
+    B counts the images of every pack on every rank, so neither the loss nor its gradient depends on how images were
+    packed, split over ranks or accumulated. ARKD couples all summaries: its gradient on the summaries is taken first, from
+    a forward pass without a graph where there are several packs (GradCache, arXiv 2101.06983), and then sent through each
+    pack's own graph as a dot product.
+    """
+    forward = model if forward is None else forward
+    bare = model.module if hasattr(model, "module") else model
+    device = place.device
+    images = place.sum(torch.tensor(float(sum(batch.n_images for batch, _ in packs)), device=device))
+    measured = {}
+    with autocast(device):
+        first = None
+        if flags.arkd and len(packs) == 1:
+            first = forward(*packs[0])
+            summaries = {s.name: first[0][s.name]["summary"].detach() for s in spaces}
+        elif flags.arkd:
+            with torch.no_grad():
+                outs = [bare(batch, groups)[0] for batch, groups in packs]
+            summaries = {s.name: torch.cat([out[s.name]["summary"] for out in outs]) for s in spaces}
+    pull = {}
+    for space in spaces if flags.arkd else ():
+        student, own = place.gather(summaries[space.name].float())
+        teacher, _ = place.gather(torch.cat([batch.targets[space.name]["summary"] for batch, _ in packs]))
+        student.requires_grad_()
+        loss = amoe.arkd_loss(student, teacher, flags.arkd_mode)
+        pull[space.name] = torch.autograd.grad(loss, student)[0][own]
+        measured[f"{space.name}_arkd"] = loss.detach()
+    load, done = 0, 0
+    for n, (batch, groups) in enumerate(packs):
+        last = n + 1 == len(packs)
+        hold = contextlib.nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync()
+        with hold:
+            with autocast(device):
+                out, pack_load = forward(batch, groups) if first is None else first
+            losses = amoe.distillation_loss(out, batch, spaces)
+            total = sum(sum(kinds.values()) for kinds in losses.values()) / images
+            for name, g in pull.items():
+                total = total + flags.arkd * (out[name]["summary"].float() * g[done : done + batch.n_images]).sum()
+            (total * place.world).backward()  # the wrapper averages over ranks; (E3) wants the sum
+        for name, kinds in losses.items():
+            for kind, value in kinds.items():
+                measured[f"{name}_{kind}"] = measured.get(f"{name}_{kind}", 0) + value.detach() / images
+        load = load + pack_load.detach()
+        done += batch.n_images
+    per_image = {k: v for k, v in measured.items() if not k.endswith("_arkd")}
+    if per_image:
+        together = place.sum(torch.stack(list(per_image.values())))
+        measured |= dict(zip(per_image, together, strict=True))
+    measured["loss"] = sum(v * (flags.arkd if k.endswith("_arkd") else 1) for k, v in measured.items())
+    return measured, place.sum(load)
+
+
+def autocast(device):
+    """bfloat16 on CUDA, over float32 master weights; nothing elsewhere."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def make_optimizer(model, flags):
+    """AdamW, fused; decay on matrices only, and not on the CLS and register tokens."""
+    decayed, free = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            (decayed if p.ndim >= 2 and not name.endswith("_tokens") and "cls_token" not in name else free).append(p)
+    groups = [{"params": decayed, "weight_decay": flags.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=flags.lr, betas=(0.9, 0.95), fused=True)
+
+
+def learning_rate(step, flags):
+    """At `step`, counted from 0: linear warm-up, then a cosine to zero, or (wsd) flat with a linear last fifth."""
+    if step < flags.warmup:
+        return flags.lr * (step + 1) / flags.warmup
+    left = (flags.steps - step) / max(1, flags.steps - flags.warmup)
+    if flags.schedule == "wsd":
+        return flags.lr * min(1.0, left / 0.2)
+    return flags.lr * 0.5 * (1 - math.cos(math.pi * left))
+
+
+@torch.no_grad()
+def update(model, optimizer, average, measured, load, streak, step, flags):
+    """Clip, step, balance, average; all skipped, on the device, where the loss or the gradient is not finite.
+
+    streak: [2] int64 on the device: bad steps in a row, bad steps in all. Returns the gradient's norm.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), flags.clip)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    good = torch.isfinite(measured["loss"]) & torch.isfinite(norm)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, flags)
+    optimizer.found_inf = (~good).float()  # the fused kernel leaves weights and moments alone where this is 1
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    model.balance(load, flags.balance * good)
+    if average:
+        for name, p in model.named_parameters():
+            average[name].lerp_(p.detach(), (1 - flags.ema) * good)
+    streak[0] = torch.where(good, 0, streak[0] + 1)
+    streak[1] += ~good
+    return norm
+
+
+# ---- checkpoints ----
+
+
+def checkpoints(folder):
+    """The folder's checkpoints, oldest first."""
+    found = [p for p in Path(folder).glob("step-*.pt") if re.fullmatch(r"step-\d{6,}\.pt", p.name)]
+    return sorted(found, key=lambda p: int(p.stem[5:]))
+
+
+def save(folder, state, keep):
+    """Write step-XXXXXX.pt so that it is whole or not there at all, then drop all but the newest `keep`."""
+    path = Path(folder) / f"step-{state['step']:06d}.pt"
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise ValueError(
+            f"cannot write {path}: {str(error).splitlines()[0]}; earlier checkpoints are untouched"
+        ) from error
+    directory = os.open(folder, os.O_RDONLY)
+    os.fsync(directory)  # the rename, too, must outlive a power cut
+    os.close(directory)
+    for old in checkpoints(folder)[:-keep]:
+        old.unlink()
+
+
+def state_of(model, optimizer, average, streak, step, position, flags, fsdp):
+    """Everything that a run goes on from, as plain tensors and numbers; sharded weights are gathered."""
+    if fsdp:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+        weights, moments = get_state_dict(
+            model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+        )
+    else:
+        weights, moments = model.state_dict(), optimizer.state_dict()
+    return {
+        "step": step,
+        "model": weights,
+        "optimizer": moments,
+        "average": average,
+        "streak": streak,
+        "position": asdict(position),
+        "config": flags.model,
+        "flags": asdict(flags),
+    }
+
+
+def restore(path, model, optimizer, average, streak, flags, fsdp):
+    """Load a checkpoint; returns (step, Position). ValueError names a flag that changes results and differs."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"{path} is not a readable checkpoint: {str(error).splitlines()[0]}; delete it to use an older one"
+        ) from error
+    for f in fields(Flags):
+        before, now = state["flags"].get(f.name), getattr(flags, f.name)
+        if f.metadata["group"] == RESULTS and before != now and f.name != "steps":
+            raise ValueError(f"--resume: {path} was trained with --{f.name.replace('_', '-')} {before}, not {now}")
+    if fsdp:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+
+        options = StateDictOptions(full_state_dict=True)
+        set_state_dict(
+            model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=options
+        )
+    else:
+        amoe.load_exactly(model, state["model"], path)
+        optimizer.load_state_dict(state["optimizer"])
+    for name in average:
+        average[name].copy_(state["average"][name])
+    streak.copy_(state["streak"])
+    p = state["position"]
+    return state["step"], data.Position(p["epoch"], p["window"], p["pack"], tuple(tuple(c) for c in p["carried"]))
+
+
+# ---- the log ----
+
+
+class Log:
+    """log.jsonl, one JSON object a line, on rank 0 only; a resumed run first drops what it will log again."""
+
+    def __init__(self, folder, rank, resumed_step=None):
+        self.path = Path(folder) / "log.jsonl" if rank == 0 else None
+        if self.path and resumed_step is not None and self.path.exists():
+            lines = []
+            for line in self.path.read_text().splitlines():
+                with contextlib.suppress(ValueError):  # a line that a kill cut short
+                    if json.loads(line).get("step", 0) <= resumed_step:
+                        lines.append(line)
+            self.path.write_text("".join(f"{line}\n" for line in lines))
+
+    def write(self, **entry):
+        if self.path:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+
+def describe(flags, place):
+    """The log's first line: what a reader needs to run it again."""
+    here = Path(__file__).parent
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip()
+    device = (
+        torch.cuda.get_device_name()
+        if place.device.type == "cuda"
+        else f"{os.cpu_count()} CPU cores, {platform.machine()}"
+    )
+    return {
+        "config": asdict(flags),
+        "model": asdict(amoe.CONFIGS[flags.model]),
+        "argv": sys.argv,
+        "commit": commit or "not a git checkout",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "device": device,
+        "world": place.world,
+    }
+
+
+# ---- the end of a run ----
+
+
+def report_toy(world, cache, student, untrained):
+    """The toy's table: zero-shot, kNN and linear-segmentation mIoU of student, teachers and untrained student."""
+    import numpy as np
+    from PIL import Image
+
+    trained, held = evaluate.split(cache)
+    bank = trained[:: max(1, len(trained) // 1500)]  # spread over the cache
+    names = {e: cache.shard(e[0]).meta[e[1]]["source"] for e in [*bank, *held]}
+    shapes = {e: tuple(cache.shard(e[0]).shapes[e[1]].tolist()) for e in names}
+    label = {e: world.scenes[int(name[:6])].label for e, name in names.items()}
+    masks = {e: torch.from_numpy(np.array(Image.open(world.folder / "masks" / name))) for e, name in names.items()}
+    classes = len(toy.CLASSES) + 1
+    share = torch.cat([evaluate.patch_labels(masks[e], *shapes[e], classes) for e in bank])
+    bank_labels, held_labels = (torch.tensor([label[e] for e in part]) for part in (bank, held))
+    oracle = toy.TextOracle(world)
+    text = torch.stack([oracle.encode_text([f"a {c} {s}" for s in toy.SHAPES]).mean(0) for c in toy.CLASSES])
+
+    def scores(features):
+        known, asked = features(bank), features(held)
+        probe = evaluate.linear_probe(torch.cat(known["dense"]["patch"]), share)
+        dense_shapes, dense_masks = [shapes[e] for e in held], [masks[e] for e in held]
+        return {
+            "zeroshot": evaluate.zeroshot(asked["text"]["summary"], text, held_labels),
+            "knn": evaluate.knn(known["dense"]["summary"], bank_labels, asked["dense"]["summary"], held_labels),
+            "miou": evaluate.mean_iou(probe, asked["dense"]["patch"], dense_shapes, dense_masks, classes),
+        }
+
+    return {
+        "student": scores(lambda entries: evaluate.student_features(student, cache, entries)),
+        "teacher": scores(lambda entries: evaluate.teacher_features(cache, entries)),
+        "untrained": scores(lambda entries: evaluate.student_features(untrained, cache, entries)),
+    }
+
+
+def report_cache(cache, student, untrained):
+    """Held-out images of any cache: cosines to each teacher, centred; caption recall where a teacher embeds text."""
+    trained, held = evaluate.split(cache)
+    if not held:
+        return {}
+    teacher = evaluate.teacher_features(cache, held)
+    students = {
+        "student": evaluate.student_features(student, cache, held),
+        "untrained": evaluate.student_features(untrained, cache, held),
+    }
+    result = {who: {} for who in ("student", "teacher", "untrained")}
+    for space in cache.spaces:
+        want = teacher[space.name]
+        for who, features in students.items():
+            got = features[space.name]
+            summary = evaluate.cosine(got["summary"], want["summary"], space.summary_mean)
+            patch = evaluate.cosine(torch.cat(got["patch"]), torch.cat(want["patch"]), space.phi_s.mean)
+            result[who][f"{space.name}_summary_cosine"], result[who][f"{space.name}_patch_cosine"] = summary, patch
+        if "text" in want:
+            captions = {}  # distinct captions of the whole cache: the gallery
+            texts = []
+            for shard in cache.shards:
+                for meta, row in zip(shard.meta, shard.all(f"text.{space.name}"), strict=True):
+                    if meta["caption"] and meta["caption"] not in captions:
+                        captions[meta["caption"]] = len(texts)
+                        texts.append(torch.from_numpy(row))
+            asked = [n for n, (number, i) in enumerate(held) if cache.shard(number).meta[i]["caption"]]
+            truth = torch.tensor([captions[cache.shard(held[n][0]).meta[held[n][1]]["caption"]] for n in asked])
+            for who, features in (*students.items(), ("teacher", teacher)):
+                recalls = evaluate.recall(features[space.name]["summary"][asked], torch.stack(texts), truth)
+                result[who] |= {f"{space.name}_recall_at_{k}": v for k, v in recalls.items()}
+    return result
+
+
+def print_table(result):
+    """Rows are measures; columns student, teacher, untrained, and the student's share of its teacher where that means anything."""
+    measures = [m for m in result["student"]]
+    width = max(len(m) for m in measures) + 2
+    print(f"{'':{width}}{'student':>10}{'teacher':>10}{'untrained':>11}{'share':>8}")
+    for m in measures:
+        cells = [result[who].get(m) for who in ("student", "teacher", "untrained")]
+        share = f"{cells[0] / cells[1]:8.0%}" if cells[1] else ""
+        student, teacher, untrained = (f"{c:.3f}" if c is not None else "" for c in cells)
+        print(f"{m:{width}}{student:>10}{teacher:>10}{untrained:>11}{share}")
+
+
+def main(argv=None):
+    flags = parse(argv)
+    place, compiled = setup(flags)
+    train(flags, place, compiled)
+    if place.world > 1:
+        dist.destroy_process_group()
+
+
+# ---- the loop ----
+
+
+def build(flags, spaces, device):
+    """A freshly initialised student, the same on every rank and device for a seed."""
+    torch.manual_seed(flags.seed)
+    model = amoe.AMoE(amoe.CONFIGS[flags.model], spaces)
+    model.checkpoint_blocks = flags.checkpoint
+    for module in model.modules():
+        if isinstance(module, amoe.MoE):
+            module.impl = flags.kernels
+    return model.to(device)
+
+
+def open_data(flags, place):
+    """(cache, toy world or None); rank 0 makes the toy world and caches it where it is not there yet."""
+    if flags.cache:
+        return data.Cache(flags.cache), None
+    folder = Path(flags.out) / "toy"
+    world = toy.World(flags.toy_images, seed=0)
+    world.folder = folder
+    if place.rank == 0:
+        print(f"making {world.n} toy images and caching two oracle teachers under {folder}", flush=True)
+        images = world.write(folder)
+        data.cache(images, [toy.TextOracle(world), toy.DenseOracle(world)], folder / "cache", max_tokens=64)
+    if place.world > 1:
+        dist.barrier()
+    return data.Cache(folder / "cache"), world
+
+
+def train(flags, place, compiled):
+    began = time.perf_counter()
+    folder = Path(flags.out)
+    found = checkpoints(folder)
+    if place.rank == 0:
+        if not flags.resume and (found or (folder / "log.jsonl").exists()):
+            if not flags.overwrite:
+                raise ValueError(
+                    f"{folder} holds a run: --resume goes on with it, --overwrite begins anew, --out goes elsewhere"
+                )
+            for path in [*found, folder / "log.jsonl", folder / "result.json"]:
+                path.unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+    found = found if flags.resume else []
+    cache, world = open_data(flags, place)
+    order = data.Order(
+        cache,
+        flags.tokens,
+        flags.seed,
+        subset=None if not flags.subset else __import__("numpy").load(flags.subset),
+        registers=amoe.CONFIGS[flags.model].registers,
+    )
+    spaces = cache.spaces
+    model = build(flags, spaces, place.device)
+    forward = wrapped = model
+    if flags.fsdp:
+        from torch.distributed.fsdp import fully_shard
+
+        for block in model.layers:
+            fully_shard(block)
+        wrapped = fully_shard(model)
+    elif place.world > 1:
+        # Buffers are the same on all ranks by construction: the load that moves expert biases is summed first.
+        wrapped = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    forward = torch.compile(wrapped) if compiled else wrapped
+    optimizer = make_optimizer(model, flags)
+    average = {name: p.detach().clone() for name, p in model.named_parameters()} if flags.ema else {}
+    streak = torch.zeros(2, dtype=torch.int64, device=place.device)
+    step, position = 0, data.Position()
+    if found:
+        step, position = restore(found[-1], model, optimizer, average, streak, flags, flags.fsdp)
+        if place.rank == 0:
+            print(f"resuming from {found[-1]}", flush=True)
+    elif flags.resume and place.rank == 0:
+        print(f"--resume: {folder} holds no checkpoint, so this is the beginning", flush=True)
+    log = Log(folder, place.rank, step if found else None)
+    if not found:
+        log.write(**describe(flags, place))
+    stop = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, _: stop.append(n))
+    batches = iter(
+        data.loader(order, position, place.rank, place.world, flags.accumulate, flags.workers, flags.on_corrupt)
+    )
+    recent = deque(maxlen=10)
+    bar = tqdm(total=flags.steps, initial=step, unit="step", disable=place.rank > 0, mininterval=1.0)
+    tokens, seconds, waited, mark = 0, 0.0, 0.0, time.perf_counter()
+    trained_tokens, trained_seconds = 0, 0.0
+    while step < flags.steps:
+        packs = []
+        for _ in range(flags.accumulate):
+            asked = time.perf_counter()
+            batch, position = next(batches)
+            waited += time.perf_counter() - asked
+            groups = (
+                block_mask(batch.starts, batch.n_tokens, place.device)
+                if compiled and place.device.type == "cuda"
+                else None
+            )
+            recent.append(batch.ids.tolist())
+            tokens += int(batch.starts[-1])
+            packs.append((batch.to(place.device), groups))
+        measured, load = gradients(wrapped, packs, spaces, flags, place, forward)
+        norm = update(model, optimizer, average, measured, load, streak, step, flags)
+        step += 1
+        bar.update()
+        if step % flags.log_every == 0 or step == flags.steps:
+            values = {
+                name: float(v) for name, v in measured.items()
+            }  # the one place where the host waits for the device
+            now = time.perf_counter()
+            seconds, mark = now - mark, now
+            relative = load / load.mean(1, keepdim=True) if load.numel() else torch.ones(1, 1)
+            steps_since = (step - 1) % flags.log_every + 1
+            log.write(
+                step=step,
+                **values,
+                lr=learning_rate(step - 1, flags),
+                grad_norm=float(norm),
+                epoch=position.epoch,
+                step_ms=1e3 * seconds / steps_since,
+                tokens_per_s=tokens * place.world / seconds,
+                data_wait_share=waited / seconds,
+                expert_load_min=float(relative.min()),
+                expert_load_max=float(relative.max()),
+                expert_load=[[round(x, 3) for x in row] for row in relative.tolist()],
+                skipped_steps=int(streak[1]),
+            )
+            bar.set_postfix(loss=f"{values['loss']:.3f}", tokens_per_s=f"{tokens * place.world / seconds:.0f}")
+            trained_tokens, trained_seconds = trained_tokens + tokens * place.world, trained_seconds + seconds
+            tokens, waited = 0, 0.0
+            if streak[0] >= 10:
+                ids = [i for pack in recent for i in pack]
+                raise ValueError(f"ten steps in a row had a loss that is not finite; they held the images {ids}")
+        if step % flags.save_every == 0 or step == flags.steps or stop:
+            state = state_of(model, optimizer, average, streak, step, position, flags, flags.fsdp)
+            if place.rank == 0:
+                save(folder, state, flags.keep)
+        if stop:
+            bar.close()
+            print(
+                f"stopped by {signal.Signals(stop[0]).name} after step {step}, which is saved: --resume goes on",
+                flush=True,
+            )
+            sys.exit(128 + stop[0])
+    bar.close()
+    if place.rank == 0 and flags.evaluate:
+        finish(flags, cache, world, model, average, spaces, place, step, trained_tokens, trained_seconds, began)
+
+
+def finish(flags, cache, world, model, average, spaces, place, step, tokens, seconds, began):
+    """Evaluate, draw the PCA sheet, write result.json and print the table."""
+    if average:
+        model.load_state_dict(average, strict=False)
+    untrained = build(flags, spaces, place.device)
+    scores = report_toy(world, cache, model, untrained) if world else report_cache(cache, model, untrained)
+    _, held = evaluate.split(cache)
+    shown = held[:: max(1, len(held) // 8)][:8]
+    if shown:
+        student = evaluate.student_features(model, cache, shown)
+        evaluate.pca_sheet(cache, shown, evaluate.teacher_features(cache, shown), student).save(
+            Path(flags.out) / "pca.png"
+        )
+    result = {"seconds": time.perf_counter() - began, "steps": step, "tokens": tokens}
+    result |= {"tokens_per_s": tokens / max(seconds, 1e-9)} | scores
+    (Path(flags.out) / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    if scores:
+        print_table(scores)
+    print(
+        f"{result['seconds']:.0f} s in all, {result['tokens_per_s']:.0f} tokens/s in training; see {flags.out}",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"train.py: {error}")
