@@ -2,7 +2,7 @@
 
 It is what `python train.py` uses when given no data: written as image files with captions and masks, and cached through
 the same code as photos. A concept is a colour and a texture (48 of them, Zipf-distributed); a scene shows one large object
-and up to two small ones of other concepts over a noisy background. Shapes are named in captions too and are much harder
+and, every second time, a small one of another concept over a noisy background. Shapes are named in captions too and are much harder
 to see: that attribute is left for you to improve.
 
 The oracles compute features from the scene, not from pixels, so their scores are a ceiling: `TextOracle` is aligned with
@@ -35,7 +35,7 @@ COLOURS = {
 TEXTURES = ("plain", "striped", "banded", "checked", "dotted", "ringed", "speckled", "slanted")
 SHAPES = ("disc", "square", "triangle", "ring", "cross", "heart")
 CLASSES = [f"{colour} {texture}" for texture in TEXTURES for colour in COLOURS]
-ZIPF = 1.0  # concept of rank r is drawn in proportion to r^-ZIPF
+ZIPF = 0.8  # concept of rank r is drawn in proportion to r^-ZIPF
 SAMPLES = 4  # on a side of a patch: how finely the oracles see coverage
 
 
@@ -164,7 +164,7 @@ class World:
             period, phase = random.uniform(8, 12) / side, random.uniform(0, 2 * math.pi)
             return Thing(int(concept), int(shape), float(x), float(y), radius, turn, period, phase)
 
-        things = (thing(0.3, 0.46), *(thing(0.1, 0.16) for _ in range(random.integers(3))))
+        things = (thing(0.32, 0.46), *(thing(0.16, 0.22) for _ in range(random.integers(2))))
         tint = tuple(random.uniform(0.45, 0.95, 3).tolist())
         return Scene(int(height), int(width), things, tint, random.uniform(0.05, 0.25))
 

@@ -84,16 +84,14 @@ def attend(q_THd, k_THd, v_THd, groups, sinks_H=None):
         if sinks_H is not None:
             out = out * torch.sigmoid(aux.lse - sinks_H[:, None])[..., None].to(out.dtype)
         return out[0].transpose(0, 1)
+    sizes = [images * length for _, images, length in groups]  # split: its gradient is one concatenation
     outs = []
-    for start, images, length in groups:
-        q, k, v = (
-            t[start : start + images * length].view(images, length, -1, d).transpose(1, 2)
-            for t in (q_THd, k_THd, v_THd)
-        )
+    for (_, images, length), *qkv in zip(groups, *(t.split(sizes) for t in (q_THd, k_THd, v_THd)), strict=True):
+        q, k, v = (t.unflatten(0, (images, length)).transpose(1, 2) for t in qkv)
         if sinks_H is not None:
             # Queries gain a constant channel; the extra key is zero but there, where it holds the sink's score.
             key = F.pad(sinks_H.to(k.dtype)[:, None, None] * math.sqrt(d), (d, 0)).expand(images, -1, 1, -1)
             q, k, v = F.pad(q, (0, 1), value=1.0), torch.cat([F.pad(k, (0, 1)), key], dim=2), F.pad(v, (0, 1, 0, 1))
         out = F.scaled_dot_product_attention(q, k, v, scale=1 / math.sqrt(d))[..., :d]
-        outs.append(out.transpose(1, 2).reshape(images * length, -1, d))
+        outs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outs)
