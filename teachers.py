@@ -5,6 +5,7 @@ A teacher is any object with `name`, `dim`, `registers` (0 if none) that, called
     {"patch": [T, D], "summary": [M, D], "registers": [M, R, D]}      (float32; "registers" only where it has some)
 
 in its own space, with zeros in "patch" on rows that are not patches. It may offer `encode_text(list of str) -> [N, D]`.
+What the teachers below answer lies on their own device.
 The two written out here re-pack a batch into their own sequence, special tokens of their own before each image's
 patches and no padding, so every image runs at its native shape under the same attention as the student.
 
@@ -299,7 +300,9 @@ class SigLIP2(Teacher):
         """Token ids [N, L] to text features [N, D] float32, in the space of the summaries and not normalised."""
         tower = self.tower()
         vocabulary, length = len(tower.token), len(tower.position)
-        if ids_NL.shape[1] > length or (len(ids_NL) and not 0 <= ids_NL.min() <= ids_NL.max() < vocabulary):
+        if not len(ids_NL):
+            return torch.zeros(0, self.dim, device=self.patch.weight.device)
+        if ids_NL.shape[1] > length or not 0 <= ids_NL.min() <= ids_NL.max() < vocabulary:
             raise ValueError(
                 f"input_ids {list(ids_NL.shape)} do not fit the text tower of '{self.name}' ({length} tokens of "
                 f"{vocabulary} words): take the tokenizer.json that came with the weights"
@@ -396,12 +399,11 @@ class Reader:
         self.state, self.source, self.used = state, source, set()
 
     def get(self, key, *shape):
-        """The tensor at `key`, float32 and of that shape (None: any size there; no shape: any at all)."""
+        """The tensor at `key`, in float32 and of that shape, None standing for any size."""
         if key not in self.state:
-            raise ValueError(f"{self.source} lacks '{key}'" + (f" {say(shape)}" if shape else ""))
+            raise ValueError(f"{self.source} lacks '{key}' {say(shape)}: half a download, or another model's file")
         value = self.state[key]
-        fits = len(shape) == value.ndim and all(n in (None, m) for n, m in zip(shape, value.shape, strict=True))
-        if shape and not fits:
+        if len(shape) != value.ndim or any(n not in (None, m) for n, m in zip(shape, value.shape, strict=True)):
             raise ValueError(f"{self.source}: '{key}' is {say(value.shape)} and must be {say(shape)}")
         self.used.add(key)
         return value.float()
@@ -413,12 +415,9 @@ class Reader:
 
     def patch(self, key):
         """The patch embedding [D, 768] over (row, col, channel) pixels, from a convolution's or a linear layer's."""
-        value = self.get(key)
-        if value.ndim == 4:
-            value = self.get(key, None, 3, PATCH, PATCH).permute(0, 2, 3, 1).flatten(1)
-        elif value.ndim != 2 or value.shape[1] != ROW:
-            raise ValueError(f"{self.source}: '{key}' is {say(value.shape)} and must be [D, 3, 16, 16] or [D, {ROW}]")
-        return value
+        if key in self.state and self.state[key].ndim == 2:
+            return self.get(key, None, ROW)
+        return self.get(key, None, 3, PATCH, PATCH).permute(0, 2, 3, 1).flatten(1)
 
     def fill(self, module, names):
         """Give `module`, built on the meta device, its parameters: tensors of the state dict itself, not copies."""
@@ -488,18 +487,18 @@ def read_dinov3(reader, n_heads):
         layers=reader.layers(blocks),
         dim=dim,
         heads=heads_of("dinov3", dim, n_heads, reader.source),
-        hidden=len(reader.get(f"{blocks}.0.{up}.weight")),
+        hidden=len(reader.get(f"{blocks}.0.{up}.weight", None, dim)),
         eps=1e-5,
         gelu="none",
         gated=gated,
-        bias=any(key.endswith((".attn.qkv.bias", ".q_proj.bias")) for key in reader.state),
+        bias=any(key.endswith((".attn.qkv.bias", ".q_proj.bias", ".v_proj.bias")) for key in reader.state),
         key_bias=False,  # trained with the key third of the bias masked to zero
         layer_scale=True,
     )
     registers = reader.get(names["register_tokens"], 1, None, dim).shape[1]
     teacher = reader.fill(DINOv3("dinov3", sizes, registers), names)
     if (key := "rope_embed.periods") in reader.state:
-        periods_f = reader.get(key)
+        periods_f = reader.get(key, None)
         if periods_f.shape != teacher.periods.shape:
             raise ValueError(
                 f"{reader.source}: '{key}' has {len(periods_f)} periods, {sizes.heads} heads of width {dim} want "
