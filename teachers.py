@@ -170,9 +170,17 @@ class Teacher(Float32Buffers):
         self.flex = False
 
     def compile(self, **options):
-        """Compile the trunk (torch.compile's options); on CUDA it then attends with FlexAttention at a fixed length."""
+        """On CUDA, compile the trunk (torch.compile's options): FlexAttention, at a length that packs share."""
+        if not self.patch.weight.is_cuda:
+            print(f"teacher '{self.name}': eager, since off CUDA every mix of shapes would compile anew", flush=True)
+            return
         self.trunk.compile(**options)
-        self.flex = self.patch.weight.is_cuda
+        self.flex = True
+
+    def embed(self, rows_PC):
+        """Patch embeddings in the weights' dtype, also under autocast: the residual stream starts with them."""
+        dtype = self.patch.weight.dtype
+        return self.patch(rows_PC.to(dtype)).to(dtype)
 
     def layout(self, batch, special):
         """The batch's Layout, and what `attend` takes as groups."""
@@ -219,7 +227,7 @@ class DINOv3(Teacher):
         rows_PC = batch.rows.to(self.patch.weight.device)[own.batch_P]
         if rows_PC.dtype == torch.uint8:  # floats are taken as already normalised
             rows_PC = (rows_PC.float() / 255 - self.pixel[0]) / self.pixel[1]
-        x_SD = own.spread(self.patch(rows_PC.to(self.patch.weight.dtype)))
+        x_SD = own.spread(self.embed(rows_PC))
         special_MS = own.starts[:-1, None].to(x_SD.device) + torch.arange(special, device=x_SD.device)
         x_SD[special_MS] = torch.cat([self.cls_token[0], self.register_tokens[0]]).to(x_SD.dtype)
         x_SD = self.trunk(x_SD, groups, self.rotation(own)).float()
@@ -283,13 +291,14 @@ class SigLIP2(Teacher):
         """Position embeddings of the patches [P, D] float32: one GEMM over the grid, whatever the mix of shapes."""
         side = math.isqrt(len(self.position))
         y_PG, x_PG = (resize_weights(own.yx_P2[:, a], own.shape_P2[:, a], side) for a in (0, 1))
-        return (y_PG[:, :, None] * x_PG[:, None]).flatten(1) @ self.position.float()
+        with torch.autocast(y_PG.device.type, enabled=False):
+            return (y_PG[:, :, None] * x_PG[:, None]).flatten(1) @ self.position.float()
 
     @torch.no_grad()
     def forward(self, batch):
         own, groups = self.layout(batch, 0)
         rows_PC = normalise(batch.rows.to(self.patch.weight.device)[own.batch_P])
-        x_PD = self.patch(rows_PC.to(self.patch.weight.dtype))
+        x_PD = self.embed(rows_PC)
         x_SD = self.trunk(own.spread(x_PD + self.positions(own).to(x_PD.dtype)), groups)
         x_PD = x_SD[own.own_P]
         summary_MD = self.head(x_PD.to(self.patch.weight.dtype), own.image_P, batch.n_images).float()
