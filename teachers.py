@@ -1,0 +1,658 @@
+"""The teachers: DINOv3 and SigLIP 2 in plain torch, run packed like the student, and plug-in teachers.
+
+A teacher is any object with `name`, `dim`, `registers` (0 if none) that, called with a Batch, answers
+
+    {"patch": [T, D], "summary": [M, D], "registers": [M, R, D]}      (float32; "registers" only where it has some)
+
+in its own space, with zeros in "patch" on rows that are not patches. It may offer `encode_text(list of str) -> [N, D]`.
+What the teachers below answer lies on their own device.
+The two written out here re-pack a batch into their own sequence, special tokens of their own before each image's
+patches and no padding, so every image runs at its native shape under the same attention as the student.
+
+DINOv3 is arXiv 2508.10104 (github.com/facebookresearch/dinov3), SigLIP 2 is arXiv 2502.14786 (google-research/
+big_vision); both also as the transformers library stores them. The weights carry licences of their own.
+
+Shape letters: T tokens in the student's pack, P patches of all its images, S tokens in a teacher's own sequence,
+M images, R registers, D teacher width, H heads, d head width, f = d / 4 frequencies, G side of a position grid,
+N texts, L tokens of a text.
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import re
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from amoe import PATCH, ROW, Float32Buffers, MapPool, normalise, read_state
+from kernels.attention import attend, block_mask, runs
+
+# Heads cannot be read off shapes. These are the published widths: DINOv3 S and S+, B, L, H+, 7B; SigLIP 2 B, L, So, g.
+HEADS = {
+    "dinov3": {384: 6, 768: 12, 1024: 16, 1280: 20, 4096: 32},
+    "siglip2": {768: 12, 1024: 16, 1152: 16, 1536: 16},
+}
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+ROPE_BASE = 100.0  # of every published DINOv3
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a transformer trunk. The defaults are SigLIP's; DINOv3 differs in every one of them."""
+
+    layers: int
+    dim: int
+    heads: int
+    hidden: int
+    eps: float = 1e-6
+    gelu: str = "tanh"
+    gated: bool = False  # SwiGLU
+    bias: bool = True  # of query and value: the 7B has none
+    key_bias: bool = True
+    layer_scale: bool = False
+
+
+# ---- a teacher's own sequence ----
+
+
+@dataclass
+class Layout:
+    """A batch re-packed: `special` tokens of the teacher's own and then its patches, image after image.
+
+    Everything per patch is computed from `shapes` for this batch; nothing is cached under a key that lacks the shape.
+    """
+
+    image_P: torch.Tensor  # int64
+    yx_P2: torch.Tensor  # float32, row and column of a patch
+    shape_P2: torch.Tensor  # float32, (h, w) in patches of the image it belongs to
+    batch_P: torch.Tensor  # int64, where it stands in the batch
+    own_P: torch.Tensor  # int64, where it stands in the teacher's sequence
+    starts: torch.Tensor  # [M + 1] int64, in the teacher's sequence, on the host
+    length: int  # S
+
+    @classmethod
+    def of(cls, batch, special, device, length=0):
+        """`length`: pad the teacher's sequence to at least this, for compiled code that wants one shape."""
+        shape_M2, end_M = batch.shapes.cpu().long(), batch.starts[1:].cpu().long()
+        patches_M = shape_M2.prod(1)
+        image_P = torch.repeat_interleave(patches_M)
+        place_P = torch.arange(len(image_P)) - (patches_M.cumsum(0) - patches_M)[image_P]
+        starts = F.pad((patches_M + special).cumsum(0), (1, 0))
+        width_P = shape_M2[image_P, 1]
+        per_patch = (
+            image_P,
+            torch.stack([place_P // width_P, place_P % width_P], dim=1).float(),
+            shape_M2[image_P].float(),
+            (end_M - patches_M)[image_P] + place_P,
+            starts[image_P] + special + place_P,
+        )
+        length = max(length, int(starts[-1]))
+        return cls(*(t.to(device, non_blocking=True) for t in per_patch), starts, length)
+
+    def spread(self, x_PC):
+        """Values per patch to the teacher's sequence [S, C], zeros elsewhere."""
+        return x_PC.new_zeros(self.length, x_PC.shape[1]).index_copy(0, self.own_P, x_PC)
+
+
+# ---- the transformer both families share ----
+
+
+def rotate_half(x_SHd, cos_Sd, sin_Sd):
+    """Rotate channel i of a head with channel i + d / 2, in float32; cos and sin [S, d / 2]. Same dtype out."""
+    cos, sin = cos_Sd[:, None], sin_Sd[:, None]
+    a, b = x_SHd.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x_SHd.dtype)
+
+
+class Block(nn.Module):
+    """x += scale1 * attention(norm1(x)), x += scale2 * feed_forward(norm2(x)); the scales only in DINOv3."""
+
+    def __init__(self, sizes):
+        super().__init__()
+        D = sizes.dim
+        self.heads, self.gelu = sizes.heads, sizes.gelu
+        self.norm1, self.norm2 = (nn.LayerNorm(D, eps=sizes.eps) for _ in range(2))
+        self.query, self.value = (nn.Linear(D, D, bias=sizes.bias) for _ in range(2))
+        self.key = nn.Linear(D, D, bias=sizes.key_bias)
+        self.out = nn.Linear(D, D)
+        self.gate = nn.Linear(D, sizes.hidden) if sizes.gated else None
+        self.up, self.down = nn.Linear(D, sizes.hidden), nn.Linear(sizes.hidden, D)
+        self.scale1, self.scale2 = (nn.Parameter(torch.ones(D)) if sizes.layer_scale else None for _ in range(2))
+
+    def forward(self, x_SD, groups, rotation=None):
+        h_SD = self.norm1(x_SD)
+        q, k, v = (w(h_SD).unflatten(-1, (self.heads, -1)) for w in (self.query, self.key, self.value))
+        if rotation is not None:
+            q, k = rotate_half(q, *rotation), rotate_half(k, *rotation)
+        h_SD = self.out(attend(q, k, v, groups).flatten(1))
+        x_SD = x_SD + (h_SD if self.scale1 is None else h_SD * self.scale1)
+        h_SD = self.norm2(x_SD)
+        if self.gate is None:
+            h_SD = F.gelu(self.up(h_SD), approximate=self.gelu)
+        else:
+            h_SD = F.silu(self.gate(h_SD)) * self.up(h_SD)
+        h_SD = self.down(h_SD)
+        return x_SD + (h_SD if self.scale2 is None else h_SD * self.scale2)
+
+
+class Trunk(nn.Module):
+    """The blocks and the final norm, over tokens [S, D] in `groups` (see kernels.attention.attend)."""
+
+    def __init__(self, sizes):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(sizes) for _ in range(sizes.layers))
+        self.norm = nn.LayerNorm(sizes.dim, eps=sizes.eps)
+
+    def forward(self, x_SD, groups, rotation=None):
+        for block in self.blocks:
+            x_SD = block(x_SD, groups, rotation)
+        return self.norm(x_SD)
+
+
+class Teacher(Float32Buffers):
+    """What DINOv3 and SigLIP 2 share: sizes, and the way from a batch into their own sequence."""
+
+    registers = 0
+
+    def __init__(self, name, sizes):
+        super().__init__()
+        self.name, self.dim = name, sizes.dim
+        self.patch = nn.Linear(ROW, sizes.dim)
+        self.trunk = Trunk(sizes)
+        self.flex = False
+
+    def compile(self, **options):
+        """On CUDA, compile the trunk (torch.compile's options): FlexAttention, at a length that packs share."""
+        if not self.patch.weight.is_cuda:
+            print(f"teacher '{self.name}': eager, since off CUDA every mix of shapes would compile anew", flush=True)
+            return
+        self.trunk.compile(**options)
+        self.flex = True
+
+    def embed(self, rows_PC):
+        """Patch embeddings in the weights' dtype, also under autocast: the residual stream starts with them."""
+        dtype = self.patch.weight.dtype
+        return self.patch(rows_PC.to(dtype)).to(dtype)
+
+    def layout(self, batch, special):
+        """The batch's Layout, and what `attend` takes as groups."""
+        device = self.patch.weight.device
+        own = Layout.of(batch, special, device, batch.n_tokens if self.flex else 0)
+        return own, block_mask(own.starts, own.length, device) if self.flex else runs(own.starts, own.length)
+
+    def answer(self, batch, own, x_PD):
+        """Patch features on the rows of the batch, [T, D] float32, zeros elsewhere."""
+        return x_PD.new_zeros(batch.n_tokens, self.dim).index_copy(0, own.batch_P, x_PD)
+
+
+# ---- DINOv3 ----
+
+
+class DINOv3(Teacher):
+    """`registers` is read off the checkpoint. The summary is CLS; all outputs are after the final norm."""
+
+    def __init__(self, name, sizes, registers):
+        super().__init__(name, sizes)
+        self.registers = registers
+        self.cls_token = nn.Parameter(torch.empty(1, 1, sizes.dim))
+        self.register_tokens = nn.Parameter(torch.empty(1, registers, sizes.dim))
+        quarter = sizes.dim // sizes.heads // 4
+        periods_f = ROPE_BASE ** (torch.arange(quarter, device="cpu") / quarter)
+        # Not persistent: buffers that are no checkpoint's, on a real device where the rest is built on `meta`.
+        self.register_buffer("periods", periods_f, persistent=False)
+        pixel = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device="cpu").repeat(1, PATCH * PATCH)
+        self.register_buffer("pixel", pixel, persistent=False)
+
+    def rotation(self, own):
+        """cos and sin [S, d / 2] of 2 pi c / period, c = 2 (i + .5) / n - 1: f for the row, then f for the column.
+
+        Special tokens have angle 0: CLS and registers do not rotate.
+        """
+        c_P2 = 2 * (own.yx_P2 + 0.5) / own.shape_P2 - 1
+        angle_S = own.spread((2 * math.pi * c_P2[:, :, None] / self.periods).flatten(1))
+        return angle_S.cos(), angle_S.sin()
+
+    @torch.no_grad()  # not inference_mode: a training step could not use the targets
+    def forward(self, batch):
+        special = 1 + self.registers
+        own, groups = self.layout(batch, special)
+        rows_PC = batch.rows.to(self.patch.weight.device)[own.batch_P]
+        if rows_PC.dtype == torch.uint8:  # floats are taken as already normalised
+            rows_PC = (rows_PC.float() / 255 - self.pixel[0]) / self.pixel[1]
+        x_SD = own.spread(self.embed(rows_PC))
+        special_MS = own.starts[:-1, None].to(x_SD.device) + torch.arange(special, device=x_SD.device)
+        x_SD[special_MS] = torch.cat([self.cls_token[0], self.register_tokens[0]]).to(x_SD.dtype)
+        x_SD = self.trunk(x_SD, groups, self.rotation(own)).float()
+        tokens_MSD = x_SD[special_MS]
+        out = {"patch": self.answer(batch, own, x_SD[own.own_P]), "summary": tokens_MSD[:, 0]}
+        return out | ({"registers": tokens_MSD[:, 1:]} if self.registers else {})
+
+
+# ---- SigLIP 2 ----
+
+
+def resize_weights(place_P, n_P, grid):
+    """How much each of `grid` samples counts for sample `place` of n in an antialiased bilinear resize, [P, grid].
+
+    A triangle, widened to one output sample when shrinking, over half-pixel centres: row by row what F.interpolate
+    computes with antialias=True, align_corners=False.
+    """
+    reach_P = (grid / n_P).clamp(min=1)
+    centre_P = (place_P + 0.5) * grid / n_P
+    distance_PG = (torch.arange(grid, device=place_P.device) + 0.5 - centre_P[:, None]).abs()
+    weight_PG = (1 - distance_PG / reach_P[:, None]).clamp(min=0)
+    return weight_PG / weight_PG.sum(1, keepdim=True)
+
+
+class Text(nn.Module):
+    """SigLIP 2's text tower: every token sees every other, padding too; the last position answers."""
+
+    def __init__(self, sizes, dim, vocabulary, length):
+        super().__init__()
+        self.token = nn.Parameter(torch.empty(vocabulary, sizes.dim))
+        self.position = nn.Parameter(torch.empty(length, sizes.dim))
+        self.trunk = Trunk(sizes)
+        self.head = nn.Linear(sizes.dim, dim)
+
+    def forward(self, ids_NL):
+        N, L = ids_NL.shape
+        x_SD = (self.token[ids_NL] + self.position[:L]).flatten(0, 1)
+        x_SD = self.trunk(x_SD, [(0, N, L)])  # N images of L tokens each, to the attention
+        return self.head(x_SD.unflatten(0, (N, L))[:, -1]).float()
+
+
+class SigLIP2(Teacher):
+    """NaFlex and fixed-resolution vision towers: the position grid is resized to each image's (h, w).
+
+    At a fixed-resolution checkpoint's own shape that resize is the identity. `pool`, `pool_heads` and `pool_eps` hold
+    the frozen MAP head, in amoe.MapPool's key names, for a cache to keep. `tokenizer` is the path of tokenizer.json.
+    """
+
+    def __init__(self, name, sizes, positions, pool_hidden):
+        super().__init__(name, sizes)
+        self.position = nn.Parameter(torch.empty(positions, sizes.dim))
+        self.head = MapPool(sizes.dim, pool_hidden, sizes.heads, sizes.eps)
+        self.pool_heads, self.pool_eps = sizes.heads, sizes.eps
+        self.text_tower, self.tokenizer = None, None
+
+    @property
+    def pool(self):
+        return self.head.state_dict()
+
+    def positions(self, own):
+        """Position embeddings of the patches [P, D] float32: one GEMM over the grid, whatever the mix of shapes."""
+        side = math.isqrt(len(self.position))
+        y_PG, x_PG = (resize_weights(own.yx_P2[:, a], own.shape_P2[:, a], side) for a in (0, 1))
+        with torch.autocast(y_PG.device.type, enabled=False):
+            return (y_PG[:, :, None] * x_PG[:, None]).flatten(1) @ self.position.float()
+
+    @torch.no_grad()
+    def forward(self, batch):
+        own, groups = self.layout(batch, 0)
+        rows_PC = normalise(batch.rows.to(self.patch.weight.device)[own.batch_P])
+        x_PD = self.embed(rows_PC)
+        x_SD = self.trunk(own.spread(x_PD + self.positions(own).to(x_PD.dtype)), groups)
+        x_PD = x_SD[own.own_P]
+        summary_MD = self.head(x_PD.to(self.patch.weight.dtype), own.image_P, batch.n_images).float()
+        return {"patch": self.answer(batch, own, x_PD.float()), "summary": summary_MD}
+
+    @torch.no_grad()
+    def text(self, ids_NL):
+        """Token ids [N, L] to text features [N, D] float32, in the space of the summaries and not normalised."""
+        tower = self.tower()
+        vocabulary, length = len(tower.token), len(tower.position)
+        if not len(ids_NL):
+            return torch.zeros(0, self.dim, device=self.patch.weight.device)
+        if ids_NL.shape[1] > length or not 0 <= ids_NL.min() <= ids_NL.max() < vocabulary:
+            raise ValueError(
+                f"input_ids {list(ids_NL.shape)} do not fit the text tower of '{self.name}' ({length} tokens of "
+                f"{vocabulary} words): take the tokenizer.json that came with the weights"
+            )
+        return tower(ids_NL.long().to(self.patch.weight.device))
+
+    def encode_text(self, texts):
+        """Strings to text features [N, D] float32; lower-cased, cut and padded to the tower's length (64 tokens).
+
+        Reads `tokenizer`, the tokenizer.json beside the weights. ValueError where that file, the optional package
+        `tokenizers` or the text tower is missing.
+        """
+        length = len(self.tower().position)
+        try:
+            from tokenizers import Tokenizer
+        except ImportError as error:
+            raise ValueError("encode_text needs the optional package: pip install tokenizers") from error
+        if self.tokenizer is None or not Path(self.tokenizer).is_file():
+            raise ValueError(
+                f"teacher '{self.name}' has no tokenizer at {self.tokenizer}: put the tokenizer.json that came with "
+                "the weights beside them, or set teacher.tokenizer to its path"
+            )
+        try:
+            tokenizer = Tokenizer.from_file(str(self.tokenizer))
+        except Exception as error:  # the reader raises bare Exceptions that name no file
+            raise ValueError(f"{self.tokenizer} is no tokenizer.json: {str(error).splitlines()[0]}") from error
+        tokenizer.enable_truncation(length)
+        tokenizer.enable_padding(length=length, pad_id=tokenizer.token_to_id("<pad>") or 0, pad_token="<pad>")
+        ids_NL = [encoding.ids for encoding in tokenizer.encode_batch([text.lower() for text in texts])]
+        ids_NL = torch.tensor(ids_NL, dtype=torch.long).view(-1, length)
+        return torch.cat([self.text(part) for part in ids_NL.split(256)])  # 16k tokens at a time
+
+    def tower(self):
+        if self.text_tower is None:
+            raise ValueError(f"teacher '{self.name}' has no text tower: load a checkpoint with text_model.* keys")
+        return self.text_tower
+
+
+# ---- checkpoints ----
+
+# Where a parameter of ours stands in a file: each dotted part of its name is replaced. In DINOv3's own files query, key
+# and value are the thirds of one `qkv`, and the feed-forward is fc1, fc2, or for SwiGLU w1 (gate), w2, w3.
+NAMES = {
+    "official": {
+        "trunk": "", "patch": "patch_embed.proj", "register_tokens": "storage_tokens",
+        "query": "attn.qkv", "key": "attn.qkv", "value": "attn.qkv", "out": "attn.proj",
+        "scale1": "ls1.gamma", "scale2": "ls2.gamma", "up": "mlp.fc1", "down": "mlp.fc2",
+    },
+    "huggingface": {
+        "trunk": "", "patch": "embeddings.patch_embeddings", "cls_token": "embeddings.cls_token",
+        "register_tokens": "embeddings.register_tokens", "blocks": "layer",
+        "query": "attention.q_proj", "key": "attention.k_proj", "value": "attention.v_proj", "out": "attention.o_proj",
+        "scale1": "layer_scale1.lambda1", "scale2": "layer_scale2.lambda1",
+        "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
+    },
+    "vision": {
+        "trunk": "vision_model", "patch": "vision_model.embeddings.patch_embedding",
+        "position": "vision_model.embeddings.position_embedding.weight", "head": "vision_model.head",
+        "blocks": "encoder.layers", "norm": "post_layernorm", "norm1": "layer_norm1", "norm2": "layer_norm2",
+        "query": "self_attn.q_proj", "key": "self_attn.k_proj", "value": "self_attn.v_proj",
+        "out": "self_attn.out_proj", "up": "mlp.fc1", "down": "mlp.fc2",
+    },
+}  # fmt: skip
+NAMES["swiglu"] = NAMES["official"] | {"gate": "mlp.w1", "up": "mlp.w2", "down": "mlp.w3"}
+NAMES["text"] = NAMES["vision"] | {
+    "trunk": "text_model",
+    "token": "text_model.embeddings.token_embedding.weight",
+    "position": "text_model.embeddings.position_embedding.weight",
+    "head": "text_model.head",
+    "norm": "final_layer_norm",
+}
+# What a checkpoint may hold that running it does not use: the mask token of training; the mask that zeroes the key
+# third of qkv.bias, which is never read here; the norm of DINOv3's local crops (7B and satellite files); SigLIP's
+# temperature and bias, which a ranking by cosine does not need; index buffers.
+UNUSED = re.compile(
+    r"(embeddings\.)?mask_token|.*\.bias_mask|local_cls_norm\..*|logit_scale|logit_bias|.*\.position_ids"
+)
+PREFIXES = {"dinov3": ("blocks.", "layer."), "siglip2": ("vision_model.",)}  # how the keys of a kind begin
+
+
+def kind_of(state):
+    """Which kind of checkpoint it is, by how the keys begin; None where neither."""
+    return next((kind for kind, start in PREFIXES.items() if any(key.startswith(start) for key in state)), None)
+
+
+def file_key(name, names):
+    return ".".join(filter(None, (names.get(part, part) for part in name.split("."))))
+
+
+class Reader:
+    """A state dict that is read key by key and must be used up; every error names the file, the key and the shape."""
+
+    def __init__(self, state, source):
+        self.state, self.source, self.used = state, source, set()
+
+    def get(self, key, *shape):
+        """The tensor at `key`, in float32 and of that shape, None standing for any size."""
+        if key not in self.state:
+            raise ValueError(f"{self.source} lacks '{key}' {say(shape)}: half a download, or another model's file")
+        value = self.state[key]
+        if len(shape) != value.ndim or any(n not in (None, m) for n, m in zip(shape, value.shape, strict=True)):
+            raise ValueError(f"{self.source}: '{key}' is {say(value.shape)} and must be {say(shape)}")
+        self.used.add(key)
+        return value.float()
+
+    def layers(self, prefix):
+        """How many blocks there are under `prefix`."""
+        found = [re.match(re.escape(prefix) + r"\.(\d+)\.", key) for key in self.state]
+        return 1 + max((int(match[1]) for match in found if match), default=-1)
+
+    def patch(self, key):
+        """The patch embedding [D, 768] over (row, col, channel) pixels, from a convolution's or a linear layer's."""
+        if key in self.state and self.state[key].ndim == 2:
+            return self.get(key, None, ROW)
+        return self.get(key, None, 3, PATCH, PATCH).permute(0, 2, 3, 1).flatten(1)
+
+    def fill(self, module, names):
+        """Give `module`, built on the meta device, its parameters: tensors of the state dict itself, not copies."""
+        own = {}
+        for name, wanted in module.state_dict().items():
+            key = file_key(name, names)
+            if name == "patch.weight":
+                own[name] = self.patch(key)
+            elif ".attn.qkv." in key:
+                third = ("query", "key", "value").index(name.split(".")[-2])
+                own[name] = self.get(key, 3 * wanted.shape[0], *wanted.shape[1:]).chunk(3)[third]
+            else:
+                own[name] = self.get(key, *wanted.shape)
+        module.load_state_dict(own, assign=True)
+        return module
+
+    def finish(self, kind):
+        extra = [key for key in self.state if key not in self.used and not UNUSED.fullmatch(key)]
+        if extra:
+            more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+            raise ValueError(f"{self.source} has a key that no {kind} of these sizes has: '{extra[0]}'{more}")
+
+
+def say(shape):
+    return "[" + ", ".join("*" if n is None else str(n) for n in shape) + "]"
+
+
+def heads_of(kind, dim, n_heads, source):
+    """The given number of heads, or the published one for the width."""
+    heads = n_heads or HEADS[kind].get(dim)
+    if heads is None:
+        known = ", ".join(map(str, HEADS[kind]))
+        raise ValueError(
+            f"{source}: a {kind} of width {dim} is none of the published ({known}): give load_state n_heads"
+        )
+    if dim % heads or (kind == "dinov3" and dim // heads % 4):
+        raise ValueError(f"{source}: n_heads = {heads} does not divide the width {dim} into heads that fit a {kind}")
+    return heads
+
+
+def load_state(kind, state_dict, n_heads=None, source="the state dict"):
+    """A frozen teacher from a checkpoint's state dict, in float32; every size but the number of heads is read off it.
+
+    kind: "dinov3" (the .pth keys of its repository or the transformers library's; MLP or SwiGLU) or "siglip2" (the
+    transformers library's keys; NaFlex or fixed resolution, with or without the text tower). n_heads: by default that
+    of the published models of the same width. The teacher shares the state dict's memory where it is float32.
+    ValueError names `source` and the key that is missing, left over or misshapen.
+    """
+    if kind not in PREFIXES:
+        raise ValueError(f"no teacher is called '{kind}': the kinds are {', '.join(PREFIXES)}")
+    if kind_of(state_dict) not in (kind, None):
+        raise ValueError(f"{source} is a {kind_of(state_dict)} checkpoint and was given as {kind}")
+    reader = Reader(state_dict, source)
+    with torch.device("meta"):
+        teacher = (read_dinov3 if kind == "dinov3" else read_siglip2)(reader, n_heads)
+    reader.finish(kind)
+    return teacher.eval().requires_grad_(False)
+
+
+def read_dinov3(reader, n_heads):
+    hugging = any(key.startswith(("layer.", "embeddings.")) for key in reader.state)
+    gated = any(".mlp.w1." in key or ".mlp.gate_proj." in key for key in reader.state)
+    names = NAMES["huggingface" if hugging else "swiglu" if gated else "official"]
+    blocks, up = names.get("blocks", "blocks"), names["up"]
+    dim = len(reader.patch(names["patch"] + ".weight"))
+    sizes = Sizes(
+        layers=reader.layers(blocks),
+        dim=dim,
+        heads=heads_of("dinov3", dim, n_heads, reader.source),
+        hidden=len(reader.get(f"{blocks}.0.{up}.weight", None, dim)),
+        eps=1e-5,
+        gelu="none",
+        gated=gated,
+        bias=any(key.endswith((".attn.qkv.bias", ".q_proj.bias", ".v_proj.bias")) for key in reader.state),
+        key_bias=False,  # trained with the key third of the bias masked to zero
+        layer_scale=True,
+    )
+    registers = reader.get(names["register_tokens"], 1, None, dim).shape[1]
+    teacher = reader.fill(DINOv3("dinov3", sizes, registers), names)
+    if (key := "rope_embed.periods") in reader.state:
+        periods_f = reader.get(key, None)
+        if periods_f.shape != teacher.periods.shape:
+            raise ValueError(
+                f"{reader.source}: '{key}' has {len(periods_f)} periods, {sizes.heads} heads of width {dim} want "
+                f"{len(teacher.periods)}: give load_state n_heads={dim // (4 * len(periods_f))}"
+            )
+        if not torch.allclose(periods_f, teacher.periods, rtol=0.01):  # bfloat16 rounds by 0.4%
+            print(f"{reader.source}: '{key}' is not of base {ROPE_BASE:g}, which runs instead", flush=True)
+    return teacher
+
+
+def read_siglip2(reader, n_heads):
+    def sizes(tower, dim):
+        blocks = f"{tower}_model.encoder.layers"
+        hidden = len(reader.get(f"{blocks}.0.mlp.fc1.weight", None, dim))
+        return Sizes(reader.layers(blocks), dim, heads_of("siglip2", dim, n_heads, reader.source), hidden)
+
+    names = NAMES["vision"]
+    dim = len(reader.patch(names["patch"] + ".weight"))
+    positions = len(reader.get(names["position"], None, dim))
+    if math.isqrt(positions) ** 2 != positions:
+        raise ValueError(f"{reader.source}: '{names['position']}' has {positions} rows, which make no square grid")
+    pool_hidden = len(reader.get("vision_model.head.mlp.fc1.weight", None, dim))
+    teacher = reader.fill(SigLIP2("siglip2", sizes("vision", dim), positions, pool_hidden), names)
+    if any(key.startswith("text_model.") for key in reader.state):
+        vocabulary, width = reader.get(NAMES["text"]["token"], None, None).shape
+        length = len(reader.get(NAMES["text"]["position"], None, width))
+        teacher.text_tower = reader.fill(Text(sizes("text", width), dim, vocabulary, length), NAMES["text"])
+    return teacher
+
+
+def load(spec, device="cpu"):
+    """A teacher from NAME=FILE (.safetensors or .pth, DINOv3 or SigLIP 2 by its keys) or NAME=FILE.py:FACTORY.
+
+    A plug-in's factory is called with the device; what it returns needs `name`, `dim` and `registers`, and is called
+    NAME from then on. tokenizer.json is looked for beside a file of weights. Every error is a ValueError of one line.
+    """
+    name, _, where = spec.partition("=")
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or not where or name == "amoe":
+        raise ValueError(
+            f"'{spec}' is no teacher: write NAME=FILE.safetensors, NAME=FILE.pth or NAME=FILE.py:FACTORY, NAME in "
+            "letters, digits, _ and - and not 'amoe', which is the student"
+        )
+    if match := re.fullmatch(r"(.*\.py)(?::(\w*))?", where):
+        teacher = plug_in(match[1], match[2], device)
+    else:
+        state = read_state(where)
+        kind = kind_of(state)
+        if kind is None:
+            starts = ", ".join(start for group in PREFIXES.values() for start in group)
+            raise ValueError(f"{where} is no DINOv3 and no SigLIP 2: none of its keys begins with one of {starts}")
+        if name in PREFIXES and name != kind:
+            raise ValueError(f"{where} is a {kind} checkpoint and was given as {name}: write {kind}={where}")
+        teacher = load_state(kind, state, source=where).to(device)
+        if kind == "siglip2":
+            teacher.tokenizer = Path(where).with_name("tokenizer.json")
+    teacher.name = name
+    return teacher
+
+
+def plug_in(path, factory, device):
+    """What `factory(device)` of the Python file at `path` returns, checked to be a teacher."""
+    if not factory:
+        raise ValueError(f"{path} needs the name of its factory: write NAME={path}:FACTORY")
+    if not Path(path).is_file():
+        raise ValueError(f"no plug-in teacher at {path}")
+    spec = importlib.util.spec_from_file_location(f"teacher_{Path(path).stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, factory):
+            raise AttributeError(f"it has no '{factory}'")
+        teacher = getattr(module, factory)(device)
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"{path}:{factory} made no teacher: {type(error).__name__}: {reason}") from error
+    lacking = [name for name in ("name", "dim", "registers", "__call__") if not hasattr(teacher, name)]
+    if lacking:
+        raise ValueError(f"{path}:{factory} returned a {type(teacher).__name__} without '{lacking[0]}', no teacher")
+    return teacher
+
+
+# ---- packed against padded, at real sizes ----
+
+REAL = {  # ViT-L and So400m (patch 16, with its text tower), weights random
+    "dinov3": Sizes(24, 1024, 16, 4096, 1e-5, "none", key_bias=False, layer_scale=True),
+    "siglip2": Sizes(27, 1152, 16, 4304),
+}
+
+
+def random_state(kind, sizes, vocabulary=256_000):
+    """A state dict of normal weights under the transformers library's keys."""
+    with torch.device("meta"):
+        if kind == "dinov3":
+            parts = [(DINOv3(kind, sizes, 4), NAMES["huggingface"])]
+        else:
+            vision, text = SigLIP2(kind, sizes, 256, sizes.hidden), Text(sizes, sizes.dim, vocabulary, 64)
+            parts = [(vision, NAMES["vision"]), (text, NAMES["text"])]
+    return {
+        file_key(name, names): torch.empty(tensor.shape).normal_(std=0.02)
+        for module, names in parts
+        for name, tensor in module.state_dict().items()
+    }
+
+
+def bench(kind, device, repeats):
+    """Tokens/s of one mixed-resolution set, packed and then padded to its largest image; one JSON line."""
+    from data import pack
+
+    shapes = [(16, 16), (8, 12), (6, 6), (4, 8), (10, 10), (5, 5)]
+    rows = [torch.randint(0, 256, (h * w, ROW), dtype=torch.uint8) for h, w in shapes]
+    tokens, largest = sum(map(len, rows)), max(map(len, rows))
+    teacher = load_state(kind, random_state(kind, REAL[kind])).to(device)
+    packed = pack(rows, shapes).to(device)
+    # Equal lengths are one dense batch to the attention, and no mask is charged for: the padded side at its best.
+    padded = pack([F.pad(r, (0, 0, 0, largest - len(r))) for r in rows], [(largest, 1)] * len(rows)).to(device)
+
+    def seconds(call):
+        taken = []
+        for _ in range(repeats + 1):  # the first warms up
+            start = time.perf_counter()
+            float(call().sum())  # the sum waits for a GPU
+            taken.append(time.perf_counter() - start)
+        return sorted(taken[1:])[repeats // 2]
+
+    line = {"teacher": kind, "parameters_m": round(sum(p.numel() for p in teacher.parameters()) / 1e6, 1)}
+    line |= {"device": str(device), "threads": torch.get_num_threads(), "repeats": repeats}
+    line |= {"images": len(rows), "patches": tokens, "padded_patches": largest * len(rows)}
+    with torch.autocast("cuda", torch.bfloat16, enabled=torch.device(device).type == "cuda"):
+        packed_s, padded_s = (seconds(lambda b=b: teacher(b)["patch"]) for b in (packed, padded))
+        line["packed_tokens_per_s"], line["padded_tokens_per_s"] = (round(tokens / t, 1) for t in (packed_s, padded_s))
+        line["packed_over_padded"] = round(padded_s / packed_s, 2)
+        if kind == "siglip2":
+            ids_NL = torch.randint(0, 256_000, (8, 64), device=device)
+            line["texts_per_s"] = round(8 / seconds(lambda: teacher.text(ids_NL)), 2)
+    line["peak_host_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+    print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description="Packed and padded throughput of real-size teachers", allow_abbrev=False
+    )
+    parser.add_argument("--bench", choices=[*REAL, "all"], nargs="?", const="all", required=True, help="which teacher")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--repeats", type=int, default=3, help="timed calls, of which the median counts")
+    flags = parser.parse_args()
+    for kind in REAL if flags.bench == "all" else [flags.bench]:
+        bench(kind, flags.device, flags.repeats)
