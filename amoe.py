@@ -472,7 +472,7 @@ class AMoE(Float32Buffers):
 
     @torch.no_grad()
     def initialise(self):
-        """Truncated normals of 0.02 / sqrt(2 (layer + 1)); wo and w2 zero: a block starts as the identity; heads 0.01."""
+        """Normals of 0.02 / sqrt(2 (layer + 1)); wo and w2 zero, so blocks start as the identity; heads 0.01."""
         for p in (self.img_projector.weight, self.cls_token, self.storage_tokens):
             nn.init.trunc_normal_(p, std=0.02)
         for l, block in enumerate(self.layers):
@@ -534,7 +534,8 @@ class AMoE(Float32Buffers):
         already normalised) with `shapes` [(h, w)]. An answer is {"patch": {teacher: [n, C]}, "summary": {teacher: [C]}}
         with the trunk's own features as a further teacher, "amoe". Images are packed `n_tokens` at a time.
         """
-        from data import pack, to_rows  # data imports this module for PHI-S
+        from data import pack  # data imports this module for PHI-S
+        from images import to_rows
 
         if shapes is None:
             pairs = [to_rows(image) for image in images]

@@ -1,4 +1,4 @@
-"""Images to token rows, packs of whole images, the feature cache, and the loader that reads it back.
+"""Packs of whole images, the feature cache, and the loader that reads it back.
 
 The cache (format 1):
 
@@ -19,17 +19,16 @@ The cache (format 1):
         meta           uint8   [bytes]         a JSON line an image: source, caption, category
         shard.json     the commit record, written last: counts, skipped images, a hash of every file of the shard
 
-Arrays are zarr3 with a crc32c on every inner chunk and no compression (features shrink by a fifth, reading costs thrice).
+Arrays are zarr3 with a crc32c on every inner chunk, uncompressed (features shrink by a fifth, reading costs thrice).
 A shard without a valid shard.json does not exist for readers; a writer that finds one begins it anew.
 
-Shape letters: T tokens of a pack, M images in it, N images, L patches of an image, C channels of a teacher, R registers.
+Shape letters: T tokens of a pack, M images in it, N images, C channels of a teacher, R registers.
 """
 
 import argparse
 import hashlib
 import json
 import sys
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -38,16 +37,13 @@ from pathlib import Path
 import numpy as np
 import tensorstore as ts
 import torch
-from PIL import Image, ImageOps
 from safetensors import torch as safetensors
 from tqdm import tqdm
 
-from amoe import PATCH, ROW, PhiS, Space, grid_positions, quantise
+from amoe import ROW, PhiS, Space, grid_positions, quantise
+from images import choose_view, find_sources, from_rows, load_image, to_rows
 
 FORMAT = 1
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
-MAX_ASPECT = 10  # at 256 tokens, 5 x 51 patches; beyond it an image says more of its frame than of the world
 CHUNK = 64  # rows behind one checksum: an image is read without decoding much of its neighbours
 
 
@@ -97,23 +93,6 @@ class Batch:
         return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})
 
 
-def to_rows(image):
-    """A uint8 image [16 h, 16 w, 3] to (rows [h * w, 768] in (row, col, channel) order inside a patch, (h, w))."""
-    H, W, channels = image.shape
-    if channels != 3 or H % PATCH or W % PATCH or not H or not W:
-        raise ValueError(
-            f"an image of shape {tuple(image.shape)} is not [16 h, 16 w, 3]; resize it with data.load_image"
-        )
-    h, w = H // PATCH, W // PATCH
-    return image.reshape(h, PATCH, w, PATCH, 3).transpose(1, 2).reshape(h * w, ROW), (h, w)
-
-
-def from_rows(rows, shape):
-    """The inverse of to_rows: [h * w, 768] and (h, w) to [16 h, 16 w, 3]."""
-    h, w = shape
-    return rows.reshape(h, w, PATCH, PATCH, 3).transpose(1, 2).reshape(h * PATCH, w * PATCH, 3)
-
-
 def pack(rows, shapes, n_tokens=None, registers=4, ids=None):
     """Concatenate images into one Batch of exactly n_tokens (by default just what they need).
 
@@ -148,152 +127,11 @@ def pack(rows, shapes, n_tokens=None, registers=4, ids=None):
     )
 
 
-# ---- images ----
-
-
-def grid(height, width, min_tokens, max_tokens):
-    """Patches (h, w) for an image of height x width pixels: native resolution, shrunk or enlarged to the token budget.
-
-    The native grid is rounded to whole patches. Above max_tokens it is the largest grid of the same aspect that fits,
-    below min_tokens the smallest that reaches it.
-    """
-
-    def at(scale):
-        return max(1, round(height * scale / PATCH)), max(1, round(width * scale / PATCH))
-
-    def tokens(scale):
-        h, w = at(scale)
-        return h * w
-
-    if min_tokens <= tokens(1.0) <= max_tokens:
-        return at(1.0)
-    shrink = tokens(1.0) > max_tokens
-    low, high = (1e-6, 1.0) if shrink else (1.0, 1e6)
-    for _ in range(60):  # tokens(scale) never falls as the scale grows, so bisection finds the step's very edge
-        middle = (low * high) ** 0.5
-        if tokens(middle) <= max_tokens if shrink else tokens(middle) < min_tokens:
-            low = middle
-        else:
-            high = middle
-    return at(low if shrink else high)
-
-
-def choose_view(seed, image_id, number):
-    """The crop box (left, top, right, bottom, shares of the image) and flip of a view, fixed by its three arguments.
-
-    View 0 is the whole image. The others keep 40 to 100% of the area, change the aspect by up to 4:3, and flip every
-    second time.
-    """
-    if number == 0:
-        return (0.0, 0.0, 1.0, 1.0), False
-    random = np.random.default_rng([seed, image_id, number])
-    area, stretch = random.uniform(0.4, 1.0), np.exp(random.uniform(-1, 1) * np.log(4 / 3) / 2)
-    h, w = min(1.0, np.sqrt(area) * stretch), min(1.0, np.sqrt(area) / stretch)
-    top, left = random.uniform(0, 1 - h), random.uniform(0, 1 - w)
-    box = np.float32([left, top, left + w, top + h]).tolist()
-    return tuple(box), bool(random.integers(2))
-
-
-def load_image(file, min_tokens=1, max_tokens=256, box=(0.0, 0.0, 1.0, 1.0), flip=False, draft=False):
-    """An image file (path or binary file) as uint8 [16 h, 16 w, 3] under the token budget; ValueError says what is wrong.
-
-    JPEG, PNG, WebP; EXIF orientation applied, transparency laid over white, grey, palette, CMYK and 16-bit converted,
-    the first frame of an animation. `draft` lets the JPEG decoder skip detail far above the target size: for training
-    data, not for evaluation.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of bombs from half the size that it refuses
-            with Image.open(file, formats=("JPEG", "PNG", "WEBP")) as image:
-                return torch.from_numpy(convert(image, min_tokens, max_tokens, box, flip, draft))
-    except ValueError as error:
-        raise ValueError(str(error) or "unreadable") from error
-    except Exception as error:  # decoders raise whatever their depths raise: OSError, SyntaxError, struct.error, ...
-        raise ValueError(f"cannot be decoded: {str(error) or type(error).__name__}") from error
-
-
-def convert(image, min_tokens, max_tokens, box, flip, draft):
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"{width} x {height} pixels are more than {MAX_PIXELS:,}, a decompression bomb")
-    turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 swap the axes
-    if turned:
-        width, height = height, width
-    left, top, right, bottom = box
-    view_width, view_height = width * (right - left), height * (bottom - top)
-    if min(view_width, view_height) < PATCH:
-        raise ValueError(f"{width} x {height} pixels: smaller than a patch of {PATCH} x {PATCH}")
-    if max(view_width, view_height) > MAX_ASPECT * min(view_width, view_height):
-        raise ValueError(f"{width} x {height} pixels: an aspect beyond {MAX_ASPECT} to 1")
-    h, w = grid(view_height, view_width, min_tokens, max_tokens)
-    if draft:
-        target = (round(w * PATCH / (right - left)), round(h * PATCH / (bottom - top)))
-        image.draft("RGB", target[::-1] if turned else target)
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip at 255
-        image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    image = image.convert("RGB")
-    width, height = image.size
-    crop = (left * width, top * height, right * width, bottom * height)
-    image = image.resize((w * PATCH, h * PATCH), Image.Resampling.BICUBIC, box=crop)
-    if flip:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return np.array(image)
-
-
-@dataclass(frozen=True)
-class Source:
-    """One image to cache: its stable name, where its bytes are, and what is known of it."""
-
-    name: str
-    path: Path
-    caption: str | None = None
-    category: str | None = None
-
-    @cached_property
-    def id(self):
-        """63 bits of the name's hash: non-negative in int64, the same on every machine."""
-        return int.from_bytes(hashlib.blake2b(self.name.encode(), digest_size=8).digest(), "big") >> 1
-
-
-def find_sources(images):
-    """Sources of a folder (by suffix, in sorted order) or of a list file (a path a line, relative to the list).
-
-    Captions and categories come from the folder's captions.json, [{"file", "caption", "category"}], or from a .txt
-    beside the image.
-    """
-    root = Path(images)
-    if root.is_dir():
-        paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    elif root.is_file() and root.suffix == ".txt":
-        paths = [root.parent / line.strip() for line in root.read_text().splitlines() if line.strip()]
-        root = root.parent
-    else:
-        raise ValueError(f"--images {images} is neither a folder of images nor a .txt list of them")
-    if not paths:
-        raise ValueError(f"--images {images} holds no image: looked for {' '.join(SUFFIXES)}")
-    known = {}
-    if (root / "captions.json").is_file():
-        known = {entry["file"]: entry for entry in json.loads((root / "captions.json").read_text())}
-    sources = []
-    for path in paths:
-        name = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
-        entry = known.get(name, {})
-        beside = path.with_suffix(".txt")
-        caption = entry.get("caption") or (beside.read_text().strip() if not entry and beside.is_file() else None)
-        sources.append(Source(name, path, caption, entry.get("category")))
-    return sources
-
-
 # ---- the cache: writing ----
 
 
 class Record:
-    """A shard's commit record: {"images", "rows", "skipped", "files": {key: [bytes, hash]}}, sealed by a hash of itself."""
+    """A shard's commit record, {"images", "rows", "skipped", "files": {key: [bytes, hash]}}, sealed by its own hash."""
 
     @staticmethod
     def seal(content):
@@ -322,7 +160,7 @@ def open_store(path):
 
 
 def open_array(store, key, context=None, create=None):
-    """A zarr3 array under `key`. create: (shape, dtype) for a new one, a single shard file of CHUNK-row inner chunks."""
+    """A zarr3 array under `key`. create: (shape, dtype) of a new one, which is one file of CHUNK-row inner chunks."""
     spec = {"driver": "zarr3", "kvstore": store.spec().to_json() | {"path": f"{store.path}{key}/"}}
     if create is None:
         # A chunk that is not there is damage, never a run of zeros.
@@ -377,7 +215,11 @@ def embed_captions(teacher, captions):
     out = np.full((len(captions), teacher.dim), np.nan, np.float32)
     known = [i for i, caption in enumerate(captions) if caption]
     if known:
-        out[known] = teacher.encode_text([captions[i] for i in known]).float().cpu().numpy()
+        try:
+            out[known] = teacher.encode_text([captions[i] for i in known]).float().cpu().numpy()
+        except ValueError as error:  # SigLIP 2 without its text tower or tokenizer still has images to teach
+            print(f"captions are not embedded: {error}", file=sys.stderr, flush=True)
+            return None
     return out
 
 
@@ -385,8 +227,8 @@ def embed_captions(teacher, captions):
 def run_teachers(teachers, decoded, device, n_tokens=16384):
     """Teachers' features of decoded images [(rows, shape, id)], packed n_tokens at a time.
 
-    Yields (slice of the images, Batch, {teacher: its answer}). ValueError where a teacher's answer has not the shapes it
-    announced, or is not finite.
+    Yields (slice of the images, Batch, {teacher: its answer}). ValueError where an answer has not the shapes that the
+    teacher announced, or is not finite.
     """
     first = 0
     while first < len(decoded):
@@ -417,7 +259,7 @@ def run_teachers(teachers, decoded, device, n_tokens=16384):
 
 
 def fit_spaces(teachers, decoded, device):
-    """A Space a teacher from a calibration sample: PHI-S by the moments of its patches, spreads of summary and registers."""
+    """A Space for every teacher, from a calibration sample: PHI-S by the moments of its patches, and spreads."""
     moments = {t.name: [0, 0.0, 0.0] for t in teachers}
     summaries, registers = {t.name: [] for t in teachers}, {t.name: [] for t in teachers}
     for _, batch, answers in run_teachers(teachers, decoded, device):
@@ -501,8 +343,8 @@ def cache(
 ):
     """Decode images, run the teachers, write the cache `out`; what is committed already is kept, so a rerun continues.
 
-    images: a folder, a list file, or a list of Source. teachers: objects as DESIGN's plug-ins: name, dim, registers, called
-    with a Batch. shard_range (i, n): write every n-th shard from the i-th, so that n writers share the work without a word.
+    images: a folder, a list file, or a list of Source. teachers: objects with name, dim and registers, called with a
+    Batch. shard_range (i, n): write every n-th shard from the i-th, so that n writers share the work without a word.
     ValueError for an existing cache of other contents, for unreadable images beyond the share max_skipped, and for
     teachers whose answers do not fit.
     """
@@ -570,7 +412,7 @@ def cache(
             if skipped > max_skipped * len(sources):
                 write_skipped(store)
                 raise ValueError(
-                    f"{skipped} of {len(sources)} images cannot be used, more than --max-skipped {max_skipped:g} of them; "
+                    f"{skipped} of {len(sources)} images are unusable, more than --max-skipped {max_skipped:g} allows; "
                     f"{out}/skipped.jsonl says which and why"
                 )
         bar.close()
@@ -702,7 +544,7 @@ class Shard:
 
 
 class Cache:
-    """A feature cache opened for reading: `spaces` (what the student must know of the teachers) and committed `shards`."""
+    """A feature cache opened for reading: the teachers' `spaces` and the committed `shards`."""
 
     def __init__(self, path):
         self.path = path
@@ -759,7 +601,7 @@ def read_images(cache, entries, names):
 
 
 def read_pack(cache, entries, n_tokens=None, targets=True, registers=4):
-    """A Batch of the given images [(shard number, index)], with the teachers' features as targets unless told otherwise.
+    """A Batch of the given images [(shard number, index)], with the teachers' features as its targets.
 
     n_tokens: the pack's length, by default just what the images need. registers: the student's.
     """
@@ -792,7 +634,7 @@ def as_tensor(array):
 
 
 def verify(cache):
-    """Check every file of every committed shard against its commit record, and the cache's own files. A list of complaints."""
+    """Every file of every shard against its commit record: a list of complaints, which name shard and array."""
     complaints = []
     expected = -(-cache.about["sources"] // cache.about["shard_images"])
     for number in range(expected):
@@ -843,7 +685,7 @@ class Order:
         for each epoch: permute the shards; for each window of them: shuffle its images after those carried over,
             first-fit them into packs of n_tokens; the newest few packs under 97% full are carried into the next window
 
-    Nothing but Position is needed to go on from any pack: a window is planned anew from the seed and its carried images.
+    Position is all it takes to go on from any pack: a window is planned anew from the seed and its carried images.
     """
 
     def __init__(self, cache, n_tokens, seed=0, subset=None, registers=4):
@@ -966,16 +808,40 @@ class Endless(torch.utils.data.Sampler):
 # ---- command line ----
 
 
+def load_teachers(specs, images, device):
+    """Teachers from NAME=SPEC.
+
+    A plug-in file may define `text_table()`, [N, C]: the embeddings of the images' captions.json, in its order, for
+    the teacher of its factory `text_aligned`, which then need not embed text itself.
+    """
+    from teachers import load  # it imports this module for its Batch
+
+    loaded = [load(spec, device) for spec in specs]
+    if len({t.name for t in loaded}) < len(loaded):
+        raise ValueError(f"two teachers of one name: {', '.join(t.name for t in loaded)}")
+    captions = Path(images) / "captions.json"
+    for spec, teacher in zip(specs, loaded, strict=True):
+        table = getattr(sys.modules[type(teacher).__module__], "text_table", None)
+        if table and spec.endswith(":text_aligned") and captions.is_file() and not hasattr(teacher, "encode_text"):
+            entries, rows_NC = json.loads(captions.read_text()), table()
+            if len(entries) != len(rows_NC):
+                raise ValueError(
+                    f"{captions} has {len(entries)} entries and the text_table() of {spec} {len(rows_NC)} rows"
+                )
+            row = {entry["caption"]: i for i, entry in enumerate(entries)}
+            teacher.encode_text = lambda texts, row=row, rows_NC=rows_NC: rows_NC[[row[text] for text in texts]]
+    return loaded
+
+
 def info(cache):
     """A printed page: what the cache was made of, what is in it, and the signal-to-noise ratio of what is stored."""
     records = [shard.record for shard in cache.shards]
     images, rows = (sum(r[key] for r in records) for key in ("images", "rows"))
+    skipped = sum(len(r["skipped"]) for r in records)
     size = sum(n for r in records for n, _ in r["files"].values())
     total = -(-cache.about["sources"] // cache.about["shard_images"])
     print(f"{cache.path}: format {FORMAT}, {len(records)} of {total} shards, {size / 2**20:.1f} MiB")
-    print(
-        f"{images} images of {cache.about['sources']} sources, {rows} patches, {sum(len(r['skipped']) for r in records)} skipped"
-    )
+    print(f"{images} images of {cache.about['sources']} sources, {rows} patches, {skipped} skipped")
     for space in cache.spaces:
         text = f"{space.name}: {space.dim} channels, {space.registers} registers, patches as {cache.about['dtype']}"
         if cache.about["dtype"] == "int8" and rows:
@@ -1015,12 +881,10 @@ def main(argv=None):
         commands.add_parser(name, help=text, allow_abbrev=False).add_argument("cache")
     args = parser.parse_args(argv)
     if args.command == "cache":
-        from teachers import load  # teachers import this module for its Batch
-
         i, n = (int(x) for x in args.shard_range.split("/"))
         result = cache(
             args.images,
-            load_teachers(args.teacher, args.images, args.device, load),
+            load_teachers(args.teacher, args.images, args.device),
             args.out,
             min_tokens=args.min_tokens,
             max_tokens=args.max_tokens,

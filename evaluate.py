@@ -1,8 +1,8 @@
 """How good a student is: kNN, zero-shot, retrieval, linear segmentation and PCA maps on frozen features.
 
 Every measure takes plain tensors, so student and teachers are measured by the same code. Where published protocols are
-lenient this one is not: ties count against the model, no patch is dropped, void pixels count for nobody, and no epoch is
-chosen on the test set.
+lenient this one is not: ties count against the model, no patch is dropped, void pixels count for nobody, and no epoch
+is chosen on the test set.
 
 Shape letters: N images or rows, Q queries, K classes or texts, C channels, h x w patches, H x W pixels.
 """
@@ -46,7 +46,7 @@ def packs_of(cache, entries, n_tokens, registers=4):
 
 @torch.inference_mode()
 def student_features(model, cache, entries, n_tokens=4096):
-    """{head: {"summary" [N, C], "patch" [list of [n, C]]}} float32 on the CPU, in the teachers' own spaces; "amoe" is the trunk."""
+    """{head: {"summary": [N, C], "patch": list of [n, C]}}, float32 on the CPU, own spaces; "amoe" is the trunk."""
     device = model.cls_token.device
     out = {name: {"summary": [], "patch": []} for name in (*model.heads, "amoe")}
     for part in packs_of(cache, entries, n_tokens, model.config.registers):
@@ -61,7 +61,7 @@ def student_features(model, cache, entries, n_tokens=4096):
 
 
 def teacher_features(cache, entries):
-    """The same of the cached teachers, and under "text" the captions' embeddings [N, C] where the teacher embeds text."""
+    """The same of the cached teachers, with "text", the captions' embeddings [N, C], where a teacher embeds text."""
     shards = [cache.shard(number) for number in sorted({number for number, _ in entries})]
     out = {}
     for space in cache.spaces:
@@ -87,7 +87,7 @@ def teacher_features(cache, entries):
 
 
 def knn(bank_NC, labels_N, query_QC, truth_Q, k=20, temperature=0.07):
-    """Share of queries whose class wins the vote of their k nearest by cosine, each weighted by exp(s / temperature)."""
+    """Share of queries whose class wins the vote of the k nearest by cosine s, weighted by exp(s / temperature)."""
     similarity, nearest = (F.normalize(query_QC, dim=1) @ F.normalize(bank_NC, dim=1).T).topk(
         min(k, len(bank_NC)), dim=1
     )
@@ -145,7 +145,7 @@ def linear_probe(x_NC, share_NK, iterations=60, decay=1e-4):
 
 
 def mean_iou(probe, patches, shapes, masks, classes):
-    """Mean over classes of intersection over union, logits upsampled bilinearly to each mask; classes never seen are left out.
+    """Mean intersection over union of the classes that occur, logits upsampled bilinearly to each mask.
 
     patches: [n, C] an image; shapes: (h, w); masks: [H, W] integers, VOID counts for nobody.
     """
@@ -162,7 +162,7 @@ def mean_iou(probe, patches, shapes, masks, classes):
 
 
 def cosine(a, b, mean):
-    """Mean cosine of matching rows after the teacher's mean is taken off both: raw cosines are flattered by the shared mean."""
+    """Mean cosine of matching rows less the teacher's mean: a shared mean would flatter raw cosines."""
     return float(F.cosine_similarity(a - mean, b - mean, dim=1).double().mean())
 
 
@@ -202,7 +202,7 @@ def sheet(rows, titles, cell=144):
 
 
 def pca_sheet(cache, entries, teacher, student):
-    """Image, then for every teacher its PCA map beside the student's in the teacher's own basis, then the trunk's own."""
+    """Image, teachers' PCA maps, each beside the student's in the same basis, and the student's trunk in its own."""
     names = [space.name for space in cache.spaces]
     columns = [(name, features, name) for name in names for features in (teacher, student)] + [("amoe", student, None)]
     basis = {name: pca_basis(torch.cat(teacher[name]["patch"])) for name in names}

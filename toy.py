@@ -1,13 +1,13 @@
 """A procedural world of images with a long tail of concepts, and two oracle teachers that read its scenes.
 
 It is what `python train.py` uses when given no data: written as image files with captions and masks, and cached through
-the same code as photos. A concept is a colour and a texture (48 of them, Zipf-distributed); a scene shows one large object
-and, every second time, a small one of another concept over a noisy background. Shapes are named in captions too and are much harder
-to see: that attribute is left for you to improve.
+the same code as photos. A concept is a colour and a texture (48 of them, Zipf-distributed); a scene shows one large
+object and, every second time, a small one of another concept, over a noisy background. Captions name shapes too, which
+are much harder to see: that attribute is left for you to improve.
 
-The oracles compute features from the scene, not from pixels, so their scores are a ceiling: `TextOracle` is aligned with
-text, blurred in space; `DenseOracle` is crisp, with two registers. Their sizes, means, scales and spectra differ, as those
-of SigLIP 2 and DINOv3 do, so that balancing them matters.
+The oracles compute features from the scene, not from pixels, so their scores are a ceiling. `TextOracle` is aligned
+with text and blurred in space; `DenseOracle` is crisp, with two registers. Their sizes, means, scales and spectra
+differ, as those of SigLIP 2 and DINOv3 do, so that balancing them matters.
 
 Shape letters: N points or scenes, h x w patches of a scene, C channels of a teacher, K concepts, T tokens, M images.
 """
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import Source
+from images import Source
 
 COLOURS = {
     "red": (205, 45, 40),
@@ -112,7 +112,7 @@ class Scene:
         return f"a {colour} {texture} {SHAPES[self.things[0].shape]}"
 
     def labels(self, y_N, x_N):
-        """Label of points in pixels: 0 is background, 1 + concept elsewhere; and the index of the thing, -1 for none."""
+        """Labels of points in pixels (0: background, 1 + concept elsewhere), and indices of their things (-1: none)."""
         side = min(self.height, self.width)
         thing_N = np.full(x_N.shape, -1)
         for i, thing in enumerate(self.things):
@@ -169,7 +169,7 @@ class World:
         return Scene(int(height), int(width), things, tint, random.uniform(0.05, 0.25))
 
     def write(self, folder):
-        """images/, masks/ (0 background, 1 + class elsewhere) and images/captions.json under `folder`; files there are kept."""
+        """images/, images/captions.json and masks/ (0: background, 1 + class elsewhere); what is there is kept."""
         images, masks = Path(folder) / "images", Path(folder) / "masks"
         images.mkdir(parents=True, exist_ok=True)
         masks.mkdir(parents=True, exist_ok=True)
@@ -192,7 +192,7 @@ class World:
 
 
 class Oracle:
-    """What both teachers share: coverage of a scene's patches, and a fixed, badly scaled linear map into feature space."""
+    """What both teachers share: coverage of a scene's patches, and a fixed, badly scaled map into feature space."""
 
     def __init__(self, world, name, dim, registers, seed, scale, spectrum):
         self.world, self.name, self.dim, self.registers = world, name, dim, registers
@@ -236,7 +236,7 @@ class Oracle:
 
 
 class TextOracle(Oracle):
-    """Text-aligned, like SigLIP: an image and the caption that describes it lie together; patches are blurred in space."""
+    """Text-aligned, like SigLIP: an image and the caption that fits it lie together; patches are blurred in space."""
 
     def __init__(self, world):
         super().__init__(world, "text", dim=64, registers=0, seed=11, scale=0.3, spectrum=20)
@@ -269,7 +269,7 @@ class TextOracle(Oracle):
 
 
 class DenseOracle(Oracle):
-    """Dense and self-supervised in kind, like DINOv3: crisp patches that know where in their object they lie, registers."""
+    """Dense, like DINOv3: crisp patches that know where in their object they lie, and two registers."""
 
     def __init__(self, world):
         super().__init__(world, "dense", dim=96, registers=2, seed=12, scale=4.0, spectrum=8)

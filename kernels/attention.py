@@ -1,7 +1,7 @@
 """Attention within each image of a pack, with optional sinks: FlexAttention under torch.compile, SDPA elsewhere.
 
-FlexAttention (CUDA) reads the extents of images from a BlockMask; uncompiled it would build T x T scores, so eager code,
-on any device, runs SDPA on runs of equally long images instead. torch 2.13 has no FlexAttention gradients on a CPU.
+FlexAttention (CUDA) reads the extents of images from a BlockMask; uncompiled it would build T x T scores, so eager
+code, on any device, runs SDPA on runs of equally long images. torch 2.13 has no FlexAttention gradients on a CPU.
 
 Shape letters: T tokens in the pack, M images in it, H heads, d head width.
 """
