@@ -370,9 +370,11 @@ class MapPool(nn.Module):
 
     @classmethod
     def from_state(cls, state, heads, eps):
+        if "mlp.fc1.weight" not in state:
+            raise ValueError("the MAP head lacks 'mlp.fc1.weight'")
         hidden, dim = state["mlp.fc1.weight"].shape
         pool = cls(dim, hidden, heads, eps)
-        pool.load_state_dict(state)
+        load_exactly(pool, state, "the MAP head")
         return pool
 
     def forward(self, x_TC, image_T, n_images):
@@ -642,7 +644,7 @@ def load_siglino(weights, top_k=6):
     for key in list(state):
         if "_adapter." in key:
             state["heads." + key.replace("_adapter.", ".")] = state.pop(key)
-    load_exactly(model, state, source, allow_missing=lambda key: ".pool." in key)
+    load_exactly(model, state, source, allow_missing=lambda key: ".pool." in key)  # loaded with the Space
     return model.eval()
 
 

@@ -32,7 +32,17 @@ COLOURS = {
     "blue": (45, 90, 205),
     "purple": (150, 60, 175),
 }
-TEXTURES = ("plain", "striped", "banded", "checked", "dotted", "ringed", "speckled", "slanted")
+TEXTURES = {  # what the colour is laid on, and the share of it that the colour covers
+    "plain": ("dark", 1.0),
+    "striped": ("dark", 0.55),
+    "banded": ("light", 0.5),
+    "slanted": ("light", 0.75),
+    "checked": ("grey", 0.5),
+    "dotted": ("dark", 0.3),
+    "ringed": ("grey", 0.75),
+    "speckled": ("light", 0.25),
+}
+GROUNDS = {"dark": 0.1, "grey": 0.5, "light": 0.97}
 SHAPES = ("disc", "square", "triangle", "ring", "cross", "heart")
 CLASSES = [f"{colour} {texture}" for texture in TEXTURES for colour in COLOURS]
 ZIPF = 0.8  # concept of rank r is drawn in proportion to r^-ZIPF
@@ -70,28 +80,33 @@ class Thing:
             case "heart":
                 return (u * u + (0.35 - v - abs(u) * 0.8) ** 2 * 1.4) < 0.8
 
-    def shade(self, x_N, y_N, noise_N):
-        """Share of the object's colour at each point, in [0, 1]; the rest is its dark ground."""
+    def paint(self, x_N, y_N, noise_N):
+        """Colours [N, 3] in [0, 1] of points in the object: its colour, in its texture, on the texture's ground."""
         c, s = math.cos(self.turn), math.sin(self.turn)
         u, v = ((x_N - self.x) * c - (y_N - self.y) * s), ((x_N - self.x) * s + (y_N - self.y) * c)
         a, b = (2 * math.pi * t / self.period + self.phase for t in (u, v))
-        match TEXTURES[self.concept // len(COLOURS)]:
+        texture, (ground, share) = list(TEXTURES.items())[self.concept // len(COLOURS)]
+        match texture:
             case "plain":
-                return np.ones_like(u)
+                wave = np.ones_like(u)
             case "striped":
-                return 0.5 + 0.5 * np.sin(b).clip(-0.3, 0.3) / 0.3
+                wave = np.sin(b)
             case "banded":
-                return 0.5 + 0.5 * np.sin(a).clip(-0.3, 0.3) / 0.3
+                wave = np.sin(a)
             case "slanted":
-                return 0.5 + 0.5 * np.sin((a + b) * 0.75).clip(-0.3, 0.3) / 0.3
+                wave = np.sin((a + b) * 0.75)
             case "checked":
-                return 0.5 + 0.5 * (np.sin(a) * np.sin(b)).clip(-0.15, 0.15) / 0.15
+                wave = 3 * np.sin(a) * np.sin(b)
             case "dotted":
-                return ((np.cos(a) + np.cos(b)) > 0.7).astype(np.float32)
+                wave = np.cos(a) + np.cos(b)
             case "ringed":
-                return 0.5 + 0.5 * np.sin(2 * math.pi * np.hypot(u, v) / self.period).clip(-0.3, 0.3) / 0.3
+                wave = np.sin(2 * math.pi * np.hypot(u, v) / self.period)
             case "speckled":
-                return (noise_N > 0.55).astype(np.float32)
+                wave = -np.cos(math.pi * noise_N)
+        edge = math.cos(math.pi * share)  # a sine lies above it for just this share of its period
+        shade_N = ((wave - edge) / 0.3).clip(0, 1)[:, None]
+        colour = np.float32(list(COLOURS.values())[self.concept % len(COLOURS)]) / 255
+        return shade_N * colour + (1 - shade_N) * GROUNDS[ground]
 
 
 @dataclass(frozen=True)
@@ -130,9 +145,7 @@ class Scene:
         image = np.float32(self.tint) + self.grain * (noise[..., None] - 0.5)
         for i, t in enumerate(self.things):
             where = thing == i
-            shade = t.shade(x[where] / side, y[where] / side, noise[where])[:, None]
-            colour = np.float32(list(COLOURS.values())[t.concept % len(COLOURS)]) / 255
-            image[where] = shade * colour + (1 - shade) * (0.16 + 0.1 * colour)
+            image[where] = t.paint(x[where] / side, y[where] / side, noise[where])
         image += random.normal(0, 0.03, image.shape).astype(np.float32)
         return (image.clip(0, 1) * 255).round().astype(np.uint8), label.astype(np.uint8)
 

@@ -43,10 +43,10 @@ RESULTS, SPEED, PATHS = "changes results", "speed only", "paths and records"
 @dataclass
 class Flags:
     model: str = flag("toy", RESULTS, "student: " + ", ".join(amoe.CONFIGS))
-    steps: int = flag(480, RESULTS, "optimizer steps")
+    steps: int = flag(640, RESULTS, "optimizer steps")
     tokens: int = flag(2048, RESULTS, "tokens in a pack, padding included")
     accumulate: int = flag(1, RESULTS, "packs a rank adds up before a step; relations (ARKD) span all of them")
-    lr: float = flag(4e-3, RESULTS, "peak learning rate")
+    lr: float = flag(6e-3, RESULTS, "peak learning rate")
     warmup: int = flag(30, RESULTS, "steps of linear warm-up")
     schedule: str = flag(
         "cosine", RESULTS, "after warm-up: to zero, or flat and down over the last fifth", ("cosine", "wsd")

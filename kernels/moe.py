@@ -33,7 +33,7 @@ def moe(x_TD, expert_TK, weight_TK, w1_EFD, w2_EDF, w3_EFD, impl="auto"):
     count_E = torch.zeros(len(w1_EFD), dtype=torch.int64, device=x_TD.device)
     count_E.scatter_add_(0, expert_TK.flatten(), torch.ones_like(order_N))
     experts = experts_grouped if choose(impl, x_TD.device) == "grouped" else experts_ref
-    y_ND = experts(x_TD[token_N], count_E, w1_EFD, w2_EDF, w3_EFD)
+    y_ND = experts(x_TD.index_select(0, token_N), count_E, w1_EFD, w2_EDF, w3_EFD)
     y_ND = y_ND * weight_TK.flatten()[order_N, None].to(y_ND.dtype)
     return torch.zeros_like(x_TD).index_add(0, token_N, y_ND.to(x_TD.dtype))
 

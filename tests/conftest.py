@@ -1,0 +1,50 @@
+"""What several test files need: a small toy world and its cache, and the reference files where there are any."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import toy
+
+SHARED = Path(os.environ.get("AMOE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+
+
+@pytest.fixture
+def shared():
+    """Reference outputs, photos and real teachers that are not part of the repository."""
+    if not SHARED.is_dir():
+        pytest.skip(
+            f"needs reference files beside the checkout: {SHARED} is not there (AMOE_SHARED names another place)"
+        )
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    world = toy.World(80)
+    world.folder = tmp_path_factory.mktemp("toy")
+    world.write(world.folder)
+    return world
+
+
+@pytest.fixture(scope="session")
+def oracles(world):
+    return [toy.TextOracle(world), toy.DenseOracle(world)]
+
+
+@pytest.fixture(scope="session")
+def cache(world, oracles):
+    """80 toy images in four shards."""
+    path = world.folder / "cache"
+    return data.cache(world.folder / "images", oracles, path, max_tokens=64, shard_images=20, progress=False)
+
+
+@pytest.fixture
+def random_images():
+    """(rows, shapes) of five images of different shapes, uint8."""
+    torch.manual_seed(0)
+    shapes = [(4, 6), (5, 3), (1, 1), (2, 7), (5, 3)]
+    return [torch.randint(256, (h * w, 768), dtype=torch.uint8) for h, w in shapes], shapes
