@@ -45,7 +45,7 @@ def test_a_pack_holds_its_images(random_images):
 def test_what_does_not_fit_a_pack_is_an_error(random_images):
     """Catches silent truncation."""
     rows, shapes = random_images
-    with pytest.raises(ValueError, match="need 95 tokens"):
+    with pytest.raises(ValueError, match="need 94 tokens"):
         data.pack(rows, shapes, n_tokens=90)
     with pytest.raises(ValueError, match="image 1"):
         data.pack(rows, [shapes[0], (9, 9), *shapes[2:]])
@@ -137,7 +137,7 @@ def test_another_cache_in_the_way_is_an_error_naming_both(cache, world, oracles)
     (other / "cache.json").write_text(json.dumps(about))
     with pytest.raises(ValueError, match=r"format 99.*reads 1"):
         data.Cache(other)
-    with pytest.raises(ValueError, match="no cache.json"):
+    with pytest.raises(ValueError, match=r"no cache\.json"):
         data.Cache(world.folder)
 
 
@@ -189,17 +189,15 @@ def test_a_killed_writer_leaves_nothing_half_read_and_a_rerun_finishes(cache, wo
     """Catches a commit record written before the data, and locks that a killed writer left."""
     out = tmp_path / "cache"
     script = (
-        f"import toy, data\nworld = toy.World(80)\n"
+        f"import toy, data\nworld = toy.World(80)\nprint('begin', flush=True)\n"
         f"data.cache({str(world.folder / 'images')!r}, [toy.TextOracle(world), toy.DenseOracle(world)], {str(out)!r}, "
         f"max_tokens=64, shard_images=20, progress=False)\nprint('done')\n"
     )
-    moments = np.random.default_rng(1).uniform(0.0, 0.5, 4)
+    moments = np.random.default_rng(1).uniform(0.02, 0.3, 5)
     for moment in moments:
         process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE)
-        begun = time.time()
-        while not (out / "cache.json").exists() and process.poll() is None and time.time() - begun < 60:
-            time.sleep(0.01)
-        time.sleep(moment * 0.2)
+        assert process.stdout.readline() == b"begin\n"
+        time.sleep(moment)
         process.send_signal(signal.SIGKILL)
         process.wait()
         for shard in data.Cache(out).shards if (out / "cache.json").exists() else ():

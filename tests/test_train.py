@@ -1,0 +1,325 @@
+"""The step's mathematics, checkpoints and the command line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import amoe
+import data
+import train
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def flags_for(cache, *more):
+    return train.parse(["--cache", str(cache.path), "--tokens", "400", "--device", "cpu", *more])
+
+
+def place():
+    return train.Place(0, 1, torch.device("cpu"))
+
+
+def student(cache, flags):
+    """A student away from its initial zeros, so that every gradient is alive."""
+    model = train.build(flags, cache.spaces, torch.device("cpu"))
+    torch.manual_seed(1)
+    for p in model.parameters():
+        if p.requires_grad and p.ndim >= 2:
+            torch.nn.init.normal_(p, std=0.5 / p.shape[-1] ** 0.5)
+    return model
+
+
+def entries_of(cache, n):
+    return [(number, i) for number in cache.numbers for i in range(20)][:n]
+
+
+def loss_and_gradient(cache, packs, arkd="0.5"):
+    """Of the packs given as lists of images: (loss, gradient as one vector)."""
+    flags = flags_for(cache, "--arkd", arkd)
+    model = student(cache, flags)
+    batches = [(data.read_pack(cache, entries), None) for entries in packs]
+    measured, load = train.gradients(model, batches, cache.spaces, flags, place())
+    return (
+        measured["loss"].item(),
+        torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]),
+        load,
+    )
+
+
+def assert_same(a, b):
+    assert a[0] == pytest.approx(b[0], rel=1e-5)
+    assert (a[1] - b[1]).abs().max() <= 1e-5 * max(1.0, float(a[1].abs().max()))
+
+
+@pytest.mark.parametrize("arkd", ["0", "0.5"])
+def test_packing_order_and_accumulation_change_neither_loss_nor_gradient(cache, arkd):
+    """Catches a mean over packs, a mean over tokens, and relations of each pack on its own."""
+    images = entries_of(cache, 24)
+    one = loss_and_gradient(cache, [images], arkd)
+    assert_same(one, loss_and_gradient(cache, [images[::-1]], arkd))
+    assert_same(one, loss_and_gradient(cache, [images[:3], images[3:17], images[17:]], arkd))
+    assert_same(one, loss_and_gradient(cache, [[image] for image in images[::-1]], arkd))
+    assert one[1].abs().sum() > 0
+
+
+def test_the_loss_is_the_sum_of_its_parts(cache, random_images):
+    """Catches a part that is logged but not trained on: the gradient against finite differences in float64."""
+    flags = flags_for(cache)
+    model = student(cache, flags).double()
+    batch = data.read_pack(cache, entries_of(cache, 6))
+    batch.rows = amoe.normalise(batch.rows).double()
+    p = model.heads["dense"].fc2.weight
+
+    def loss():
+        model.zero_grad()
+        return train.gradients(model, [(batch, None)], cache.spaces, flags, place())[0]["loss"].item()
+
+    loss()
+    gradient = p.grad.clone()
+    direction = torch.randn_like(p)
+    step = 1e-3
+    with torch.no_grad():
+        p += step * direction
+        up = loss()
+        p -= 2 * step * direction
+        down = loss()
+    assert (up - down) / (2 * step) == pytest.approx(float((gradient * direction).sum()), rel=2e-2)
+
+
+WORKER = """
+import sys, torch
+sys.path.insert(0, {root!r})
+sys.path.insert(0, {root!r} + "/tests")
+import data, train, test_train
+cache = data.Cache({cache!r})
+flags = test_train.flags_for(cache, *{more!r})
+place, _ = train.setup(flags)
+model = test_train.student(cache, flags)
+if flags.fsdp:
+    from torch.distributed.fsdp import fully_shard
+    wrapped = fully_shard(model)
+else:
+    wrapped = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+images = test_train.entries_of(cache, 24)
+parts = [[images[:5], images[5:9]], [images[9:20], images[20:]]][place.rank]
+packs = [(data.read_pack(cache, part), None) for part in parts]
+measured, load = train.gradients(wrapped, packs, cache.spaces, flags, place)
+grads = [p.grad for p in model.parameters() if p.grad is not None]
+grads = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in grads]
+if place.rank == 0:
+    torch.save((measured["loss"].item(), torch.cat([g.flatten() for g in grads]), load), {out!r})
+torch.distributed.destroy_process_group()
+"""
+
+
+def torchrun(*words):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", *words]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("more", [[], ["--fsdp"]], ids=["replicated", "sharded"])
+def test_two_ranks_give_the_loss_and_gradient_of_one(cache, tmp_path, more):
+    """Catches DDP's mean left as it is, summaries gathered without their gradient, and loads of one rank only."""
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER.format(root=str(ROOT), cache=str(cache.path), out=str(tmp_path / "out.pt"), more=more))
+    done = torchrun(str(script))
+    assert done.returncode == 0, done.stderr[-3000:]
+    one = loss_and_gradient(cache, [entries_of(cache, 24)])
+    two = torch.load(tmp_path / "out.pt")
+    assert_same(one, two)
+    assert torch.equal(one[2], two[2])
+
+
+# ---- optimisation ----
+
+
+def test_learning_rates_warm_up_and_end_near_zero(cache):
+    """Catches a warm-up that begins at zero, and a schedule that ignores --steps."""
+    flags = flags_for(cache, "--steps", "100", "--warmup", "10", "--lr", "1.0")
+    assert train.learning_rate(0, flags) == pytest.approx(0.1) and train.learning_rate(9, flags) == 1.0
+    assert train.learning_rate(55, flags) == pytest.approx(0.5) and train.learning_rate(99, flags) < 1e-3
+    flat = flags_for(cache, "--steps", "100", "--warmup", "10", "--lr", "1.0", "--schedule", "wsd")
+    assert train.learning_rate(79, flat) == 1.0 and train.learning_rate(90, flat) == pytest.approx(0.5)
+
+
+def test_decay_spares_norms_biases_sinks_and_tokens(cache):
+    """Catches decay by a list of names that leaves out the experts."""
+    model = train.build(flags_for(cache), cache.spaces, torch.device("cpu"))
+    decayed, free = (group["params"] for group in train.make_optimizer(model, flags_for(cache)).param_groups)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert any("experts.w1" in names[id(p)] for p in decayed)
+    for p in decayed:
+        assert not any(word in names[id(p)] for word in ("norm", "bias", "sinks", "token"))
+    assert {"cls_token", "storage_tokens", "norm.weight"} <= {names[id(p)] for p in free}
+
+
+def test_a_loss_that_is_not_finite_changes_nothing(cache):
+    """Catches NaN moments, and expert biases moved by a step that was skipped."""
+    flags = flags_for(cache, "--ema", "0.9")
+    model = student(cache, flags)
+    optimizer = train.make_optimizer(model, flags)
+    average = {name: p.detach().clone() for name, p in model.named_parameters()}
+    streak = torch.zeros(2, dtype=torch.int64)
+
+    def step(spoil):
+        batch = data.read_pack(cache, entries_of(cache, 6))
+        if spoil:
+            batch.targets["dense"]["summary"][0, 0] = float("nan")
+        measured, load = train.gradients(model, [(batch, None)], cache.spaces, flags, place())
+        train.update(model, optimizer, average, measured, load, streak, 5, flags)
+
+    step(False)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    moments = {k: v["exp_avg"].clone() for k, v in optimizer.state_dict()["state"].items()}
+    mean = {k: v.clone() for k, v in average.items()}
+    step(True)
+    assert streak.tolist() == [1, 1]
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(torch.equal(v["exp_avg"], moments[k]) for k, v in optimizer.state_dict()["state"].items())
+    assert all(torch.equal(v, mean[k]) for k, v in average.items())
+    step(False)
+    assert streak.tolist() == [0, 1] and not torch.equal(model.norm.weight, before["norm.weight"])
+
+
+def test_accumulated_blocks_recompute_to_the_same_gradient(cache):
+    """Catches checkpointing that routes anew with other biases or counts the load twice."""
+    flags = flags_for(cache)
+    grads = []
+    for recompute in (False, True):
+        model = student(cache, flags)
+        model.checkpoint_blocks = recompute
+        batch = data.read_pack(cache, entries_of(cache, 8))
+        _, load = train.gradients(model, [(batch, None)], cache.spaces, flags, place())
+        grads.append((torch.cat([p.grad.flatten() for p in model.parameters()]), load))
+    assert (grads[0][0] - grads[1][0]).abs().max() < 1e-6 and torch.equal(grads[0][1], grads[1][1])
+
+
+# ---- runs ----
+
+
+def command(cache, out, *more):
+    words = ["--cache", str(cache.path), "--tokens", "400", "--steps", "30", "--log-every", "1", "--save-every", "5"]
+    return [sys.executable, "train.py", *words, "--no-evaluate", "--out", str(out), "--threads", "1", *more]
+
+
+def losses(out):
+    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "step" in line}
+
+
+def wait_for(path, text, process, seconds=60):
+    begun = time.time()
+    while process.poll() is None and time.time() - begun < seconds:
+        if path.exists() and text in path.read_text():
+            return
+        time.sleep(0.01)
+
+
+def test_resume_after_kill_equals_uninterrupted_bit_for_bit(cache, tmp_path):
+    """Catches optimizer moments, expert biases, the schedule or the data order that do not come back."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    subprocess.run(command(cache, whole, "--ema", "0.9"), cwd=ROOT, check=True, capture_output=True)
+    process = subprocess.Popen(
+        command(cache, cut, "--ema", "0.9"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    wait_for(cut / "log.jsonl", '"step": 13', process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert max(losses(cut)) < 30
+    done = subprocess.run(
+        command(cache, cut, "--ema", "0.9", "--resume"), cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    assert "resuming from" in done.stdout
+    assert losses(cut) == losses(whole) and len(losses(cut)) == 30
+    a, b = (torch.load(train.checkpoints(out)[-1]) for out in (whole, cut))
+    assert all(torch.equal(v, b["model"][k]) for k, v in a["model"].items())
+    assert all(torch.equal(v, b["average"][k]) for k, v in a["average"].items())
+    assert len(train.checkpoints(cut)) == 2
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_saves_and_exits(cache, tmp_path, name):
+    """Catches a KeyboardInterrupt that loses the steps since the last checkpoint."""
+    words = command(cache, tmp_path / "run", "--save-every", "1000", "--steps", "5000")
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(tmp_path / "run" / "log.jsonl", '"step": 3', process)
+    process.send_signal(getattr(signal, name))
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + getattr(signal, name) and "--resume goes on" in out and "Traceback" not in err
+    (saved,) = train.checkpoints(tmp_path / "run")
+    assert torch.load(saved)["step"] >= 3
+
+
+def test_wrong_words_get_one_line(cache, tmp_path):
+    """Catches tracebacks, abbreviations, and a finished run that is overwritten in silence."""
+    run = lambda *words: subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, capture_output=True, text=True)  # noqa: E731
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.jsonl").write_text("{}\n")
+    for words, named in (
+        (["--step", "3"], "--step"),
+        (["--model", "huge"], "huge"),
+        (["--steps", "0"], "--steps"),
+        (["--cache", str(tmp_path)], "cache.json"),
+        (["--cache", str(cache.path), "--out", str(tmp_path / "run")], "--overwrite"),
+        (["--cache", str(cache.path), "--tokens", "10", "--out", str(tmp_path / "b")], "--tokens 10"),
+        (["--device", "cuda"], "no GPU") if not torch.cuda.is_available() else (["--model", "x"], "x"),
+    ):
+        done = run(*words)
+        assert done.returncode != 0 and named in done.stderr and "Traceback" not in done.stderr, (words, done.stderr)
+
+
+def test_resume_with_other_flags_is_an_error(cache, tmp_path):
+    """Catches a resumed run that silently changes its batch."""
+    subprocess.run(command(cache, tmp_path, "--steps", "5"), cwd=ROOT, check=True, capture_output=True)
+    done = subprocess.run(
+        command(cache, tmp_path, "--resume", "--tokens", "500"), cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode != 0 and "--tokens 400, not 500" in done.stderr
+
+
+def test_a_full_disk_leaves_earlier_checkpoints(cache, tmp_path, monkeypatch):
+    """Catches writing over the newest checkpoint, and a temporary file that stays."""
+    train.save(tmp_path, {"step": 1, "x": torch.ones(3)}, keep=2)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(ValueError, match="No space left"):
+        train.save(tmp_path, {"step": 2, "x": torch.ones(3)}, keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000001.pt"]
+
+
+def test_two_ranks_train_and_resume_sharded_or_not(cache, tmp_path):
+    """Catches a checkpoint of one rank's shards, and ranks that stop at different steps."""
+    words = ["train.py", *command(cache, tmp_path / "run")[2:], "--steps", "4", "--fsdp"]
+    first = torchrun(*words)
+    assert first.returncode == 0, first.stderr[-3000:]
+    state = torch.load(train.checkpoints(tmp_path / "run")[-1], weights_only=True)
+    assert state["model"]["norm.weight"].shape == (128,)
+    again = torchrun(*words[:-3], "--steps", "6", "--fsdp", "--resume")
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert sorted(losses(tmp_path / "run")) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.slow
+def test_the_shortest_real_run_teaches_something(tmp_path):
+    """Catches a pipeline whose parts work and whose sum does not: toy world, cache, 40 steps, table, picture."""
+    words = ["--toy-images", "600", "--steps", "40", "--out", str(tmp_path), "--log-every", "10"]
+    done = subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((tmp_path / "result.json").read_text())
+    for who in ("student", "teacher", "untrained"):
+        assert set(result[who]) == {"zeroshot", "knn", "miou"}
+    assert result["student"]["knn"] > result["untrained"]["knn"] and result["teacher"]["zeroshot"] > 0.9
+    assert (tmp_path / "pca.png").stat().st_size > 10_000 and result["steps"] == 40
+    first, last = (losses(tmp_path)[step] for step in (10, 40))
+    assert last < 0.9 * first
