@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections import deque
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -249,10 +250,10 @@ def learning_rate(step, flags):
     """At `step`, counted from 0: linear warm-up, then a cosine to zero, or (wsd) flat with a linear last fifth."""
     if step < flags.warmup:
         return flags.lr * (step + 1) / flags.warmup
-    left = (flags.steps - step) / max(1, flags.steps - flags.warmup)
+    left = flags.steps - step
     if flags.schedule == "wsd":
-        return flags.lr * min(1.0, left / 0.2)
-    return flags.lr * 0.5 * (1 - math.cos(math.pi * left))
+        return flags.lr * min(1.0, left / (0.2 * flags.steps))
+    return flags.lr * 0.5 * (1 - math.cos(math.pi * left / max(1, flags.steps - flags.warmup)))
 
 
 @torch.no_grad()
@@ -490,6 +491,7 @@ def main(argv=None):
     place, compiled = setup(flags)
     train(flags, place, compiled)
     if place.world > 1:
+        dist.barrier()  # a rank that leaves early takes the others' connections with it
         dist.destroy_process_group()
 
 
@@ -556,7 +558,9 @@ def train(flags, place, compiled):
         wrapped = fully_shard(model)
     elif place.world > 1:
         # Buffers are the same on all ranks by construction: the load that moves expert biases is summed first.
-        wrapped = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 has a new name for it, which 2.11 has not
+            wrapped = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     forward = torch.compile(wrapped) if compiled else wrapped
     optimizer = make_optimizer(model, flags)
     average = {name: p.detach().clone() for name, p in model.named_parameters()} if flags.ema else {}
