@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
+import toy
 from amoe import dequantise
 from data import as_tensor, held_out, read_pack
 
@@ -214,3 +215,83 @@ def pca_sheet(cache, entries, teacher, student):
         rows.append([image, *(pca_map(f[name]["patch"][line], shape, basis[b]) for name, f, b in columns)])
     titles = ["image", *(f"{name}: {who}" for name in names for who in ("teacher", "student")), "student's trunk"]
     return sheet(rows, titles)
+
+
+# ---- whole reports ----
+
+
+def toy_scores(world, cache, student, untrained):
+    """The toy's table, {"student", "teacher", "untrained"}: {"zeroshot", "knn", "miou"} on held-out images."""
+    trained, held = split(cache)
+    bank = trained[:: max(1, len(trained) // 1500)]  # spread over the cache
+    names = {e: cache.shard(e[0]).meta[e[1]]["source"] for e in [*bank, *held]}
+    shapes = {e: tuple(cache.shard(e[0]).shapes[e[1]].tolist()) for e in names}
+    label = {e: world.scenes[int(name[:6])].label for e, name in names.items()}
+    masks = {e: torch.from_numpy(np.array(Image.open(world.folder / "masks" / name))) for e, name in names.items()}
+    classes = len(toy.CLASSES) + 1
+    share = torch.cat([patch_labels(masks[e], *shapes[e], classes) for e in bank])
+    bank_labels, held_labels = (torch.tensor([label[e] for e in part]) for part in (bank, held))
+    oracle = toy.TextOracle(world)
+    text = torch.stack([oracle.encode_text([f"a {c} {s}" for s in toy.SHAPES]).mean(0) for c in toy.CLASSES])
+
+    def scores(features):
+        known, asked = features(bank), features(held)
+        probe = linear_probe(torch.cat(known["dense"]["patch"]), share)
+        dense_shapes, dense_masks = [shapes[e] for e in held], [masks[e] for e in held]
+        return {
+            "zeroshot": zeroshot(asked["text"]["summary"], text, held_labels),
+            "knn": knn(known["dense"]["summary"], bank_labels, asked["dense"]["summary"], held_labels),
+            "miou": mean_iou(probe, asked["dense"]["patch"], dense_shapes, dense_masks, classes),
+        }
+
+    return {
+        "student": scores(lambda entries: student_features(student, cache, entries)),
+        "teacher": scores(lambda entries: teacher_features(cache, entries)),
+        "untrained": scores(lambda entries: student_features(untrained, cache, entries)),
+    }
+
+
+def cache_scores(cache, student, untrained):
+    """Held-out images of any cache: cosines to each teacher, centred; caption recall where a teacher embeds text."""
+    _, held = split(cache)
+    if not held:
+        return {}
+    teacher = teacher_features(cache, held)
+    students = {
+        "student": student_features(student, cache, held),
+        "untrained": student_features(untrained, cache, held),
+    }
+    result = {who: {} for who in ("student", "teacher", "untrained")}
+    for space in cache.spaces:
+        want = teacher[space.name]
+        for who, features in students.items():
+            got = features[space.name]
+            summary = cosine(got["summary"], want["summary"], space.summary_mean)
+            patch = cosine(torch.cat(got["patch"]), torch.cat(want["patch"]), space.phi_s.mean)
+            result[who][f"{space.name}_summary_cosine"], result[who][f"{space.name}_patch_cosine"] = summary, patch
+        if "text" in want:
+            captions = {}  # distinct captions of the whole cache: the gallery
+            texts = []
+            for shard in cache.shards:
+                for meta, row in zip(shard.meta, shard.all(f"text.{space.name}"), strict=True):
+                    if meta["caption"] and meta["caption"] not in captions:
+                        captions[meta["caption"]] = len(texts)
+                        texts.append(torch.from_numpy(row))
+            asked = [n for n, (number, i) in enumerate(held) if cache.shard(number).meta[i]["caption"]]
+            truth = torch.tensor([captions[cache.shard(held[n][0]).meta[held[n][1]]["caption"]] for n in asked])
+            for who, features in (*students.items(), ("teacher", teacher)):
+                recalls = recall(features[space.name]["summary"][asked], torch.stack(texts), truth)
+                result[who] |= {f"{space.name}_recall_at_{k}": v for k, v in recalls.items()}
+    return result
+
+
+def print_table(result):
+    """A row a measure: student, teacher, untrained student, and the student's share of its teacher's score."""
+    measures = list(result["student"])
+    width = max(len(m) for m in measures) + 2
+    print(f"{'':{width}}{'student':>10}{'teacher':>10}{'untrained':>11}{'share':>8}")
+    for m in measures:
+        cells = [result[who].get(m) for who in ("student", "teacher", "untrained")]
+        share = f"{cells[0] / cells[1]:8.0%}" if cells[1] else ""
+        student, teacher, untrained = (f"{c:.3f}" if c is not None else "" for c in cells)
+        print(f"{m:{width}}{student:>10}{teacher:>10}{untrained:>11}{share}")

@@ -151,10 +151,10 @@ class Scene:
 
 
 class World:
-    """`n` scenes fixed by `seed`; scene i has the file name `name(i)` wherever it is written."""
+    """`n` scenes fixed by `seed`; scene i is written to `folder` under the name `name(i)`."""
 
-    def __init__(self, n=5000, seed=0):
-        self.n, self.seed = n, seed
+    def __init__(self, folder, n=5000, seed=0):
+        self.folder, self.n, self.seed = Path(folder), n, seed
         rank = np.random.default_rng([seed, 0]).permutation(len(CLASSES)) + 1.0
         self.frequency = rank**-ZIPF / (rank**-ZIPF).sum()
         self.index = {Source(self.name(i), Path()).id: i for i in range(n)}

@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -21,8 +22,10 @@ from collections import deque
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import amoe
@@ -403,99 +406,121 @@ def describe(flags, place):
     }
 
 
-# ---- the end of a run ----
-
-
-def report_toy(world, cache, student, untrained):
-    """The toy's table: zero-shot, kNN and linear-segmentation mIoU of student, teachers and untrained student."""
-    import numpy as np
-    from PIL import Image
-
-    trained, held = evaluate.split(cache)
-    bank = trained[:: max(1, len(trained) // 1500)]  # spread over the cache
-    names = {e: cache.shard(e[0]).meta[e[1]]["source"] for e in [*bank, *held]}
-    shapes = {e: tuple(cache.shard(e[0]).shapes[e[1]].tolist()) for e in names}
-    label = {e: world.scenes[int(name[:6])].label for e, name in names.items()}
-    masks = {e: torch.from_numpy(np.array(Image.open(world.folder / "masks" / name))) for e, name in names.items()}
-    classes = len(toy.CLASSES) + 1
-    share = torch.cat([evaluate.patch_labels(masks[e], *shapes[e], classes) for e in bank])
-    bank_labels, held_labels = (torch.tensor([label[e] for e in part]) for part in (bank, held))
-    oracle = toy.TextOracle(world)
-    text = torch.stack([oracle.encode_text([f"a {c} {s}" for s in toy.SHAPES]).mean(0) for c in toy.CLASSES])
-
-    def scores(features):
-        known, asked = features(bank), features(held)
-        probe = evaluate.linear_probe(torch.cat(known["dense"]["patch"]), share)
-        dense_shapes, dense_masks = [shapes[e] for e in held], [masks[e] for e in held]
-        return {
-            "zeroshot": evaluate.zeroshot(asked["text"]["summary"], text, held_labels),
-            "knn": evaluate.knn(known["dense"]["summary"], bank_labels, asked["dense"]["summary"], held_labels),
-            "miou": evaluate.mean_iou(probe, asked["dense"]["patch"], dense_shapes, dense_masks, classes),
-        }
-
-    return {
-        "student": scores(lambda entries: evaluate.student_features(student, cache, entries)),
-        "teacher": scores(lambda entries: evaluate.teacher_features(cache, entries)),
-        "untrained": scores(lambda entries: evaluate.student_features(untrained, cache, entries)),
-    }
-
-
-def report_cache(cache, student, untrained):
-    """Held-out images of any cache: cosines to each teacher, centred; caption recall where a teacher embeds text."""
-    _, held = evaluate.split(cache)
-    if not held:
-        return {}
-    teacher = evaluate.teacher_features(cache, held)
-    students = {
-        "student": evaluate.student_features(student, cache, held),
-        "untrained": evaluate.student_features(untrained, cache, held),
-    }
-    result = {who: {} for who in ("student", "teacher", "untrained")}
-    for space in cache.spaces:
-        want = teacher[space.name]
-        for who, features in students.items():
-            got = features[space.name]
-            summary = evaluate.cosine(got["summary"], want["summary"], space.summary_mean)
-            patch = evaluate.cosine(torch.cat(got["patch"]), torch.cat(want["patch"]), space.phi_s.mean)
-            result[who][f"{space.name}_summary_cosine"], result[who][f"{space.name}_patch_cosine"] = summary, patch
-        if "text" in want:
-            captions = {}  # distinct captions of the whole cache: the gallery
-            texts = []
-            for shard in cache.shards:
-                for meta, row in zip(shard.meta, shard.all(f"text.{space.name}"), strict=True):
-                    if meta["caption"] and meta["caption"] not in captions:
-                        captions[meta["caption"]] = len(texts)
-                        texts.append(torch.from_numpy(row))
-            asked = [n for n, (number, i) in enumerate(held) if cache.shard(number).meta[i]["caption"]]
-            truth = torch.tensor([captions[cache.shard(held[n][0]).meta[held[n][1]]["caption"]] for n in asked])
-            for who, features in (*students.items(), ("teacher", teacher)):
-                recalls = evaluate.recall(features[space.name]["summary"][asked], torch.stack(texts), truth)
-                result[who] |= {f"{space.name}_recall_at_{k}": v for k, v in recalls.items()}
-    return result
-
-
-def print_table(result):
-    """A row a measure: student, teacher, untrained student, and the student's share of its teacher's score."""
-    measures = list(result["student"])
-    width = max(len(m) for m in measures) + 2
-    print(f"{'':{width}}{'student':>10}{'teacher':>10}{'untrained':>11}{'share':>8}")
-    for m in measures:
-        cells = [result[who].get(m) for who in ("student", "teacher", "untrained")]
-        share = f"{cells[0] / cells[1]:8.0%}" if cells[1] else ""
-        student, teacher, untrained = (f"{c:.3f}" if c is not None else "" for c in cells)
-        print(f"{m:{width}}{student:>10}{teacher:>10}{untrained:>11}{share}")
+# ---- entry ----
 
 
 def main(argv=None):
     flags = parse(argv)
     place, compiled = setup(flags)
-    train(flags, place, compiled)
+    (bench if flags.bench else train)(flags, place, compiled)
     if place.world > 1:
         dist.barrier()  # a rank that leaves early takes the others' connections with it
         dist.destroy_process_group()
 
 
+# ---- speed ----
+
+
+def flops_per_token(model, mean_length):
+    """Of a training step, per token: 2 for every weight a token meets forward, twice that backward; attention besides.
+
+    A token meets all weights but those of experts it is not sent to. Attention multiplies every query with the
+    `mean_length` keys of its image and their values: 2 * 2 * H d L forward. Nothing else is counted.
+    """
+    c = model.config
+    matrices = sum(p.numel() for name, p in model.named_parameters() if p.ndim >= 2 and ".pool." not in name)
+    idle = c.layers * 3 * c.dim * c.hidden * (c.experts - c.top_k) if c.experts else 0
+    return 3 * (2 * (matrices - idle) + c.layers * 4 * c.heads * c.head_dim * mean_length)
+
+
+def padded(batch):
+    """The batch with every image as long as the longest: what a dense [M, L] batch of the same images computes.
+
+    Padding is counted as patches, so that no mask has to be paid for: this is a padded step at its best.
+    """
+    longest = int(batch.shapes.prod(1).max())
+    rows = [
+        F.pad(batch.rows[batch.patch_rows(i)], (0, 0, 0, longest - int(s.prod()))) for i, s in enumerate(batch.shapes)
+    ]
+    out = data.pack(rows, [(1, longest)] * len(rows), ids=batch.ids)
+    for name, target in batch.targets.items():
+        patch = target["patch"].new_zeros(out.n_tokens, target["patch"].shape[1])
+        out.targets[name] = target | {"patch": patch}
+    return out
+
+
+def bench(flags, place, compiled, repeats=20, warmup=3):
+    """Step on packs of the cache, each beside its padded form; prints medians as one JSON line."""
+    cache, _ = open_data(flags, place)
+    order = data.Order(cache, flags.tokens, flags.seed, registers=amoe.CONFIGS[flags.model].registers)
+    model = build(flags, cache.spaces, place.device)
+    forward = torch.compile(model) if compiled else model
+    optimizer = make_optimizer(model, flags)
+    streak = torch.zeros(2, dtype=torch.int64, device=place.device)
+    batches = iter(data.loader(order, data.Position(), workers=flags.workers))
+
+    def seconds(batch):
+        began = time.perf_counter()
+        measured, load = gradients(model, [on_device(batch, place, compiled)], cache.spaces, flags, place, forward)
+        update(model, optimizer, {}, measured, load, streak, 0, flags)
+        if place.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    packed_s, padded_s, wait_s, useful, dense, lengths = [], [], [], [], [], []
+    for n in range(warmup + repeats):
+        asked = time.perf_counter()
+        batch, _ = next(batches)
+        waited = time.perf_counter() - asked
+        times = seconds(batch), seconds(padded(batch))
+        if n >= warmup:
+            packed_s.append(times[0])
+            padded_s.append(times[1])
+            wait_s.append(waited)
+            useful.append(int(batch.starts[-1]))
+            dense.append(padded(batch).n_tokens)
+            own = (batch.starts[1:] - batch.starts[:-1]).double()
+            lengths.append(float(own.square().sum() / own.sum()))  # keys that a query meets, on average over queries
+    rate = statistics.median(u / s for u, s in zip(useful, packed_s, strict=True))
+    a = torch.randn(2048, 2048, device=place.device, dtype=torch.bfloat16 if place.device.type == "cuda" else None)
+    peak = []
+    for _ in range(12):
+        began = time.perf_counter()
+        a @ a
+        if place.device.type == "cuda":
+            torch.cuda.synchronize()
+        peak.append(2 * 2048**3 / (time.perf_counter() - began))
+    flops = flops_per_token(model, statistics.mean(lengths))
+    print(
+        json.dumps(
+            {
+                "model": flags.model,
+                "device": describe(flags, place)["device"],
+                "torch": torch.__version__,
+                "n": repeats,
+                "tokens": flags.tokens,
+                "step_ms": 1e3 * statistics.median(packed_s),
+                "tokens_per_s": rate,
+                "data_wait_share": sum(wait_s) / (sum(wait_s) + sum(packed_s)),
+                "fill": sum(useful) / (flags.tokens * repeats),
+                "padded_tokens_per_s": statistics.median(u / s for u, s in zip(useful, padded_s, strict=True)),
+                "packed_over_padded": statistics.median(q / p for p, q in zip(packed_s, padded_s, strict=True)),
+                "padded_tokens_over_packed": sum(dense) / sum(useful),
+                "mflop_per_token": flops / 1e6,
+                "share_of_gemm_rate": flops * rate / statistics.median(peak[2:]),
+            }
+        )
+    )
+
+
 # ---- the loop ----
+
+
+def on_device(batch, place, compiled):
+    """(the batch on the device, attention's groups): for FlexAttention a BlockMask made on the host, else None."""
+    flex = compiled and place.device.type == "cuda"
+    groups = block_mask(batch.starts, batch.n_tokens, place.device) if flex else None
+    return batch.to(place.device), groups
 
 
 def build(flags, spaces, device):
@@ -514,11 +539,10 @@ def open_data(flags, place):
     if flags.cache:
         return data.Cache(flags.cache), None
     folder = Path(flags.out) / "toy"
-    world = toy.World(flags.toy_images, seed=0)
-    world.folder = folder
+    world = toy.World(folder, flags.toy_images)
     if place.rank == 0:
         print(f"making {world.n} toy images and caching two oracle teachers under {folder}", flush=True)
-        images = world.write(folder)
+        images = world.write()
         data.cache(images, [toy.TextOracle(world), toy.DenseOracle(world)], folder / "cache", max_tokens=64)
     if place.world > 1:
         dist.barrier()
@@ -544,7 +568,7 @@ def train(flags, place, compiled):
         cache,
         flags.tokens,
         flags.seed,
-        subset=None if not flags.subset else __import__("numpy").load(flags.subset),
+        subset=np.load(flags.subset) if flags.subset else None,
         registers=amoe.CONFIGS[flags.model].registers,
     )
     spaces = cache.spaces
@@ -591,14 +615,9 @@ def train(flags, place, compiled):
             asked = time.perf_counter()
             batch, position = next(batches)
             waited += time.perf_counter() - asked
-            groups = (
-                block_mask(batch.starts, batch.n_tokens, place.device)
-                if compiled and place.device.type == "cuda"
-                else None
-            )
             recent.append(batch.ids.tolist())
             tokens += int(batch.starts[-1])
-            packs.append((batch.to(place.device), groups))
+            packs.append(on_device(batch, place, compiled))
         measured, load = gradients(wrapped, packs, spaces, flags, place, forward)
         norm = update(model, optimizer, average, measured, load, streak, step, flags)
         step += 1
@@ -652,7 +671,9 @@ def finish(flags, cache, world, model, average, spaces, place, step, tokens, sec
     if average:
         model.load_state_dict(average, strict=False)
     untrained = build(flags, spaces, place.device)
-    scores = report_toy(world, cache, model, untrained) if world else report_cache(cache, model, untrained)
+    scores = (
+        evaluate.toy_scores(world, cache, model, untrained) if world else evaluate.cache_scores(cache, model, untrained)
+    )
     _, held = evaluate.split(cache)
     shown = held[:: max(1, len(held) // 8)][:8]
     if shown:
@@ -664,7 +685,7 @@ def finish(flags, cache, world, model, average, spaces, place, step, tokens, sec
     result |= {"tokens_per_s": tokens / max(seconds, 1e-9)} | scores
     (Path(flags.out) / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     if scores:
-        print_table(scores)
+        evaluate.print_table(scores)
     print(
         f"{result['seconds']:.0f} s in all, {result['tokens_per_s']:.0f} tokens/s in training; see {flags.out}",
         flush=True,

@@ -24,9 +24,8 @@ def shared():
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    world = toy.World(80)
-    world.folder = tmp_path_factory.mktemp("toy")
-    world.write(world.folder)
+    world = toy.World(tmp_path_factory.mktemp("toy"), 80)
+    world.write()
     return world
 
 

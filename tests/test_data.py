@@ -189,7 +189,7 @@ def test_a_killed_writer_leaves_nothing_half_read_and_a_rerun_finishes(cache, wo
     """Catches a commit record written before the data, and locks that a killed writer left."""
     out = tmp_path / "cache"
     script = (
-        f"import toy, data\nworld = toy.World(80)\nprint('begin', flush=True)\n"
+        f"import toy, data\nworld = toy.World('.', 80)\nprint('begin', flush=True)\n"
         f"data.cache({str(world.folder / 'images')!r}, [toy.TextOracle(world), toy.DenseOracle(world)], {str(out)!r}, "
         f"max_tokens=64, shard_images=20, progress=False)\nprint('done')\n"
     )
