@@ -181,9 +181,9 @@ class World:
         tint = tuple(random.uniform(0.45, 0.95, 3).tolist())
         return Scene(int(height), int(width), things, tint, random.uniform(0.05, 0.25))
 
-    def write(self, folder):
-        """images/, images/captions.json and masks/ (0: background, 1 + class elsewhere); what is there is kept."""
-        images, masks = Path(folder) / "images", Path(folder) / "masks"
+    def write(self):
+        """Make images/, images/captions.json and masks/ (0: background, 1 + class elsewhere); what is there is kept."""
+        images, masks = self.folder / "images", self.folder / "masks"
         images.mkdir(parents=True, exist_ok=True)
         masks.mkdir(parents=True, exist_ok=True)
 
