@@ -661,6 +661,25 @@ def verify(cache):
     return complaints
 
 
+def summaries(path, teacher):
+    """All of a cached teacher's summaries: (ids int64 [N], features float32 [N, C]), in cache order."""
+    cache = Cache(path)
+    if teacher not in cache.about["teachers"]:
+        raise ValueError(f"{path} holds the teachers {', '.join(cache.about['teachers'])}, not '{teacher}'")
+    shards = [shard for shard in cache.shards if shard.record["images"]]
+    return np.concatenate([s.ids for s in shards]), np.concatenate([s.all(f"summary.{teacher}") for s in shards])
+
+
+def thumbnails(path, ids):
+    """The cached images of the given ids, uint8 [16 h, 16 w, 3] each, in the order asked for."""
+    cache = Cache(path)
+    place = {int(i): (shard.number, n) for shard in cache.shards for n, i in enumerate(shard.ids)}
+    missing = [i for i in ids if int(i) not in place]
+    if missing:
+        raise ValueError(f"{path} holds no image of id {missing[0]}")
+    return [read_pack(cache, [place[int(i)]], targets=False).images()[0].numpy() for i in ids]
+
+
 # ---- the loader ----
 
 
