@@ -540,7 +540,7 @@ class AMoE(Float32Buffers):
         from images import to_rows
 
         if shapes is None:
-            pairs = [to_rows(image) for image in images]
+            pairs = [to_rows(torch.as_tensor(image)) for image in images]
             rows, shapes = [p[0] for p in pairs], [p[1] for p in pairs]
         else:
             rows = list(images)

@@ -73,7 +73,9 @@ class Flags:
     workers: int = flag(0, SPEED, "processes that read the cache; 0 reads in the training process")
     threads: int = flag(0, SPEED, "CPU threads of torch; 0 leaves its choice")
 
-    cache: str = flag("", PATHS, "feature cache to train on; none means the toy world")
+    cache: str = flag("", PATHS, "feature cache to train on; without it, nor --images, the toy world")
+    images: str = flag("", PATHS, "folder or list of images, to be cached under --out first; needs --teacher")
+    teacher: tuple = flag((), PATHS, "NAME=SPEC of a teacher for --images; repeatable")
     out: str = flag("", PATHS, "folder of the run (runs/toy, or runs/ and the cache's name)")
     resume: bool = flag(False, PATHS, "go on from the newest checkpoint of --out")
     overwrite: bool = flag(False, PATHS, "begin anew where --out holds a run already")
@@ -92,23 +94,27 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     groups = {}
     for f in fields(Flags):
-        group = groups.setdefault(f.metadata["group"], None) or parser.add_argument_group(f.metadata["group"])
-        groups[f.metadata["group"]] = group
-        how = (
-            {"action": argparse.BooleanOptionalAction}
-            if f.type is bool
-            else {"type": f.type, "choices": f.metadata["choices"]}
-        )
-        text = f.metadata["help"] + ("" if f.default == "" else f" (default: {f.default})")
-        group.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text.replace("%", "%%"), **how)
-    flags = Flags(**vars(parser.parse_args(argv)))
+        if f.metadata["group"] not in groups:
+            groups[f.metadata["group"]] = parser.add_argument_group(f.metadata["group"])
+        how = {"type": f.type, "choices": f.metadata["choices"]}
+        if f.type is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        elif f.type is tuple:
+            how = {"action": "append"}
+        text = f.metadata["help"] + ("" if f.default in ("", ()) else f" (default: {f.default})")
+        add = groups[f.metadata["group"]].add_argument
+        add("--" + f.name.replace("_", "-"), default=f.default, help=text.replace("%", "%%"), **how)
+    # argparse would append to the default itself
+    flags = Flags(**{k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()})
+    if bool(flags.images) != bool(flags.teacher) or (flags.cache and flags.images):
+        raise ValueError("give --cache, or --images with at least one --teacher, or neither for the toy world")
     if flags.model not in amoe.CONFIGS:
         raise ValueError(f"--model {flags.model} is none of {', '.join(amoe.CONFIGS)}")
     for name in ("steps", "tokens", "accumulate", "log_every", "save_every", "keep"):
         if getattr(flags, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(flags, name)} is less than 1")
     if not flags.out:
-        flags.out = f"runs/{Path(flags.cache).name if flags.cache else 'toy'}"
+        flags.out = f"runs/{Path(flags.cache or flags.images).name or 'toy'}"
     return flags
 
 
@@ -368,15 +374,15 @@ def restore(path, model, optimizer, average, streak, flags, fsdp):
 
 
 class Log:
-    """log.jsonl, one JSON object a line, on rank 0 only; a resumed run first drops what it will log again."""
+    """log.jsonl, one JSON object a line, on rank 0 only; going on from `step` first drops what will come again."""
 
-    def __init__(self, folder, rank, resumed_step=None):
+    def __init__(self, folder, rank, step):
         self.path = Path(folder) / "log.jsonl" if rank == 0 else None
-        if self.path and resumed_step is not None and self.path.exists():
+        if self.path and self.path.exists():
             lines = []
-            for line in self.path.read_text().splitlines():
+            for line in self.path.read_text().splitlines() if step else ():
                 with contextlib.suppress(ValueError):  # a line that a kill cut short
-                    if json.loads(line).get("step", 0) <= resumed_step:
+                    if json.loads(line).get("step", 0) <= step:
                         lines.append(line)
             self.path.write_text("".join(f"{line}\n" for line in lines))
 
@@ -535,15 +541,19 @@ def build(flags, spaces, device):
 
 
 def open_data(flags, place):
-    """(cache, toy world or None); rank 0 makes the toy world and caches it where it is not there yet."""
+    """(cache, toy world or None); what has to be cached first is, by rank 0, where it is not there yet."""
     if flags.cache:
         return data.Cache(flags.cache), None
-    folder = Path(flags.out) / "toy"
-    world = toy.World(folder, flags.toy_images)
+    folder = Path(flags.out) / ("images" if flags.images else "toy")
+    world = None if flags.images else toy.World(folder, flags.toy_images)
     if place.rank == 0:
-        print(f"making {world.n} toy images and caching two oracle teachers under {folder}", flush=True)
-        images = world.write()
-        data.cache(images, [toy.TextOracle(world), toy.DenseOracle(world)], folder / "cache", max_tokens=64)
+        print(f"caching the teachers' features of {flags.images or f'{world.n} toy images'} in {folder}", flush=True)
+        if flags.images:
+            teachers = data.load_teachers(flags.teacher, flags.images, place.device)
+            data.cache(flags.images, teachers, folder / "cache", device=place.device)
+        else:
+            oracles = [toy.TextOracle(world), toy.DenseOracle(world)]
+            data.cache(world.write(), oracles, folder / "cache", max_tokens=64)
     if place.world > 1:
         dist.barrier()
     return data.Cache(folder / "cache"), world
@@ -596,7 +606,7 @@ def train(flags, place, compiled):
             print(f"resuming from {found[-1]}", flush=True)
     elif flags.resume and place.rank == 0:
         print(f"--resume: {folder} holds no checkpoint, so this is the beginning", flush=True)
-    log = Log(folder, place.rank, step if found else None)
+    log = Log(folder, place.rank, step)
     if not found:
         log.write(**describe(flags, place))
     stop = []
