@@ -103,8 +103,8 @@ def parse(argv=None):
             how = {"action": "append"}
         text = f.metadata["help"] + ("" if f.default in ("", ()) else f" (default: {f.default})")
         add = groups[f.metadata["group"]].add_argument
-        add("--" + f.name.replace("_", "-"), default=f.default, help=text.replace("%", "%%"), **how)
-    # argparse would append to the default itself
+        default = list(f.default) if f.type is tuple else f.default  # argparse appends to it
+        add("--" + f.name.replace("_", "-"), default=default, help=text.replace("%", "%%"), **how)
     flags = Flags(**{k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()})
     if bool(flags.images) != bool(flags.teacher) or (flags.cache and flags.images):
         raise ValueError("give --cache, or --images with at least one --teacher, or neither for the toy world")

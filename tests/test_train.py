@@ -278,7 +278,7 @@ def test_wrong_words_get_one_line(cache, tmp_path):
 
 
 def test_images_and_a_plug_in_teacher_are_all_it_takes(world, tmp_path):
-    """Catches flags that only a cache made by hand satisfies, and a log that keeps lines of a run without checkpoints."""
+    """Catches --images without a cache made for it, and a log that keeps lines of a run without checkpoints."""
     (tmp_path / "plug.py").write_text(
         "import torch\n"
         "class T:\n"
