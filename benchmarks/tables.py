@@ -1,0 +1,102 @@
+"""Write README.md's tables anew from the JSON beside this file: `python benchmarks/tables.py`."""
+
+import json
+import re
+import statistics
+from pathlib import Path
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+READ = ("images", "data", "amoe", "train", "evaluate", "toy", "teachers", "curate")  # the reading order
+SAYS = {
+    "images": "files to rows: decoding, token budget, views",
+    "data": "packs, the cache (its format in the docstring), the loader",
+    "amoe": "the student, PHI-S, teacher heads, the losses (E1) to (E5)",
+    "train": "flags, a step's gradient, checkpoints, the loop",
+    "evaluate": "kNN, zero-shot, retrieval, linear segmentation, PCA maps",
+    "toy": "the procedural world and its two oracle teachers",
+    "teachers": "DINOv3 and SigLIP 2, packed; plug-in teachers",
+    "curate": "hierarchical k-means and balanced sampling",
+}
+
+
+def load(name):
+    return json.loads((HERE / f"{name}.json").read_text())
+
+
+def row(*cells):
+    return "| " + " | ".join(str(c) for c in cells) + " |"
+
+
+def scores(results):
+    """A line a measure: mean (and standard deviation over runs) of student, teacher, untrained student, and the share."""
+    spread = len(results) > 1
+    lines = [row("measure", "student", "teacher", "untrained", "share of the teacher"), row(*["---"] * 5)]
+    for measure in results[0]["student"]:
+
+        def cell(who, measure=measure):
+            values = [r[who][measure] for r in results if measure in r[who]]
+            if not values:
+                return ""
+            mean = f"{statistics.mean(values):.3f}"
+            return f"{mean} ± {statistics.stdev(values):.3f}" if spread and who == "student" else mean
+
+        parts = [r["student"][measure] / r["teacher"][measure] for r in results if r["teacher"].get(measure)]
+        share = f"{statistics.mean(parts):.0%}" if parts else ""
+        lines.append(row(measure, cell("student"), cell("teacher"), cell("untrained"), share))
+    return lines
+
+
+def tables():
+    seeds = [load(path.stem) for path in sorted(HERE.glob("toy_seed*.json"))]
+    seconds = [r["seconds"] for r in seeds]
+    toy = scores(seeds)
+    toy += ["", f"`python train.py --seed S`, n = {len(seeds)} seeds, mean ± standard deviation; "]
+    toy[-1] += f"{min(seconds):.0f} to {max(seconds):.0f} s a run, everything included."
+    photos = scores([load("photos")])
+    bench = [
+        row("`python train.py --bench`", "toy world", "photos, `--tokens 4096`"),
+        row("---", "---", "---"),
+    ]
+    a, b = load("bench_toy"), load("bench_photos")
+    for key, text, form in (
+        ("n", "steps", "{:.0f}"),
+        ("step_ms", "step, median", "{:.0f} ms"),
+        ("tokens_per_s", "tokens/s", "{:.0f}"),
+        ("data_wait_share", "time waiting for data", "{:.1%}"),
+        ("fill", "fill of the packs", "{:.1%}"),
+        ("padded_tokens_per_s", "tokens/s, the same images padded to the longest", "{:.0f}"),
+        ("packed_over_padded", "packed over padded", "{:.2f}x"),
+        ("share_of_gemm_rate", "of the rate of a 2048 x 2048 matrix product in the same run", "{:.0%}"),
+    ):
+        bench.append(row(text, form.format(a[key]), form.format(b[key])))
+    lines = [
+        row(f"[`{n}.py`]({n}.py)", len(p.read_text().splitlines()), SAYS[n])
+        for n in READ
+        if (p := README.with_name(f"{n}.py")).exists()
+    ]
+    for path in sorted((README.parent / "kernels").glob("[a-z]*.py")):
+        says = path.read_text().split('"""')[1].split("\n")[0].rstrip(".:")
+        lines.append(row(f"[`kernels/{path.name}`](kernels/{path.name})", len(path.read_text().splitlines()), says))
+    return {
+        "toy": toy,
+        "photos": photos,
+        "bench": bench,
+        "files": [row("file", "lines", "what it says"), row("---", "---", "---"), *lines],
+    }
+
+
+def main():
+    text = README.read_text()
+    for name, lines in tables().items():
+        body = "\n".join(lines)
+        text, n = re.subn(
+            rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", lambda m, body=body: m[1] + body + m[2], text, flags=re.S
+        )
+        if n != 1:
+            raise ValueError(f"README.md has {n} places for the table '{name}'")
+    README.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
