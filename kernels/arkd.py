@@ -35,7 +35,7 @@ MEDIAN_SHIFTS = 128  # beyond, over MEDIAN_SHIFTS * B seeded pairs: at B = 4097 
 TIE = 16  # machine epsilons: distances this near the median count as equal to it, whichever form rounded them
 CLOSE = 1e-2  # |a|^2 - 2ab + |b|^2 below this share of |a|^2 + |b|^2 has cancelled: such pairs are taken by differences
 STRIP = 1024  # rows of a strip: its weights take 128 MiB at B = 32k
-SMALL = 128  # images up to which `auto` takes ref: one graph to a compiler, and no slower (2.5 against 1.8 ms, D = 128, 2 cores)
+SMALL = 128  # images up to which `auto` takes ref: one graph to a compiler, and 2.5 against 1.8 ms on 2 cores, D = 128
 BLOCK = {"BLOCK": 64, "BLOCK_D": 32}  # a Triton tile is 64 x 64 pairs: 32 registers of accumulator a thread
 
 
@@ -356,12 +356,12 @@ def arkd(student_BD, teacher_BD, mode="arkd", impl="auto", rows=None, group=None
 
     impl "auto" is ref up to SMALL images, and beyond triton on CUDA, chunked elsewhere.
 
-    rows = (start, stop), stop exclusive, shares the work over ranks that all hold the whole batch. It returns those rows'
-    part of the sum over i, still over B (B - 1), and its gradient is the whole loss's for z_start to z_(stop - 1), zero
-    for the others: over ranks whose rows cover the batch once, values add up to the loss and gradients to its gradient,
-    and a rank whose rows are its own images has all of theirs. The means are the global ones either way: with `group` (a
-    torch.distributed process group) each rank sums its rows and three scalars are added up, without it every rank sums
-    all rows itself.
+    rows = (start, stop), stop exclusive, shares the work over ranks that all hold the whole batch. It returns those
+    rows' part of the sum over i, still over B (B - 1); its gradient is the whole loss's for z_start to z_(stop - 1) and
+    zero for the others. Over ranks whose rows cover the batch once, values add up to the loss and gradients to its
+    gradient, and a rank whose rows are its own images has all of theirs (multiply by the world size where gradients are
+    averaged over ranks, as DDP does). The means are the global ones either way: with `group`, a torch.distributed
+    process group, each rank sums its rows and three scalars are added up; without it every rank sums all rows itself.
 
     Raises ValueError on unequal numbers of rows, an unknown mode or impl, or an impl that cannot run here.
     """
