@@ -16,7 +16,6 @@ Shape letters: B summaries in the global batch, D channels (student and teacher 
 """
 
 import contextlib
-import os
 
 import torch
 import torch.distributed as dist
@@ -222,19 +221,9 @@ def triton_distance_sum(z, start, stop):
 def triton_pairs(student, teacher, scalars, mode, start, stop, weights):
     B, grid = len(student[0]), tiles(start, stop, len(student[0]))
     out = student[0].new_empty((stop - start, B) if weights else (2, *grid))
-    sizes = B, student[0].shape[1], teacher[0].shape[1]
     pair_kernel[grid](
-        *student,
-        *teacher,
-        scalars,
-        out,
-        start,
-        stop,
-        *sizes,
-        GATED=mode == "arkd",
-        WEIGHTS=weights,
-        CLOSE=CLOSE,
-        **BLOCK,
+        *(*student, *teacher, scalars, out, start, stop, B, student[0].shape[1], teacher[0].shape[1]),
+        **{"GATED": mode == "arkd", "WEIGHTS": weights, "CLOSE": CLOSE, **BLOCK},
     )
     return out
 
@@ -278,13 +267,18 @@ class Relational(torch.autograd.Function):
         span = rows if group is not None else (0, B)  # the rows whose sums this rank contributes
         with full_float32():
             student, teacher = centred(student_BD), centred(teacher_BD)
-            sums_2 = torch.stack([sum(distance_sum(z, *strip) for strip in strips(*span)) for z in (student, teacher)])
+            zero = student_BD.new_zeros((), dtype=torch.float64)  # a rank may have been given no rows
+
+            def total(sums, *arguments, rows=span):
+                return sum((sums(*arguments, *strip) for strip in strips(*rows)), zero)
+
+            sums_2 = torch.stack([total(distance_sum, student), total(distance_sum, teacher)])
             means_2 = (over_ranks(sums_2, group) / (B * (B - 1))).to(dtype).clamp(min=torch.finfo(dtype).tiny)
             scalars = torch.cat([means_2, median_cut(teacher_BD)[None]])
-            sums_2 = sum(pair_sums(student, teacher, scalars, mode, *strip) for strip in strips(*span))
+            sums_2 = total(pair_sums, student, teacher, scalars, mode).expand(2).clone()
             own = sums_2[0].clone()
             if span != rows:
-                own = sum(pair_sums(student, teacher, scalars, mode, *strip)[0] for strip in strips(*rows))
+                own = total(pair_sums, student, teacher, scalars, mode, rows=rows).expand(2)[0]
             slope = over_ranks(sums_2[1], group).to(dtype) / means_2[0] / (B * (B - 1))
         ctx.save_for_backward(*student, *teacher, torch.cat([scalars, slope[None]]))
         ctx.mode, ctx.impl, ctx.rows = mode, impl, rows
@@ -341,7 +335,7 @@ def why_not_triton(device, dtype):
     """Why the kernels cannot run here, or None."""
     if triton is None:
         return "needs the triton package, which is not installed (pip install triton)"
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if device.type != "cuda" and isinstance(pair_kernel, triton.JITFunction):  # not the interpreter's
         return f"needs a CUDA device and was asked to run on {device.type} (TRITON_INTERPRET=1 runs it there, slowly)"
     if dtype != torch.float32:
         return f"computes in float32 and was given {str(dtype).removeprefix('torch.')}"
