@@ -31,6 +31,7 @@ from tqdm import tqdm
 import amoe
 import data
 import evaluate
+import kernels.moe
 import toy
 from kernels.attention import block_mask
 
@@ -67,7 +68,9 @@ class Flags:
 
     device: str = flag("auto", SPEED, "cuda, cpu, or auto")
     compile: str = flag("auto", SPEED, "torch.compile: auto means on CUDA", ("auto", "on", "off"))
-    kernels: str = flag("auto", SPEED, "implementation of the experts", ("auto", "ref", "grouped"))
+    kernels: str = flag(
+        "auto", SPEED, "form of the experts: " + ", ".join(kernels.moe.IMPLS), ("auto", *kernels.moe.IMPLS)
+    )
     checkpoint: bool = flag(False, SPEED, "recompute activations in the backward pass: less memory, a third more time")
     fsdp: bool = flag(False, SPEED, "shard parameters over ranks (FSDP2) in place of replicating them")
     workers: int = flag(0, SPEED, "processes that read the cache; 0 reads in the training process")
@@ -170,11 +173,15 @@ def setup(flags):
             libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
     if flags.threads:
         torch.set_num_threads(flags.threads)
+    experts = kernels.moe.choose(
+        flags.kernels, torch.device(device), torch.bfloat16 if device != "cpu" else torch.float32
+    )
     compiled = flags.compile == "on" or (flags.compile == "auto" and device.startswith("cuda"))
     if rank == 0:
         form = "FlexAttention, compiled" if compiled and device != "cpu" else "SDPA on each image"
         print(
-            f"device {device} ({why}), {world} rank(s), attention: {form}, compile {'on' if compiled else 'off'}",
+            f"device {device} ({why}), {world} rank(s), attention: {form}, experts: {experts}, "
+            f"compile {'on' if compiled else 'off'}",
             flush=True,
         )
     return Place(rank, world, torch.device(device)), compiled

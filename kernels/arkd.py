@@ -1,72 +1,378 @@
 """Asymmetric relational distillation (E4; AMoE, arXiv 2512.20157): pairwise distances, student against teacher.
 
-`ref` builds the B x B distances: any device, float32 or float64, and the definition.
+`ref` builds the B x B distances by differences: any device, float32 or float64, and the definition.
+`chunked` goes through strips of rows in plain torch: any device, float32 or float64, nothing of B x B elements.
+`triton` fuses a strip's distances, gates and slopes: CUDA GPUs (written for Hopper, sm_90), float32. Only the backward
+stores anything as wide as B, one strip of pair weights at a time, for the matrix product that turns it into gradients.
 
-Shape letters: B summaries in the global batch, D channels (student and teacher may differ).
+With n = B (B - 1), g_ij the derivative of a pair's loss by D^S_ij and mu the student's mean distance,
+
+    dL/dz_i = sum_j w_ij (z_i - z_j),    w_ij = 2 / (n mu) (g_ij - c) / d_ij,    c = 1/n sum_kl g_kl D^S_kl
+
+where c is the path through the mean. So three passes over the pairs are enough: the two means, then the loss and c,
+then the gradient.
+
+Shape letters: B summaries in the global batch, D channels (student and teacher may differ), R rows of a strip.
 """
 
+import contextlib
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
-MEDIAN_EXACT = 4096  # images up to which the teacher's median is over every pair; beyond, over as many sampled pairs
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a torch build without it: the plain-torch forms remain
+    triton = None
+
 MODES = ("arkd", "rkd")
+IMPLS = ("ref", "chunked", "triton")
+MEDIAN_EXACT = 4096  # images up to which the teacher's median is over every pair
+MEDIAN_SHIFTS = 128  # beyond, over MEDIAN_SHIFTS * B seeded pairs: at B = 4097 the rank of the median is off by 0.07%
+TIE = 16  # machine epsilons: distances this near the median count as equal to it, whichever form rounded them
+CLOSE = 1e-2  # |a|^2 - 2ab + |b|^2 below this share of |a|^2 + |b|^2 has cancelled: such pairs are taken by differences
+STRIP = 1024  # rows of a strip: its weights take 128 MiB at B = 32k
+SMALL = 128  # images up to which `auto` takes ref: one graph to a compiler, and 2.5 against 1.8 ms on 2 cores, D = 128
+BLOCK = {"BLOCK": 64, "BLOCK_D": 32}  # a Triton tile is 64 x 64 pairs: 32 registers of accumulator a thread
 
 
-def arkd(student_BD, teacher_BD, mode="arkd", impl="auto"):
-    """The relational loss over ordered pairs i != j, float32 (or float64); gradients reach the student only.
-
-    mode "arkd" gates by the teacher: pairs it holds closer than the median may not be further apart in the student, the
-    others may not be closer. "rkd" (arXiv 1904.05068) pulls both ways on every pair. Fewer than two images give 0.
-    """
-    if mode not in MODES:
-        raise ValueError(f"arkd mode '{mode}' is not one of {', '.join(MODES)}")
-    if impl not in ("auto", "ref"):
-        raise ValueError(f"kernels.arkd has no implementation '{impl}'; it has ref")
-    if len(student_BD) != len(teacher_BD):
-        raise ValueError(
-            f"arkd compares the same images: {len(student_BD)} student rows, {len(teacher_BD)} of the teacher"
-        )
-    dtype = torch.promote_types(student_BD.dtype, torch.float32)
-    return arkd_ref(student_BD.to(dtype), teacher_BD.detach().to(dtype), mode)
+# ---- the definition ----
 
 
 def arkd_ref(student_BD, teacher_BD, mode):
     B = len(student_BD)
-    if B < 2:
-        return student_BD.sum() * 0  # a zero that stays in the graph
-    student_BB = normalised_distances(student_BD)
-    teacher_BB = normalised_distances(teacher_BD)
-    if mode == "rkd":
-        loss_BB = smooth_l1(student_BB - teacher_BB)
-    else:
-        near_BB = teacher_BB < lower_median(teacher_BB)
-        excess_BB = torch.where(near_BB, student_BB - teacher_BB, teacher_BB - student_BB)
-        loss_BB = smooth_l1(excess_BB.clamp(min=0))
+    student_BB, teacher_BB = distances(student_BD), distances(teacher_BD)
+    near_BB = teacher_BB < median_cut(teacher_BD)
+    excess_BB = over_mean(student_BB) - over_mean(teacher_BB)
+    if mode == "arkd":  # pairs the teacher holds close may not be further apart, the others may not be closer
+        excess_BB = torch.where(near_BB, excess_BB.clamp(min=0), excess_BB.clamp(max=0))
+    loss_BB = F.smooth_l1_loss(excess_BB, torch.zeros_like(excess_BB), reduction="none", beta=1.0)
     return loss_BB.sum() / (B * (B - 1))  # the diagonal is 0 in both and adds nothing
 
 
-def normalised_distances(z_BD):
-    """||z_i - z_j|| over its mean for i != j, from differences: |a|^2 - 2ab + |b|^2 would cancel in float32."""
-    B = len(z_BD)
+def distances(z_BD):
+    """||z_i - z_j||, by differences: |a|^2 - 2ab + |b|^2 would cancel in float32."""
     # cdist: its gradient at distance 0 is 0, where that of a square root would be NaN
-    d_BB = torch.cdist(z_BD, z_BD, compute_mode="donot_use_mm_for_euclid_dist")
-    mean = d_BB.sum() / (B * (B - 1))
-    return d_BB / mean.clamp(min=torch.finfo(d_BB.dtype).tiny)
+    return torch.cdist(z_BD, z_BD, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def lower_median(d_BB, seed=0):
-    """Lower median over i != j; exact up to MEDIAN_EXACT images, then from as many seeded pairs."""
+def over_mean(d_BB):
+    """Distances over their mean for i != j, which is positive unless every image is the same."""
     B = len(d_BB)
+    return d_BB / (d_BB.sum() / (B * (B - 1))).clamp(min=torch.finfo(d_BB.dtype).tiny)
+
+
+def median_cut(teacher_BD, seed=0):
+    """Below this a distance is under the lower median over i != j, with equal distances on one side of it.
+
+    Exact up to MEDIAN_EXACT images; then from seeded pairs, the same for every implementation: neighbours at
+    MEDIAN_SHIFTS random shifts of one random order, so that each image is drawn equally often and nothing is gathered
+    twice.
+    """
+    B = len(teacher_BD)
     if B <= MEDIAN_EXACT:
-        i, j = torch.triu_indices(B, B, 1, device=d_BB.device)  # each pair once: the same median
+        d = F.pdist(teacher_BD)  # each pair once: the same median
     else:
         generator = torch.Generator().manual_seed(seed)
-        n = MEDIAN_EXACT * (MEDIAN_EXACT - 1) // 2
-        i = torch.randint(B, (n,), generator=generator)
-        j = (i + torch.randint(1, B, (n,), generator=generator)) % B
-        i, j = i.to(d_BB.device), j.to(d_BB.device)
-    return d_BB[i, j].median()
+        z_BD = teacher_BD[torch.randperm(B, generator=generator).to(teacher_BD.device)]
+        shifts = torch.randint(1, B, (MEDIAN_SHIFTS,), generator=generator).tolist()
+        d = torch.cat([torch.linalg.vector_norm(z_BD - z_BD.roll(shift, 0), dim=1) for shift in shifts])
+    return d.median() * (1 - TIE * torch.finfo(d.dtype).eps)
 
 
-def smooth_l1(x):
-    return F.smooth_l1_loss(x, torch.zeros_like(x), reduction="none", beta=1.0)
+# ---- strips of rows, in plain torch ----
+
+
+def strip_distances(z, start, stop):
+    """||z_i - z_j|| of rows start <= i < stop with all, [R, B], from (centred z_BD, its squared norms)."""
+    z_BD, square_B = z
+    scale_RB = square_B[start:stop, None] + square_B
+    squared_RB = torch.addmm(scale_RB, z_BD[start:stop], z_BD.T, alpha=-2)
+    # In chunks: a batch of duplicates makes every pair a close one.
+    for pairs in (squared_RB < CLOSE * scale_RB).nonzero().split(16384):
+        i, j = pairs.T
+        squared_RB[i, j] = (z_BD[start + i] - z_BD[j]).square().sum(1)
+    return squared_RB.clamp_(min=0).sqrt_()
+
+
+def chunked_distance_sum(z, start, stop):
+    return strip_distances(z, start, stop).sum(dtype=torch.float64)
+
+
+def excess_and_slope(student_RB, teacher_RB, scalars, mode):
+    """What each pair is penalised for, and its loss's derivative by D^S."""
+    mean_student, mean_teacher, cut = scalars[:3]
+    excess_RB = student_RB / mean_student - teacher_RB / mean_teacher
+    if mode == "arkd":
+        excess_RB = torch.where(teacher_RB < cut, excess_RB.clamp(min=0), excess_RB.clamp(max=0))
+    return excess_RB, excess_RB.clamp(-1, 1)
+
+
+def chunked_pair_sums(student, teacher, scalars, mode, start, stop):
+    student_RB, teacher_RB = strip_distances(student, start, stop), strip_distances(teacher, start, stop)
+    excess_RB, slope_RB = excess_and_slope(student_RB, teacher_RB, scalars, mode)
+    loss_RB = slope_RB * (excess_RB - slope_RB / 2)  # smooth L1: x^2 / 2 up to |x| = 1, |x| - 1/2 beyond
+    return torch.stack([t.sum(dtype=torch.float64) for t in (loss_RB, slope_RB * student_RB)])
+
+
+def chunked_weights(student, teacher, scalars, mode, start, stop):
+    student_RB, teacher_RB = strip_distances(student, start, stop), strip_distances(teacher, start, stop)
+    _, slope_RB = excess_and_slope(student_RB, teacher_RB, scalars, mode)
+    return torch.where(student_RB > 0, (slope_RB - scalars[3]) / student_RB, 0)
+
+
+# ---- strips of rows, in Triton ----
+
+if triton is not None:
+
+    @triton.jit
+    def tile_distances(z_ptr, square_ptr, i, j, stop, B, D, CLOSE: tl.constexpr, BLOCK_D: tl.constexpr):
+        """||z_i - z_j|| of a tile, 0 on the diagonal and outside the strip."""
+        row_i, row_j = i.to(tl.int64) * D, j.to(tl.int64) * D
+        real_i, real_j = i < stop, j < B
+        product = tl.zeros((i.shape[0], j.shape[0]), dtype=tl.float32)
+        for k in range(0, D, BLOCK_D):
+            channel = k + tl.arange(0, BLOCK_D)
+            mask = channel < D
+            a = tl.load(z_ptr + row_i[:, None] + channel[None, :], mask=real_i[:, None] & mask[None, :], other=0.0)
+            b = tl.load(z_ptr + row_j[:, None] + channel[None, :], mask=real_j[:, None] & mask[None, :], other=0.0)
+            product = tl.dot(a, tl.trans(b), product, input_precision="ieee")  # tf32 would err by 1e-3
+        scale = (
+            tl.load(square_ptr + i, mask=real_i, other=0.0)[:, None]
+            + tl.load(square_ptr + j, mask=real_j, other=0.0)[None, :]
+        )
+        squared = scale - 2 * product
+        pair = real_i[:, None] & real_j[None, :] & (i[:, None] != j[None, :])
+        close = pair & (squared < CLOSE * scale)
+        if tl.max(tl.max(close.to(tl.int32), 1), 0) > 0:  # rare: duplicates, tight clusters
+            exact = tl.zeros_like(squared)
+            for k in range(D):
+                a = tl.load(z_ptr + row_i + k, mask=real_i, other=0.0)
+                b = tl.load(z_ptr + row_j + k, mask=real_j, other=0.0)
+                difference = a[:, None] - b[None, :]
+                exact += difference * difference
+            squared = tl.where(close, exact, squared)
+        return tl.where(pair, tl.sqrt(tl.maximum(squared, 0.0)), 0.0)
+
+    @triton.jit
+    def distance_sum_kernel(
+        z_ptr, square_ptr, sum_ptr, start, stop, B, D, CLOSE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
+    ):
+        i = start + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        d = tile_distances(z_ptr, square_ptr, i, j, stop, B, D, CLOSE, BLOCK_D)
+        tl.store(sum_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.sum(d, 1), 0))
+
+    @triton.jit
+    def pair_kernel(
+        student_ptr,
+        student_square_ptr,
+        teacher_ptr,
+        teacher_square_ptr,
+        scalar_ptr,  # mean of the student's distances, of the teacher's, the cut, and c where WEIGHTS
+        out_ptr,  # WEIGHTS: [R, B]; else the tiles' sums of the loss, then of slope * d
+        start,
+        stop,
+        B,
+        D_student,
+        D_teacher,
+        GATED: tl.constexpr,
+        WEIGHTS: tl.constexpr,
+        CLOSE: tl.constexpr,
+        BLOCK: tl.constexpr,
+        BLOCK_D: tl.constexpr,
+    ):
+        i = start + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        student = tile_distances(student_ptr, student_square_ptr, i, j, stop, B, D_student, CLOSE, BLOCK_D)
+        teacher = tile_distances(teacher_ptr, teacher_square_ptr, i, j, stop, B, D_teacher, CLOSE, BLOCK_D)
+        excess = student / tl.load(scalar_ptr) - teacher / tl.load(scalar_ptr + 1)
+        if GATED:
+            near = teacher < tl.load(scalar_ptr + 2)
+            excess = tl.where(near, tl.maximum(excess, 0.0), tl.minimum(excess, 0.0))
+        slope = tl.minimum(tl.maximum(excess, -1.0), 1.0)
+        if WEIGHTS:
+            apart = student > 0
+            weight = tl.where(apart, (slope - tl.load(scalar_ptr + 3)) / tl.where(apart, student, 1.0), 0.0)
+            at = (i - start).to(tl.int64)[:, None] * B + j[None, :]
+            tl.store(out_ptr + at, weight, mask=(i < stop)[:, None] & (j < B)[None, :])
+        else:
+            at = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+            tiles = tl.num_programs(0) * tl.num_programs(1)
+            tl.store(out_ptr + at, tl.sum(tl.sum(slope * (excess - slope / 2), 1), 0))
+            tl.store(out_ptr + tiles + at, tl.sum(tl.sum(slope * student, 1), 0))
+
+
+def tiles(start, stop, B):
+    return triton.cdiv(stop - start, BLOCK["BLOCK"]), triton.cdiv(B, BLOCK["BLOCK"])
+
+
+def triton_distance_sum(z, start, stop):
+    B, D = z[0].shape
+    grid = tiles(start, stop, B)
+    # A sum per tile and no atomics: the order of addition, and so the result, is the same every time.
+    sum_IJ = z[0].new_empty(grid)
+    distance_sum_kernel[grid](*z, sum_IJ, start, stop, B, D, CLOSE=CLOSE, **BLOCK)
+    return sum_IJ.sum(dtype=torch.float64)
+
+
+def triton_pairs(student, teacher, scalars, mode, start, stop, weights):
+    B, grid = len(student[0]), tiles(start, stop, len(student[0]))
+    out = student[0].new_empty((stop - start, B) if weights else (2, *grid))
+    pair_kernel[grid](
+        *(*student, *teacher, scalars, out, start, stop, B, student[0].shape[1], teacher[0].shape[1]),
+        **{"GATED": mode == "arkd", "WEIGHTS": weights, "CLOSE": CLOSE, **BLOCK},
+    )
+    return out
+
+
+def triton_pair_sums(*arguments):
+    return triton_pairs(*arguments, weights=False).sum((1, 2), dtype=torch.float64)
+
+
+def triton_weights(*arguments):
+    return triton_pairs(*arguments, weights=True)
+
+
+FORMS = {
+    "chunked": (chunked_distance_sum, chunked_pair_sums, chunked_weights),
+    "triton": (triton_distance_sum, triton_pair_sums, triton_weights),
+}
+
+
+# ---- autograd ----
+
+
+@contextlib.contextmanager
+def full_float32():
+    """Float32 products in float32: neither autocast nor a process-wide TF32 setting may round them."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class Relational(torch.autograd.Function):
+    """The three passes over strips, and the sums that ranks share between them."""
+
+    @staticmethod
+    def forward(ctx, student_BD, teacher_BD, mode, impl, rows, group):
+        distance_sum, pair_sums, _ = FORMS[impl]
+        B, dtype = len(student_BD), student_BD.dtype
+        span = rows if group is not None else (0, B)  # the rows whose sums this rank contributes
+        with full_float32():
+            student, teacher = centred(student_BD), centred(teacher_BD)
+            zero = student_BD.new_zeros((), dtype=torch.float64)  # a rank may have been given no rows
+
+            def total(sums, *arguments, rows=span):
+                return sum((sums(*arguments, *strip) for strip in strips(*rows)), zero)
+
+            sums_2 = torch.stack([total(distance_sum, student), total(distance_sum, teacher)])
+            means_2 = (over_ranks(sums_2, group) / (B * (B - 1))).to(dtype).clamp(min=torch.finfo(dtype).tiny)
+            scalars = torch.cat([means_2, median_cut(teacher_BD)[None]])
+            sums_2 = total(pair_sums, student, teacher, scalars, mode).expand(2).clone()
+            own = sums_2[0].clone()
+            if span != rows:
+                own = total(pair_sums, student, teacher, scalars, mode, rows=rows).expand(2)[0]
+            slope = over_ranks(sums_2[1], group).to(dtype) / means_2[0] / (B * (B - 1))
+        ctx.save_for_backward(*student, *teacher, torch.cat([scalars, slope[None]]))
+        ctx.mode, ctx.impl, ctx.rows = mode, impl, rows
+        return (own / (B * (B - 1))).to(dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        *zs, scalars = ctx.saved_tensors
+        student, teacher = zs[:2], zs[2:]
+        z_BD, B = student[0], len(student[0])
+        out_BD = torch.zeros_like(z_BD)
+        with full_float32():
+            for start, stop in strips(*ctx.rows):
+                weight_RB = FORMS[ctx.impl][2](student, teacher, scalars, ctx.mode, start, stop)
+                out_BD[start:stop] = z_BD[start:stop] * weight_RB.sum(1, keepdim=True) - weight_RB @ z_BD
+        return out_BD * (grad * 2 / (B * (B - 1)) / scalars[0]), None, None, None, None, None
+
+
+def centred(z_BD):
+    """z minus its mean, which no distance sees and products of float32 would, and its squared norms."""
+    z_BD = (z_BD - z_BD.mean(0)).contiguous()
+    return z_BD, z_BD.square().sum(1)
+
+
+def strips(start, stop):
+    return [(at, min(at + STRIP, stop)) for at in range(start, stop, STRIP)]
+
+
+def over_ranks(sums, group):
+    if group is not None:
+        dist.all_reduce(sums, group=group)
+    return sums
+
+
+# ---- the operation ----
+
+
+def choose(impl, device, dtype, n, rows=None):
+    """The form that `impl` means for n images; an explicit one that cannot run raises ValueError with the reason."""
+    if impl == "auto":
+        if n <= SMALL and rows is None:
+            return "ref"
+        return "triton" if device.type == "cuda" and not why_not_triton(device, dtype) else "chunked"
+    if impl not in IMPLS:
+        raise ValueError(f"kernels.arkd has no implementation '{impl}'; it has {', '.join(IMPLS)}")
+    if impl == "ref" and rows is not None:
+        raise ValueError("kernels.arkd: 'ref' computes every row and was given rows=; use chunked or triton")
+    if impl == "triton" and (reason := why_not_triton(device, dtype)):
+        raise ValueError(f"kernels.arkd: 'triton' {reason}; use chunked")
+    return impl
+
+
+def why_not_triton(device, dtype):
+    """Why the kernels cannot run here, or None."""
+    if triton is None:
+        return "needs the triton package, which is not installed (pip install triton)"
+    if device.type != "cuda" and isinstance(pair_kernel, triton.JITFunction):  # not the interpreter's
+        return f"needs a CUDA device and was asked to run on {device.type} (TRITON_INTERPRET=1 runs it there, slowly)"
+    if dtype != torch.float32:
+        return f"computes in float32 and was given {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+def arkd(student_BD, teacher_BD, mode="arkd", impl="auto", rows=None, group=None):
+    """The relational loss over ordered pairs i != j, float32 (or float64); gradients reach the student only.
+
+    mode "arkd" gates by the teacher: pairs it holds closer than the median may not be further apart in the student, the
+    others may not be closer. "rkd" (arXiv 1904.05068) pulls both ways on every pair. Fewer than two images give 0.
+
+    impl "auto" is ref up to SMALL images, and beyond triton on CUDA, chunked elsewhere.
+
+    rows = (start, stop), stop exclusive, shares the work over ranks that all hold the whole batch. It returns those
+    rows' part of the sum over i, still over B (B - 1); its gradient is the whole loss's for z_start to z_(stop - 1) and
+    zero for the others. Over ranks whose rows cover the batch once, values add up to the loss and gradients to its
+    gradient, and a rank whose rows are its own images has all of theirs (multiply by the world size where gradients are
+    averaged over ranks, as DDP does). The means are the global ones either way: with `group`, a torch.distributed
+    process group, each rank sums its rows and three scalars are added up; without it every rank sums all rows itself.
+
+    Raises ValueError on unequal numbers of rows, an unknown mode or impl, or an impl that cannot run here.
+    """
+    B = len(student_BD)
+    if mode not in MODES:
+        raise ValueError(f"arkd mode '{mode}' is not one of {', '.join(MODES)}")
+    if B != len(teacher_BD):
+        raise ValueError(f"arkd compares the same images: {B} student rows, {len(teacher_BD)} of the teacher")
+    if rows is not None and not 0 <= rows[0] <= rows[1] <= B:
+        raise ValueError(f"arkd rows {tuple(rows)} are not a range of the {B} images; 0 <= start <= stop <= {B}")
+    if group is not None and rows is None:
+        raise ValueError("arkd was given a group without rows: say which rows are this rank's, rows=(start, stop)")
+    dtype = torch.promote_types(torch.promote_types(student_BD.dtype, teacher_BD.dtype), torch.float32)
+    student_BD, teacher_BD = student_BD.to(dtype), teacher_BD.detach().to(dtype)
+    impl = choose(impl, student_BD.device, dtype, B, rows)
+    if B < 2:
+        return student_BD.sum() * 0  # a zero that stays in the graph
+    if impl == "ref":
+        return arkd_ref(student_BD, teacher_BD, mode)
+    return Relational.apply(student_BD, teacher_BD, mode, impl, tuple(rows or (0, B)), group)

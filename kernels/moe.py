@@ -1,41 +1,39 @@
 """Mixture-of-Experts feed-forward: y_t = sum_k weight_tk * w2_e (silu(w1_e x_t) * w3_e x_t) with e = expert_tk.
 
 `ref` loops over the experts: any device, any float dtype, and the definition. It needs the counts on the host.
-`grouped` is torch's grouped GEMM: CUDA, bfloat16, no host synchronisation, so it compiles without a break.
+`grouped` is torch's grouped GEMM on a gathered copy of x: CUDA, bfloat16, no host synchronisation, so it compiles
+without a break.
+`triton` reads x's rows through the sorted token index instead of gathering them, forward and backward: CUDA GPUs
+(written for Hopper, sm_90), float32, float16 and bfloat16 with float32 accumulation, no host synchronisation either.
+The idea of fusing gather and scatter into the grouped product is ScatterMoE's (arXiv 2403.08245).
 
-Shape letters: T tokens, D model width, E experts, F expert width, K experts a token.
+Shape letters: T tokens, D model width, E experts, F expert width, K experts a token, N = T K routed rows in the order
+of their experts, M tiles of rows.
 """
 
 import torch
 import torch.nn.functional as F
 
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a torch build without it: the plain-torch forms remain
+    triton = None
 
-def choose(impl, device):
-    """The form that `impl` ("auto", "ref", "grouped") means on `device`; an explicit one that cannot run raises."""
-    if impl == "auto":
-        return "grouped" if device.type == "cuda" and hasattr(F, "grouped_mm") else "ref"
-    if impl not in ("ref", "grouped"):
-        raise ValueError(f"kernels.moe has no implementation '{impl}'; it has ref and grouped")
-    if impl == "grouped" and device.type != "cuda":
-        raise ValueError(f"kernels.moe: 'grouped' needs a CUDA device and was asked to run on {device.type}; use ref")
-    return impl
+IMPLS = ("ref", "grouped", "triton")
 
 
-def moe(x_TD, expert_TK, weight_TK, w1_EFD, w2_EDF, w3_EFD, impl="auto"):
-    """Every token through its K experts, weighted after the expert; no token is dropped. Returns [T, D] in x's dtype.
+# ---- the definition, and torch's grouped GEMM ----
 
-    expert_TK: int64 expert indices; weight_TK: float32 routing weights. Accumulates the K results in x's dtype.
-    """
+
+def by_expert(expert_TK, n_experts):
+    """The rows' order by expert (int64 [N], places in the flattened expert_TK) and the experts' counts (int64 [E])."""
     # A stable sort keeps a token's rows in order inside an expert, so sums do not depend on the sort algorithm.
-    order_N = expert_TK.flatten().argsort(stable=True)  # N = T K routed rows, grouped by expert
-    token_N = order_N // expert_TK.shape[1]
+    order_N = expert_TK.flatten().argsort(stable=True)
     # Not bincount, whose size a compiler cannot know.
-    count_E = torch.zeros(len(w1_EFD), dtype=torch.int64, device=x_TD.device)
+    count_E = torch.zeros(n_experts, dtype=torch.int64, device=expert_TK.device)
     count_E.scatter_add_(0, expert_TK.flatten(), torch.ones_like(order_N))
-    experts = experts_grouped if choose(impl, x_TD.device) == "grouped" else experts_ref
-    y_ND = experts(x_TD.index_select(0, token_N), count_E, w1_EFD, w2_EDF, w3_EFD)
-    y_ND = y_ND * weight_TK.flatten()[order_N, None].to(y_ND.dtype)
-    return torch.zeros_like(x_TD).index_add(0, token_N, y_ND.to(x_TD.dtype))
+    return order_N, count_E
 
 
 def experts_ref(x_ND, count_E, w1_EFD, w2_EDF, w3_EFD):
@@ -55,3 +53,340 @@ def experts_grouped(x_ND, count_E, w1_EFD, w2_EDF, w3_EFD):
     x_ND, w1, w2, w3 = (t.bfloat16() for t in (x_ND, w1_EFD, w2_EDF, w3_EFD))
     hidden_NF = F.silu(F.grouped_mm(x_ND, w1.mT, offs=end_E)) * F.grouped_mm(x_ND, w3.mT, offs=end_E)
     return F.grouped_mm(hidden_NF, w2.mT, offs=end_E)
+
+
+# ---- the Triton kernels ----
+#
+# Rows are cut into tiles that each belong to one expert. Four kernels make the layer, two ways:
+#   up           h1, h3 = x w1^T, x w3^T and silu(h1) * h3        rows of x gathered through the token index
+#   up_backward  from dy: dh1, dh3, the weights' gradient         rows of dy gathered likewise
+#   down         y = weight * (silu(h1) * h3) w2^T, dx = dh1 w1 + dh3 w3, one row written per (token, k)
+#   outer        dw = sum over an expert's rows of an outer product
+# A token's K rows land next to each other, so a plain sum over K ends both ways: no atomics, the same bits every time.
+
+if triton is not None:
+
+    @triton.jit
+    def tile_rows(tile_expert_ptr, tile_row_ptr, end_ptr, tile, BLOCK_N: tl.constexpr):
+        """A tile's expert, its rows and which of them are the expert's."""
+        expert = tl.load(tile_expert_ptr + tile).to(tl.int64)
+        row = tl.load(tile_row_ptr + tile) + tl.arange(0, BLOCK_N)
+        return expert, row, row < tl.load(end_ptr + expert)
+
+    @triton.jit
+    def up_kernel(
+        x_ptr,
+        w1_ptr,
+        w3_ptr,
+        h1_ptr,
+        h3_ptr,
+        hidden_ptr,
+        order_ptr,
+        tile_expert_ptr,
+        tile_row_ptr,
+        end_ptr,
+        E,
+        D,
+        F,
+        K,
+        BLOCK_N: tl.constexpr,
+        BLOCK: tl.constexpr,
+        BLOCK_K: tl.constexpr,
+    ):
+        # The column varies fastest: neighbouring programs read the same rows of x, which stay in L2.
+        columns = tl.cdiv(F, BLOCK)
+        tile, f = tl.program_id(0) // columns, tl.program_id(0) % columns * BLOCK + tl.arange(0, BLOCK)
+        if tl.load(tile_expert_ptr + tile) == E:
+            return
+        expert, row, real = tile_rows(tile_expert_ptr, tile_row_ptr, end_ptr, tile, BLOCK_N)
+        token = tl.load(order_ptr + row, mask=real, other=0) // K
+        h1 = tl.zeros((BLOCK_N, BLOCK), dtype=tl.float32)
+        h3 = tl.zeros((BLOCK_N, BLOCK), dtype=tl.float32)
+        for k in range(0, D, BLOCK_K):
+            d = k + tl.arange(0, BLOCK_K)
+            x = tl.load(x_ptr + token[:, None] * D + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
+            at, mask = expert * F * D + f[None, :] * D + d[:, None], (d < D)[:, None] & (f < F)[None, :]
+            h1 = tl.dot(x, tl.load(w1_ptr + at, mask=mask, other=0.0), h1, input_precision="ieee")
+            h3 = tl.dot(x, tl.load(w3_ptr + at, mask=mask, other=0.0), h3, input_precision="ieee")
+        at, mask = row[:, None] * F + f[None, :], real[:, None] & (f < F)[None, :]
+        tl.store(h1_ptr + at, h1, mask=mask)
+        tl.store(h3_ptr + at, h3, mask=mask)
+        tl.store(hidden_ptr + at, h1 * tl.sigmoid(h1) * h3, mask=mask)
+
+    @triton.jit
+    def up_backward_kernel(
+        dy_ptr,
+        w2_ptr,
+        h1_ptr,
+        h3_ptr,
+        weight_ptr,
+        dh1_ptr,
+        dh3_ptr,
+        weighted_ptr,  # weight * silu(h1) * h3, for dw2
+        dweight_ptr,  # a column block's part each, at (token, k)
+        order_ptr,
+        tile_expert_ptr,
+        tile_row_ptr,
+        end_ptr,
+        E,
+        D,
+        F,
+        K,
+        N,
+        BLOCK_N: tl.constexpr,
+        BLOCK: tl.constexpr,
+        BLOCK_K: tl.constexpr,
+    ):
+        columns = tl.cdiv(F, BLOCK)
+        tile, column = tl.program_id(0) // columns, tl.program_id(0) % columns
+        f = column * BLOCK + tl.arange(0, BLOCK)
+        if tl.load(tile_expert_ptr + tile) == E:
+            return
+        expert, row, real = tile_rows(tile_expert_ptr, tile_row_ptr, end_ptr, tile, BLOCK_N)
+        place = tl.load(order_ptr + row, mask=real, other=0)
+        g = tl.zeros((BLOCK_N, BLOCK), dtype=tl.float32)  # dy w2, the gradient of the hidden row before its weight
+        for k in range(0, D, BLOCK_K):
+            d = k + tl.arange(0, BLOCK_K)
+            at = (place // K)[:, None] * D + d[None, :]
+            dy = tl.load(dy_ptr + at, mask=real[:, None] & (d < D)[None, :], other=0.0)
+            at, mask = expert * D * F + d[:, None] * F + f[None, :], (d < D)[:, None] & (f < F)[None, :]
+            g = tl.dot(dy, tl.load(w2_ptr + at, mask=mask, other=0.0), g, input_precision="ieee")
+        at, mask = row[:, None] * F + f[None, :], real[:, None] & (f < F)[None, :]
+        h1 = tl.load(h1_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        h3 = tl.load(h3_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        weight = tl.load(weight_ptr + place, mask=real, other=0.0).to(tl.float32)[:, None]
+        gate = tl.sigmoid(h1)
+        hidden = h1 * gate * h3
+        tl.store(dweight_ptr + column * N + place, tl.sum(g * hidden, 1), mask=real)
+        tl.store(weighted_ptr + at, weight * hidden, mask=mask)
+        g = weight * g
+        tl.store(dh1_ptr + at, g * h3 * gate * (1 + h1 * (1 - gate)), mask=mask)
+        tl.store(dh3_ptr + at, g * h1 * gate, mask=mask)
+
+    @triton.jit
+    def down_kernel(
+        a_ptr,
+        wa_ptr,
+        b_ptr,
+        wb_ptr,
+        weight_ptr,
+        out_ptr,
+        order_ptr,
+        tile_expert_ptr,
+        tile_row_ptr,
+        end_ptr,
+        E,
+        D,
+        F,
+        w_stride_D,
+        w_stride_F,
+        BACKWARD: tl.constexpr,  # a wa + b wb; else weight * (a wa)
+        BLOCK_N: tl.constexpr,
+        BLOCK: tl.constexpr,
+        BLOCK_K: tl.constexpr,
+    ):
+        columns = tl.cdiv(D, BLOCK)
+        tile, d = tl.program_id(0) // columns, tl.program_id(0) % columns * BLOCK + tl.arange(0, BLOCK)
+        if tl.load(tile_expert_ptr + tile) == E:
+            return
+        expert, row, real = tile_rows(tile_expert_ptr, tile_row_ptr, end_ptr, tile, BLOCK_N)
+        place = tl.load(order_ptr + row, mask=real, other=0)
+        out = tl.zeros((BLOCK_N, BLOCK), dtype=tl.float32)
+        for k in range(0, F, BLOCK_K):
+            f = k + tl.arange(0, BLOCK_K)
+            at, mask = row[:, None] * F + f[None, :], real[:, None] & (f < F)[None, :]
+            w_at = expert * F * D + f[:, None] * w_stride_F + d[None, :] * w_stride_D
+            w_mask = (f < F)[:, None] & (d < D)[None, :]
+            a = tl.load(a_ptr + at, mask=mask, other=0.0)
+            out = tl.dot(a, tl.load(wa_ptr + w_at, mask=w_mask, other=0.0), out, input_precision="ieee")
+            if BACKWARD:
+                b = tl.load(b_ptr + at, mask=mask, other=0.0)
+                out = tl.dot(b, tl.load(wb_ptr + w_at, mask=w_mask, other=0.0), out, input_precision="ieee")
+        if not BACKWARD:
+            out *= tl.load(weight_ptr + place, mask=real, other=0.0).to(tl.float32)[:, None]
+        tl.store(out_ptr + place[:, None] * D + d[None, :], out, mask=real[:, None] & (d < D)[None, :])
+
+    @triton.jit
+    def outer_kernel(
+        left_ptr,
+        right_ptr,
+        out_ptr,
+        order_ptr,
+        count_ptr,
+        end_ptr,
+        D,
+        F,
+        K,
+        out_stride_D,
+        out_stride_F,
+        BLOCK_N: tl.constexpr,
+        BLOCK: tl.constexpr,
+        BLOCK_K: tl.constexpr,
+    ):
+        """out_e[f, d] = sum over the expert's rows n of left[n, f] right[token n, d]; zero for one without rows."""
+        expert = tl.program_id(0).to(tl.int64)
+        f = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        d = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+        end = tl.load(end_ptr + expert)
+        out = tl.zeros((BLOCK_N, BLOCK), dtype=tl.float32)
+        for start in range(end - tl.load(count_ptr + expert), end, BLOCK_K):
+            row = start + tl.arange(0, BLOCK_K)
+            token = tl.load(order_ptr + row, mask=row < end, other=0) // K
+            mask = (f < F)[:, None] & (row < end)[None, :]
+            left = tl.load(left_ptr + row[None, :] * F + f[:, None], mask=mask, other=0.0)
+            mask = (row < end)[:, None] & (d < D)[None, :]
+            right = tl.load(right_ptr + token[:, None] * D + d[None, :], mask=mask, other=0.0)
+            out = tl.dot(left, right, out, input_precision="ieee")
+        at = expert * F * D + f[:, None] * out_stride_F + d[None, :] * out_stride_D
+        tl.store(out_ptr + at, out, mask=(f < F)[:, None] & (d < D)[None, :])
+
+
+def blocks(dtype):
+    """Tile sizes and launch options: rows, columns, reduction.
+
+    16-bit: 128 x 128 x 64 feeds Hopper's matrix units; two accumulators take 128 registers of each of 256 threads, and
+    three stages of x, w1 and w3 take 144 of 227 KiB of shared memory. Float32 runs on the ordinary units.
+    """
+    if dtype == torch.float32:
+        return {"BLOCK_N": 64, "BLOCK": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_N": 128, "BLOCK": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
+
+
+def schedule(count_E, n_rows, block):
+    """Tiles of up to `block` rows that each lie in one expert: (expert [M], first row [M], experts' ends [E]), int64.
+
+    Made on the device; the host knows only the bound M = n_rows // block + E on their number. Tiles past the last have
+    expert E. An expert without rows has no tile.
+    """
+    tiles_E = (count_E + block - 1) // block
+    last_E, end_E = tiles_E.cumsum(0), count_E.cumsum(0)
+    tile_M = torch.arange(n_rows // block + len(count_E), device=count_E.device)
+    expert_M = torch.searchsorted(last_E, tile_M, right=True)
+    of_M = expert_M.clamp(max=len(count_E) - 1)
+    return expert_M, (end_E - count_E)[of_M] + (tile_M - (last_E - tiles_E)[of_M]) * block, end_E
+
+
+class GroupedExperts(torch.autograd.Function):
+    """The layer in `dtype`, with gradients in the dtype of what they belong to.
+
+    Weights may be float32 masters: their gradients then leave the float32 accumulators without a detour.
+    """
+
+    @staticmethod
+    def forward(ctx, x_TD, expert_TK, weight_TK, w1_EFD, w2_EDF, w3_EFD, dtype):
+        (T, K), (E, n_hidden, D) = expert_TK.shape, w1_EFD.shape
+        N, options = T * K, blocks(dtype)
+        x, w1, w2, w3 = (t.to(dtype).contiguous() for t in (x_TD, w1_EFD, w2_EDF, w3_EFD))
+        weight_TK = weight_TK.contiguous()
+        order_N, count_E = by_expert(expert_TK, E)
+        tiles = schedule(count_E, N, options["BLOCK_N"])
+        h1_NF, h3_NF, hidden_NF = (x.new_empty(N, n_hidden) for _ in range(3))
+        grid = (len(tiles[0]) * triton.cdiv(n_hidden, options["BLOCK"]),)
+        up_kernel[grid](x, w1, w3, h1_NF, h3_NF, hidden_NF, order_N, *tiles, E, D, n_hidden, K, **options)
+        y_TKD = x.new_empty(T, K, D)
+        down(hidden_NF, w2, hidden_NF, w2, weight_TK, y_TKD, order_N, tiles, (n_hidden, 1), False, options)
+        ctx.save_for_backward(x, weight_TK, w1, w2, w3, order_N, count_E, *tiles, h1_NF, h3_NF)
+        ctx.dtypes = x_TD.dtype, weight_TK.dtype, w1_EFD.dtype
+        return y_TKD.sum(1, dtype=torch.float32).to(x_TD.dtype)
+
+    @staticmethod
+    def backward(ctx, dy_TD):
+        x, weight_TK, w1, w2, w3, order_N, count_E, *tiles, h1_NF, h3_NF = ctx.saved_tensors
+        (T, K), (E, n_hidden, D) = weight_TK.shape, w1.shape
+        N, options = T * K, blocks(x.dtype)
+        dy = dy_TD.to(x.dtype).contiguous()
+        dh1_NF, dh3_NF, weighted_NF = (torch.empty_like(h1_NF) for _ in range(3))
+        # Its last step holds five tiles in registers: 128 columns spilled 1192 bytes a thread (sm_90), 64 none.
+        narrow = {**options, "BLOCK": 64}
+        columns = triton.cdiv(n_hidden, narrow["BLOCK"])
+        dweight_CTK = torch.empty(columns, T, K, dtype=torch.float32, device=x.device)
+        up_backward_kernel[(len(tiles[0]) * columns,)](
+            *(dy, w2, h1_NF, h3_NF, weight_TK, dh1_NF, dh3_NF, weighted_NF, dweight_CTK, order_N),
+            *(*tiles, E, D, n_hidden, K, N),
+            **narrow,
+        )
+        dx_TKD = x.new_empty(T, K, D)
+        down(dh1_NF, w1, dh3_NF, w3, weight_TK, dx_TKD, order_N, tiles, (1, D), True, options)
+        outer = (order_N, count_E, tiles[2], K, options)
+        dw1 = weight_gradient(dh1_NF, x, w1, (1, D), ctx.dtypes[2], *outer)
+        dw2 = weight_gradient(weighted_NF, dy, w2, (n_hidden, 1), ctx.dtypes[2], *outer)
+        dw3 = weight_gradient(dh3_NF, x, w3, (1, D), ctx.dtypes[2], *outer)
+        dx = dx_TKD.sum(1, dtype=torch.float32).to(ctx.dtypes[0])
+        return dx, None, dweight_CTK.sum(0).to(ctx.dtypes[1]), dw1, dw2, dw3, None
+
+
+def down(a_NF, wa, b_NF, wb, weight_TK, out_TKD, order_N, tiles, strides, backward, options):
+    """Rows of width F through [F, D] matrices with `strides` of (D, F), each written to its place in out_TKD."""
+    n_hidden, D = a_NF.shape[1], out_TKD.shape[2]
+    down_kernel[(len(tiles[0]) * triton.cdiv(D, options["BLOCK"]),)](
+        *(a_NF, wa, b_NF, wb, weight_TK, out_TKD, order_N, *tiles, tiles[2].shape[0], D, n_hidden, *strides),
+        BACKWARD=backward,
+        **options,
+    )
+
+
+def weight_gradient(left_NF, right_TD, w, strides, dtype, order_N, count_E, end_E, K, options):
+    n_hidden, D = left_NF.shape[1], right_TD.shape[1]
+    out = torch.empty_like(w, dtype=dtype)
+    grid = (len(w), triton.cdiv(n_hidden, options["BLOCK_N"]), triton.cdiv(D, options["BLOCK"]))
+    outer_kernel[grid](left_NF, right_TD, out, order_N, count_E, end_E, D, n_hidden, K, *strides, **options)
+    return out
+
+
+# ---- the operation ----
+
+
+def compute_dtype(x_TD):
+    """What the products run in: autocast's dtype inside autocast, else x's."""
+    kind = x_TD.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_TD.dtype
+
+
+def choose(impl, device, dtype=torch.bfloat16):
+    """The form that `impl` means on `device` in `dtype`; an explicit one that cannot run raises ValueError.
+
+    auto takes grouped on CUDA in bfloat16, else ref: triton has run in the interpreter and through the sm_90 compiler,
+    but has not been timed on a GPU yet, and a default wants a measurement (kernels/bench.py makes it).
+    """
+    grouped = device.type == "cuda" and hasattr(F, "grouped_mm")
+    if impl == "auto":
+        return "grouped" if grouped and dtype == torch.bfloat16 else "ref"
+    if impl not in IMPLS:
+        raise ValueError(f"kernels.moe has no implementation '{impl}'; it has {', '.join(IMPLS)}")
+    if impl == "grouped" and not grouped:
+        raise ValueError(f"kernels.moe: 'grouped' needs a CUDA device and was asked to run on {device.type}; use ref")
+    if impl == "triton" and (reason := why_not_triton(device, dtype)):
+        raise ValueError(f"kernels.moe: 'triton' {reason}; use ref")
+    return impl
+
+
+def why_not_triton(device, dtype):
+    """Why the kernels cannot run here, or None."""
+    if triton is None:
+        return "needs the triton package, which is not installed (pip install triton)"
+    interpreted = not isinstance(up_kernel, triton.JITFunction)
+    if device.type != "cuda" and not interpreted:
+        return f"needs a CUDA device and was asked to run on {device.type} (TRITON_INTERPRET=1 runs it there, slowly)"
+    if interpreted and dtype == torch.bfloat16:  # it would multiply the bit patterns as integers
+        return "cannot compute in bfloat16 under TRITON_INTERPRET=1, whose dot product knows float32 and float16"
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"computes in float32, float16 or bfloat16 and was given {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+def moe(x_TD, expert_TK, weight_TK, w1_EFD, w2_EDF, w3_EFD, impl="auto"):
+    """Every token through its K experts, weighted after the expert; no token is dropped. Returns [T, D] in x's dtype.
+
+    expert_TK: int64 expert indices; weight_TK: float32 routing weights. ref and grouped accumulate the K results in x's
+    dtype, triton in float32. Raises ValueError where an explicit impl cannot run here.
+    """
+    dtype = compute_dtype(x_TD)
+    impl = choose(impl, x_TD.device, dtype)
+    if impl == "triton":
+        return GroupedExperts.apply(x_TD, expert_TK, weight_TK, w1_EFD, w2_EDF, w3_EFD, dtype)
+    order_N, count_E = by_expert(expert_TK, len(w1_EFD))
+    token_N = order_N // expert_TK.shape[1]
+    experts = experts_grouped if impl == "grouped" else experts_ref
+    y_ND = experts(x_TD.index_select(0, token_N), count_E, w1_EFD, w2_EDF, w3_EFD)
+    y_ND = y_ND * weight_TK.flatten()[order_N, None].to(y_ND.dtype)
+    return torch.zeros_like(x_TD).index_add(0, token_N, y_ND.to(x_TD.dtype))

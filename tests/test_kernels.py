@@ -1,0 +1,401 @@
+"""kernels/moe.py and kernels/arkd.py against definitions written here in float64, values and gradients.
+
+Without a GPU the Triton kernels run in its interpreter, which computes what the kernels say and nothing of their speed.
+
+Shape letters: as in the two files.
+"""
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+if __name__ != "__main__" and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # triton reads it once, when it is first imported: see conftest.py
+
+import torch.multiprocessing
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kernels import arkd as arkd_file
+from kernels import moe as moe_file
+from kernels.arkd import arkd
+from kernels.moe import moe
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROOT = Path(__file__).parent.parent
+no_triton = moe_file.why_not_triton(torch.device(DEVICE), torch.float32)
+needs_triton = pytest.mark.skipif(no_triton is not None, reason=f"triton {no_triton}")
+FORMS = ["ref", pytest.param("triton", marks=needs_triton)]
+STRIPS = ["chunked", pytest.param("triton", marks=needs_triton)]
+
+
+def error(out, expected):
+    """|out - expected| / |expected|, and |out| where nothing is expected; NaN fails every comparison."""
+    expected = expected.double().cpu()
+    return float((out.double().cpu() - expected).norm() / expected.norm().clamp(min=1e-12))
+
+
+# ---- the mixture of experts ----
+
+
+def moe_dense(x_TD, expert_TK, weight_TK, w1_EFD, w2_EDF, w3_EFD):
+    """Every expert on every token, then the chosen ones: nothing of the order, the counts or the tiles."""
+    h1, h3 = (torch.einsum("td,efd->tef", x_TD, w) for w in (w1_EFD, w3_EFD))
+    y_TED = torch.einsum("tef,edf->ted", h1 / (1 + torch.exp(-h1)) * h3, w2_EDF)
+    return sum(weight_TK[:, k, None] * y_TED[range(len(x_TD)), expert_TK[:, k]] for k in range(expert_TK.shape[1]))
+
+
+def moe_inputs(T, D, E, F, K, empty=(), padding=0, seed=0):
+    """Arguments of moe in float64; experts in `empty` are never chosen, the last `padding` rows of x are zero."""
+    random = torch.Generator().manual_seed(seed)
+    normal = lambda *shape: torch.randn(*shape, generator=random, dtype=torch.float64)  # noqa: E731
+    score_TE = torch.rand(T, E, generator=random)
+    score_TE[:, list(empty)] = -1
+    x_TD = normal(T, D)
+    x_TD[T - padding :] = 0
+    weight_TK = torch.rand(T, K, generator=random, dtype=torch.float64)
+    weights = normal(E, F, D) / D**0.5, normal(E, D, F) / F**0.5, normal(E, F, D) / D**0.5
+    return x_TD, score_TE.topk(K, dim=1).indices, weight_TK, *weights
+
+
+def values_and_gradients(function, inputs, dtype):
+    """The output and the gradients by every float input, of a fixed random cotangent."""
+    leaves = [t.to(DEVICE, dtype if t.is_floating_point() else None) for t in inputs]
+    floats = [t.requires_grad_() for t in leaves if t.is_floating_point()]
+    y_TD = function(*leaves)
+    cotangent = torch.randn(y_TD.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return [y_TD.detach(), *torch.autograd.grad(y_TD, floats, cotangent.to(y_TD))]
+
+
+MOE_SHAPES = [
+    pytest.param(dict(T=1, D=5, E=3, F=7, K=1), id="one-token"),
+    pytest.param(dict(T=37, D=40, E=5, F=24, K=2, empty=(1, 4)), id="empty-experts"),
+    pytest.param(dict(T=150, D=70, E=3, F=67, K=2, padding=9), id="odd-sizes-many-tiles-padding"),
+    pytest.param(dict(T=64, D=32, E=2, F=32, K=2), id="exactly-one-tile-an-expert"),
+    pytest.param(dict(T=0, D=8, E=2, F=8, K=1), id="no-tokens"),
+]
+
+
+@pytest.mark.parametrize("shape", MOE_SHAPES)
+@pytest.mark.parametrize("impl", FORMS)
+def test_moe_values_and_gradients_match_the_dense_definition(impl, shape):
+    """Catches: a tile running past its expert's end (`real` from N instead of end_E); dh1 without (1 + h1 (1 - gate));
+    dweight taken after the weight; rows scattered to `row` instead of `place`; dw of an empty expert left unwritten."""
+    inputs = moe_inputs(**shape)
+    expected = values_and_gradients(moe_dense, inputs, torch.float64)
+    out = values_and_gradients(lambda *a: moe(*a, impl), inputs, torch.float32)
+    assert [t.shape for t in out] == [t.shape for t in expected]
+    assert max(error(a, b) for a, b in zip(out, expected, strict=True)) < 2e-6
+
+
+@needs_triton
+def test_moe_in_half_precision_keeps_float32_sums():
+    """Catches: accumulators in the operands' dtype (`tl.zeros(..., dtype=x.dtype)`), 3 bits worse at D = 512.
+
+    bfloat16, which the interpreter cannot multiply, is tested where there is a GPU.
+    """
+    inputs = moe_inputs(T=40, D=512, E=3, F=40, K=2)
+    expected = values_and_gradients(moe_dense, inputs, torch.float64)
+    for dtype, allowed in [(torch.float16, 2e-3)] + [(torch.bfloat16, 1e-2)] * (DEVICE == "cuda"):
+        out = values_and_gradients(lambda *a: moe(*a, "triton"), inputs, dtype)
+        assert max(error(a, b) for a, b in zip(out, expected, strict=True)) < allowed
+
+
+@needs_triton
+def test_moe_under_autocast_computes_in_half_and_gives_masters_float32_gradients():
+    """Catches: `weights.to(dtype)` outside the Function, whose gradients then pass through 16 bits."""
+    inputs = moe_inputs(T=20, D=16, E=3, F=24, K=2)
+    expected = values_and_gradients(moe_dense, inputs, torch.float64)
+    with torch.autocast(DEVICE, torch.float16):
+        out = values_and_gradients(lambda *a: moe(*a, "triton"), inputs, torch.float32)
+    assert all(t.dtype == torch.float32 for t in out)
+    assert 1e-5 < error(out[0], expected[0]) < 2e-3  # it did run in float16
+    assert not torch.equal(out[3], out[3].half().float())
+    assert max(error(a, b) for a, b in zip(out, expected, strict=True)) < 2e-3
+
+
+@pytest.mark.skipif(not hasattr(torch.nn.functional, "grouped_mm"), reason="this torch has no grouped_mm")
+def test_grouped_mm_form_matches_the_loop():
+    """Catches: the groups' starts passed for their ends; w1 and w3 exchanged."""
+    x_ND, *weights = (moe_inputs(30, 16, 4, 24, 1)[i] for i in (0, 3, 4, 5))
+    count_E = torch.tensor([7, 0, 12, 11])
+    inputs = x_ND, *weights
+    expected = values_and_gradients(lambda *a: moe_file.experts_ref(a[0], count_E, *a[1:]), inputs, torch.float64)
+    out = values_and_gradients(
+        lambda *a: moe_file.experts_grouped(a[0], count_E.to(DEVICE), *a[1:]), inputs, torch.bfloat16
+    )
+    assert max(error(a, b) for a, b in zip(out, expected, strict=True)) < 2e-2
+
+
+@pytest.mark.parametrize("counts", [[0, 0, 0], [1, 0, 129], [128, 128, 128], [0, 300, 1], [5]])
+def test_schedule_gives_every_row_one_tile_within_the_bound(counts):
+    """Catches: `n_rows // block` tiles without the `+ E`; searchsorted with right=False, which visits empty experts."""
+    count_E = torch.tensor(counts)
+    expert_M, row_M, end_E = moe_file.schedule(count_E, int(count_E.sum()), 128)
+    covered = []
+    for expert, row in zip(expert_M.tolist(), row_M.tolist(), strict=True):
+        if expert < len(counts):
+            covered += [(expert, r) for r in range(row, min(row + 128, int(end_E[expert])))]
+    expected = [(e, r) for e in range(len(counts)) for r in range(int(end_E[e]) - counts[e], int(end_E[e]))]
+    assert covered == expected
+
+
+def test_moe_impl_that_cannot_run_says_why():
+    """Catches: a silent fallback (`return "ref"` for whatever cannot run)."""
+    cpu = torch.device("cpu")
+    with pytest.raises(ValueError, match="no implementation 'fast'"):
+        moe_file.choose("fast", cpu)
+    with pytest.raises(ValueError, match="'grouped' needs a CUDA device"):
+        moe_file.choose("grouped", cpu)
+    with pytest.raises(ValueError, match=r"'triton'.*use ref"):
+        moe(*moe_inputs(3, 4, 2, 4, 1), "triton")  # float64
+    assert moe_file.choose("auto", cpu) == "ref"
+    without = dict(os.environ, TRITON_INTERPRET="0")
+    code = "import torch; from kernels.moe import choose; choose('triton', torch.device('cpu'))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=without, capture_output=True, text=True)
+    assert run.stderr.splitlines()[-1].startswith("ValueError: kernels.moe: 'triton' needs")
+
+
+# ---- relational distillation ----
+
+
+def arkd_dense(student_BD, teacher_BD, mode):
+    """(E4) word by word, over the list of ordered pairs i != j."""
+    B = len(student_BD)
+    i, j = torch.tensor(list(itertools.permutations(range(B), 2))).T
+
+    def relative(z_BD):
+        squared = (z_BD[i] - z_BD[j]).square().sum(1)
+        d = torch.where(squared > 0, torch.where(squared > 0, squared, 1).sqrt(), 0)
+        return d / d.mean() if d.any() else d
+
+    student, teacher = relative(student_BD), relative(teacher_BD)
+    h = lambda x: torch.where(x.abs() < 1, x**2 / 2, x.abs() - 0.5)  # noqa: E731
+    if mode == "rkd":
+        return h(student - teacher).sum() / (B * (B - 1))
+    m = teacher.sort().values[(len(teacher) - 1) // 2]
+    shrink, expand = (student - teacher).clamp(min=0), (teacher - student).clamp(min=0)
+    return torch.where(teacher < m, h(shrink), h(expand)).sum() / (B * (B - 1))
+
+
+def summaries(B, D_student, D_teacher, case="", seed=0):
+    random = torch.Generator().manual_seed(seed)
+    student = torch.randn(B, D_student, generator=random, dtype=torch.float64)
+    teacher = 0.1 * torch.randn(B, D_teacher, generator=random, dtype=torch.float64)
+    student[0], teacher[-1] = 5 * student[0], 8 * teacher[-1]  # pairs on the linear side of the smooth L1
+    if case == "duplicates":
+        student[3], student[5:9], teacher[10] = student[4], student[5], teacher[11]
+    if case == "close":  # under CLOSE of the norms: the Gram product alone would be wrong by percents
+        student[3:6] = student[3] + 1e-3 * torch.randn(3, D_student, generator=random, dtype=torch.float64)
+        teacher[7:9] = teacher[7] + 1e-4 * torch.randn(2, D_teacher, generator=random, dtype=torch.float64)
+    if case == "far":  # a common offset, which distances do not see
+        student, teacher = (student + 30).float().double(), (teacher - 30).float().double()
+    if case == "ties":  # a grid: most distances occur many times, so m is equal to many of them
+        teacher = torch.cartesian_prod(*[torch.arange(3.0)] * D_teacher)[:B].double()
+    return student, teacher
+
+
+def loss_and_gradient(student_BD, teacher_BD, mode, impl, dtype=torch.float32, **options):
+    student_BD = student_BD.to(DEVICE, dtype).requires_grad_()
+    function = arkd_dense if impl == "dense" else lambda *a: arkd(*a, impl=impl, **options)
+    loss = function(student_BD, teacher_BD.to(DEVICE, dtype), mode)
+    return loss.detach(), torch.autograd.grad(loss, student_BD)[0]
+
+
+ARKD_CASES = [(2, 3, 5, ""), (3, 1, 2, ""), (70, 33, 40, "duplicates"), (67, 40, 8, "close"), (66, 20, 35, "far")]
+ARKD_CASES += [(64, 32, 4, "ties")]
+
+
+@pytest.mark.parametrize("mode", arkd_file.MODES)
+@pytest.mark.parametrize("case", ARKD_CASES, ids=lambda c: f"{c[0]}-{c[3] or 'plain'}")
+@pytest.mark.parametrize("impl", ["ref", *STRIPS])
+def test_arkd_matches_the_definition(impl, case, mode, monkeypatch):
+    """Catches: c = 0 (no path through the student's mean); the gates exchanged; no factor 2 for j's share of a pair;
+    the upper median; distances from the Gram product without `close`; weights 1 / 0 at duplicates; no `centred`."""
+    monkeypatch.setattr(arkd_file, "STRIP", 40)  # several strips, the last one short
+    student, teacher = summaries(*case)
+    loss, gradient = loss_and_gradient(student, teacher, mode, "dense", torch.float64)
+    out, out_gradient = loss_and_gradient(student, teacher, mode, impl)
+    assert abs(out.double() - loss) < 1e-6 + 1e-5 * loss
+    # 1e-3: a direction between rows 1e-3 apart is known in float32 to 1e-4, and its weight is the largest
+    assert error(out_gradient, gradient) < (1e-3 if case[3] == "close" else 1e-5)
+    if impl != "triton":
+        out, out_gradient = loss_and_gradient(student, teacher, mode, impl, torch.float64)
+        assert abs(out - loss) < 1e-12 and error(out_gradient, gradient) < 1e-9
+
+
+@pytest.mark.parametrize("impl", ["ref", *STRIPS])
+def test_arkd_does_not_see_the_students_scale(impl):
+    """Catches: a gradient that takes the mean distance for a constant: it would have a component along z."""
+    student, teacher = summaries(40, 12, 9)
+    _, gradient = loss_and_gradient(student, teacher, "arkd", impl)
+    centred = student - student.mean(0)
+    assert abs((gradient.cpu() * centred).sum()) < 1e-5 * gradient.cpu().norm() * centred.norm()
+    assert gradient.norm() > 0
+
+
+@pytest.mark.parametrize("impl", ["ref", *STRIPS])
+def test_arkd_of_fewer_than_two_images_or_of_equal_images_is_finite(impl):
+    """Catches: a mean over no pairs (0 / 0); a mean of 0 that is not clamped; sqrt's gradient at 0."""
+    for B in (0, 1):
+        loss, gradient = loss_and_gradient(torch.ones(B, 3), torch.ones(B, 4), "arkd", impl)
+        assert loss == 0 and gradient.shape == (B, 3) and not gradient.any()
+    for mode in arkd_file.MODES:
+        loss, gradient = loss_and_gradient(torch.ones(5, 3), torch.randn(5, 4), mode, impl)
+        assert torch.isfinite(loss) and not gradient.any()
+
+
+@pytest.mark.parametrize("impl", STRIPS)
+def test_arkd_parts_of_the_rows_add_up(impl):
+    """Catches: means over this rank's rows only; the loss of all rows returned by each; c from this rank's rows."""
+    student, teacher = summaries(75, 8, 6, "duplicates")
+    loss, gradient = loss_and_gradient(student, teacher, "arkd", impl)
+    parts = [loss_and_gradient(student, teacher, "arkd", impl, rows=rows) for rows in ((0, 31), (31, 31), (31, 75))]
+    assert abs(sum(part for part, _ in parts) - loss) < 1e-6
+    assert error(sum(part for _, part in parts), gradient) < 1e-6
+    assert not parts[0][1][31:].any() and error(parts[0][1][:31], gradient[:31]) < 1e-6
+
+
+def one_rank(rank, store, results):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    student, teacher = summaries(50, 8, 6)
+    rows = ((0, 20), (20, 50))[rank]
+    student = student.float().requires_grad_()
+    loss = arkd(student, teacher.float(), impl="chunked", rows=rows, group=torch.distributed.group.WORLD)
+    loss.backward()
+    torch.save((loss.detach(), student.grad), f"{results}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_arkd_over_two_processes_is_the_loss_of_one(tmp_path):
+    """Catches: an all_reduce left out for the means or for c."""
+    torch.multiprocessing.spawn(one_rank, (tmp_path / "store", tmp_path), nprocs=2)
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    loss, gradient = loss_and_gradient(*summaries(50, 8, 6), "arkd", "chunked")
+    assert abs(parts[0][0] + parts[1][0] - loss.cpu()) < 1e-6
+    assert error(parts[0][1] + parts[1][1], gradient) < 1e-6
+
+
+@pytest.mark.parametrize("impl", STRIPS)
+def test_sampled_median_is_near_the_exact_one_and_the_same_for_every_form(impl, monkeypatch):
+    """Catches: an unseeded sample; pairs (i, i) in it (a shift of 0), which pull the median down."""
+    student, teacher = summaries(90, 6, 5)
+    exact = arkd_file.median_cut(teacher)
+    monkeypatch.setattr(arkd_file, "MEDIAN_EXACT", 50)
+    assert abs(arkd_file.median_cut(teacher) / exact - 1) < 0.02
+    loss, gradient = loss_and_gradient(student, teacher, "arkd", "ref")
+    out, out_gradient = loss_and_gradient(student, teacher, "arkd", impl)
+    assert abs(out - loss) < 1e-6 and error(out_gradient, gradient) < 1e-5
+
+
+def test_chunked_arkd_makes_no_tensor_of_every_pair(monkeypatch):
+    """Catches: STRIP ignored; distances kept for the backward."""
+    B, largest = 600, [0]
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            out = function(*arguments, **(keywords or {}))
+            for t in out if isinstance(out, tuple | list) else [out]:
+                largest[0] = max(largest[0], t.numel() if isinstance(t, torch.Tensor) else 0)
+            return out
+
+    monkeypatch.setattr(arkd_file, "STRIP", 100)
+    monkeypatch.setattr(arkd_file, "MEDIAN_EXACT", 10)
+    with Largest():
+        loss_and_gradient(*summaries(B, 8, 8, "duplicates"), "arkd", "chunked")
+    assert 100 * B <= largest[0] <= arkd_file.MEDIAN_SHIFTS * B < B * B
+
+
+def test_arkd_ignores_autocast_and_reduced_float32_products():
+    """Catches: `full_float32` left out of a pass: bfloat16 products err by 1e-3."""
+    student, teacher = summaries(150, 60, 50)
+    loss, gradient = loss_and_gradient(student, teacher, "arkd", "dense", torch.float64)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast(DEVICE, torch.bfloat16):
+            out, out_gradient = loss_and_gradient(student, teacher, "arkd", "chunked")
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert abs(out.double() - loss) < 1e-6 and error(out_gradient, gradient) < 1e-5
+
+
+def test_arkd_bad_arguments_are_named():
+    """Catches: a part of the rows silently computed whole by ref; a group whose ranks all do every row."""
+    z = torch.randn(6, 4)
+    for options, message in [
+        (dict(mode="kd"), "mode 'kd'"),
+        (dict(impl="fast"), "no implementation 'fast'"),
+        (dict(impl="ref", rows=(0, 3)), "'ref' computes every row"),
+        (dict(rows=(4, 9)), r"rows \(4, 9\) are not a range of the 6 images"),
+        (dict(group=object()), "without rows"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            arkd(z, z, **options)
+    with pytest.raises(ValueError, match="6 student rows, 5 of the teacher"):
+        arkd(z, z[:5])
+    with pytest.raises(ValueError, match=r"'triton'.*use chunked"):
+        arkd(z.double(), z.double(), impl="triton")
+
+
+# ---- what a GPU would be given ----
+
+
+@pytest.mark.slow
+@needs_triton
+def test_every_kernel_compiles_for_hopper(tmp_path):
+    """Catches: what the interpreter lets pass (a tile too large for shared memory, a dot of unequal dtypes), and a
+    kernel that left the matrix units. Needs no GPU: Triton brings its own assembler."""
+    environment = dict(os.environ, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path), PYTHONPATH=str(ROOT))
+    run = subprocess.run(
+        [sys.executable, __file__, "compile"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    lines = [line.split() for line in run.stdout.splitlines()]
+    assert len(lines) == 13
+    for name, dtype, shared, matrix_instructions in lines:
+        assert int(shared) <= 227 * 1024, name
+        assert (int(matrix_instructions) > 0) == (dtype == "bf16"), name
+
+
+def compile_kernels():
+    """Every kernel for sm_90 at its tile sizes; prints name, dtype, bytes of shared memory, wgmma instructions."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    def build(kernel, dtype, integers, constants, **launch):
+        index = ("order_ptr", "tile_expert_ptr", "tile_row_ptr", "end_ptr", "count_ptr")
+        types = {"weight_ptr": "*fp32", "dweight_ptr": "*fp32"} | dict.fromkeys(index, "*i64") | integers
+        constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+        signature = {
+            name: "constexpr" if name in constants else types.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32")
+            for name in kernel.arg_names
+        }
+        even = {
+            (i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name] != "constexpr"
+        }
+        source = ASTSource(kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()}, even)
+        out = compile(source, target=GPUTarget("cuda", 90, 32), options=launch)
+        print(kernel.fn.__name__, dtype, out.metadata.shared, out.asm["ptx"].count("wgmma.mma_async"))
+
+    for torch_dtype, dtype in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        options = moe_file.blocks(torch_dtype)
+        launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
+        build(moe_file.up_kernel, dtype, {}, options, **launch)
+        build(moe_file.up_backward_kernel, dtype, {}, options | {"BLOCK": 64}, **launch)
+        build(moe_file.down_kernel, dtype, {}, options | {"BACKWARD": False, "w_stride_F": 1}, **launch)
+        build(moe_file.down_kernel, dtype, {}, options | {"BACKWARD": True, "w_stride_D": 1}, **launch)
+        build(moe_file.outer_kernel, dtype, {"out_ptr": "*fp32"}, options | {"out_stride_D": 1}, **launch)
+    constants = arkd_file.BLOCK | {"CLOSE": arkd_file.CLOSE, "GATED": True}
+    build(arkd_file.distance_sum_kernel, "fp32", {}, constants)
+    for weights in (False, True):
+        build(arkd_file.pair_kernel, "fp32", {}, constants | {"WEIGHTS": weights})
+
+
+if __name__ == "__main__" and sys.argv[1:] == ["compile"]:
+    compile_kernels()
