@@ -488,7 +488,11 @@ def committed(store):
 
 
 class Damage(ValueError):
-    """A shard whose bytes are not what was committed; the message names shard and array."""
+    """A shard, `number`, whose bytes are not what was committed; the message names shard and array."""
+
+    def __init__(self, number, what):
+        super().__init__(f"shard {number:05d}{what}")
+        self.number = number
 
 
 class Shard:
@@ -499,7 +503,7 @@ class Shard:
         self.arrays = {}
         self.record = read_record(store, number)
         if self.record is None:
-            raise Damage(f"shard {number:05d}: shard.json is damaged")
+            raise Damage(number, ": shard.json is damaged")
 
     def array(self, name):
         """The open tensorstore array; its metadata is checked against the commit record first."""
@@ -507,7 +511,7 @@ class Shard:
             key = f"{name}/zarr.json"
             raw = self.store.read(f"shards/{self.number:05d}/{key}").result().value
             if key not in self.record["files"] or self.record["files"][key] != [len(raw), digest(raw)]:
-                raise Damage(f"shard {self.number:05d}, array {name}: its zarr.json is missing or damaged")
+                raise Damage(self.number, f", array {name}: its zarr.json is missing or damaged")
             self.arrays[name] = open_array(self.store, f"shards/{self.number:05d}/{name}", self.context).result()
         return self.arrays[name]
 
@@ -520,7 +524,7 @@ class Shard:
         try:
             return future.result()
         except (ValueError, OSError) as error:
-            raise Damage(f"shard {self.number:05d}, array {name}: {str(error).splitlines()[0][:200]}") from error
+            raise Damage(self.number, f", array {name}: {str(error).splitlines()[0][:200]}") from error
 
     def all(self, name):
         return self.whole(name, self.read(name))
@@ -579,6 +583,26 @@ class Cache:
     @property
     def shards(self):
         return [self.shard(number) for number in self.numbers]
+
+    def sound(self, on_corrupt="stop"):
+        """This cache less the shards that are missing or whose indices are damaged: said on stderr, or raised (stop).
+
+        What is read later is checked as it is read.
+        """
+        good = []
+        for number in range(-(-self.about["sources"] // self.about["shard_images"])):
+            try:
+                if number not in self.numbers:
+                    raise Damage(number, ": missing, or its writer was cut short; rerun the caching command")
+                shard = self.shard(number)
+                assert len(shard.ids) == len(shard.shapes) == len(shard.starts) - 1
+                good.append(number)
+            except Damage as error:
+                if on_corrupt == "stop":
+                    raise ValueError(f"{self.path}, {error}; --on-corrupt skip trains without it") from error
+                print(f"skipping damage: {error}", file=sys.stderr, flush=True)
+        self.numbers = good
+        return self
 
 
 def held_out(ids):
@@ -780,8 +804,7 @@ class Packs(torch.utils.data.Dataset):
             except Damage as error:
                 if self.on_corrupt == "stop":
                     raise
-                number = int(str(error).split()[1].rstrip(",:"))
-                entries = [entry for entry in entries if entry[0] != number]
+                entries = [entry for entry in entries if entry[0] != error.number]
                 print(f"skipping damage: {error}", file=sys.stderr, flush=True)
                 if not entries:
                     raise ValueError(f"every image of a pack lies in damaged shards, the last: {error}") from error

@@ -550,7 +550,7 @@ def build(flags, spaces, device):
 def open_data(flags, place):
     """(cache, toy world or None); what has to be cached first is, by rank 0, where it is not there yet."""
     if flags.cache:
-        return data.Cache(flags.cache), None
+        return data.Cache(flags.cache).sound(flags.on_corrupt), None
     folder = Path(flags.out) / ("images" if flags.images else "toy")
     world = None if flags.images else toy.World(folder, flags.toy_images)
     if place.rank == 0:

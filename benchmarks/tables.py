@@ -29,7 +29,7 @@ def row(*cells):
 
 
 def scores(results):
-    """A line a measure: mean (and standard deviation over runs) of student, teacher, untrained student, and the share."""
+    """A line a measure: means over runs of student (with standard deviation), teacher and untrained student."""
     spread = len(results) > 1
     lines = [row("measure", "student", "teacher", "untrained", "share of the teacher"), row(*["---"] * 5)]
     for measure in results[0]["student"]:

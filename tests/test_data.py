@@ -213,6 +213,19 @@ def test_a_killed_writer_leaves_nothing_half_read_and_a_rerun_finishes(cache, wo
         assert a.record == b.record
 
 
+def test_a_missing_or_damaged_shard_is_not_passed_over_in_silence(cache, tmp_path, capsys):
+    """Catches a cache that is whatever its folder happens to hold."""
+    path = copy_of(cache, tmp_path)
+    shutil.rmtree(path / "shards/00001")
+    (path / "shards/00003/shard.json").write_bytes(b"{}")
+    with pytest.raises(ValueError, match=r"shard 00001: missing.*--on-corrupt skip"):
+        data.Cache(path).sound()
+    assert data.Cache(path).sound("skip").numbers == [0, 2]
+    said = capsys.readouterr().err
+    assert "shard 00001" in said and "shard 00003" in said
+    assert data.Cache(cache.path).sound().numbers == [0, 1, 2, 3]
+
+
 # ---- the order ----
 
 
