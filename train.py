@@ -714,3 +714,5 @@ if __name__ == "__main__":
         main()
     except ValueError as error:
         sys.exit(f"train.py: {error}")
+    except KeyboardInterrupt:  # from the first step on, `train` catches it and saves
+        sys.exit("train.py: interrupted before the first step; the same command begins again")
