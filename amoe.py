@@ -12,10 +12,13 @@ L tokens of an image, E experts, K experts a token, F hidden width of a feed-for
 R registers, N rows of anything, B images of the global batch.
 """
 
+import copy
+import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -581,9 +584,7 @@ def read_state(path):
         raise ValueError(f"no weights at {path}")
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
+            state = safetensors.torch.load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a reader's own error names no file
@@ -591,6 +592,40 @@ def read_state(path):
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise ValueError(f"{path} holds no state dict of tensors")
     return state
+
+
+def save(model, path):
+    """Write a student as one .safetensors that `load` reads: sizes in its metadata, PHI-S folded into the heads."""
+    folded = copy.deepcopy(model).cpu()
+    heads = {}
+    for name, head in folded.heads.items():
+        head.fold()
+        heads[name] = {"dim": head.fc2.out_features, "registers": head.registers}
+        if head.pool is not None:
+            heads[name] |= {"pool_heads": head.pool.heads, "pool_eps": head.pool.layernorm.eps}
+    metadata = {"config": json.dumps(asdict(model.config)), "heads": json.dumps(heads)}
+    state = {key: value.contiguous() for key, value in folded.state_dict().items()}
+    safetensors.torch.save_file(state, path, metadata)
+
+
+def load(path):
+    """A student that `save` wrote, in eval mode; its heads answer in the teachers' own spaces."""
+    state = read_state(path)
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+    if "config" not in metadata or "heads" not in metadata:
+        raise ValueError(f"{path} is no student of train.py: its metadata has no config (load_siglino reads SigLino's)")
+    spaces = []
+    for name, sizes in json.loads(metadata["heads"]).items():
+        prefix = f"heads.{name}.pool."
+        pool = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        spaces.append(Space(name, pool=pool or None, **sizes))
+    model = AMoE(Config(**json.loads(metadata["config"])), spaces)
+    for name, head in model.heads.items():
+        if f"heads.{name}.fc2.bias" in state:  # PHI-S was folded in
+            head.fc2 = nn.Linear(head.fc2.in_features, head.fc2.out_features)
+    load_exactly(model, state, path)
+    return model.eval()
 
 
 def load_siglino(weights, top_k=6):

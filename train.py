@@ -684,7 +684,7 @@ def train(flags, place, compiled):
 
 
 def finish(flags, cache, world, model, average, spaces, place, step, tokens, seconds, began):
-    """Evaluate, draw the PCA sheet, write result.json and print the table."""
+    """Write student.safetensors and result.json, draw the PCA sheet, print the table."""
     if average:
         model.load_state_dict(average, strict=False)
     untrained = build(flags, spaces, place.device)

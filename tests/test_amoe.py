@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
@@ -369,6 +370,27 @@ def test_a_folded_student_answers_the_same(random_images):
     for a, b in zip(before, model.encode(rows, shapes), strict=True):
         assert (a["patch"]["a"] - b["patch"]["a"]).abs().max() < 1e-4
         assert (a["summary"]["a"] - b["summary"]["a"]).abs().max() < 1e-4
+
+
+def test_a_saved_student_comes_back_whole(random_images, tmp_path):
+    """Catches a folded bias that is lost, a pool without its heads, and PHI-S applied after it was folded in."""
+    rows, shapes = random_images
+    phi_s = amoe.PhiS.fit(torch.randn(300, 24) * 4 + 2)
+    pool = amoe.MapPool(24, 40, heads=4, eps=1e-5)
+    torch.nn.init.normal_(pool.probe)
+    spaces = [amoe.Space("a", 24, registers=2, phi_s=phi_s)]
+    spaces += [amoe.Space("b", 24, phi_s=phi_s, pool=pool.state_dict(), pool_heads=4, pool_eps=1e-5)]
+    model = small(spaces)
+    amoe.save(model, tmp_path / "student.safetensors")
+    again = amoe.load(tmp_path / "student.safetensors")
+    assert model.heads["a"].phi_s is not None and again.heads["a"].phi_s is None
+    for x, y in zip(model.encode(rows, shapes), again.encode(rows, shapes), strict=True):
+        for name in ("a", "b", "amoe"):
+            assert (x["patch"][name] - y["patch"][name]).abs().max() < 1e-4
+            assert (x["summary"][name] - y["summary"][name]).abs().max() < 1e-4
+    with pytest.raises(ValueError, match="no student"):
+        safetensors.torch.save_file({"x": torch.ones(1)}, tmp_path / "other.safetensors")
+        amoe.load(tmp_path / "other.safetensors")
 
 
 def test_a_teacher_with_too_many_registers_is_an_error():
