@@ -116,6 +116,8 @@ def parse(argv=None):
     for name in ("steps", "tokens", "accumulate", "log_every", "save_every", "keep"):
         if getattr(flags, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(flags, name)} is less than 1")
+    if flags.fsdp and flags.ema:
+        raise ValueError("--ema averages whole weights and --fsdp shards them: leave one of them out")
     if not flags.out:
         flags.out = f"runs/{Path(flags.cache or flags.images).name or 'toy'}"
     return flags
@@ -326,9 +328,9 @@ def save(folder, state, keep):
         old.unlink()
 
 
-def state_of(model, optimizer, average, streak, step, position, flags, fsdp):
+def state_of(model, optimizer, average, streak, step, position, flags):
     """Everything that a run goes on from, as plain tensors and numbers; sharded weights are gathered."""
-    if fsdp:
+    if flags.fsdp:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
         weights, moments = get_state_dict(
@@ -348,7 +350,7 @@ def state_of(model, optimizer, average, streak, step, position, flags, fsdp):
     }
 
 
-def restore(path, model, optimizer, average, streak, flags, fsdp):
+def restore(path, model, optimizer, average, streak, flags):
     """Load a checkpoint; returns (step, Position). ValueError names a flag that changes results and differs."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -360,7 +362,7 @@ def restore(path, model, optimizer, average, streak, flags, fsdp):
         before, now = state["flags"].get(f.name), getattr(flags, f.name)
         if f.metadata["group"] == RESULTS and before != now and f.name != "steps":
             raise ValueError(f"--resume: {path} was trained with --{f.name.replace('_', '-')} {before}, not {now}")
-    if fsdp:
+    if flags.fsdp:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
         options = StateDictOptions(full_state_dict=True)
@@ -566,21 +568,42 @@ def open_data(flags, place):
     return data.Cache(folder / "cache"), world
 
 
+def claim(folder, flags):
+    """Make the run's folder; a run that is there already is an error unless it is to be resumed or overwritten."""
+    files = [*checkpoints(folder), *(p for p in (folder / "log.jsonl", folder / "result.json") if p.exists())]
+    if files and not flags.resume:
+        if not flags.overwrite:
+            raise ValueError(
+                f"{folder} holds a run: --resume goes on with it, --overwrite begins anew, or choose an --out"
+            )
+        for path in files:
+            path.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def wrap(model, flags, place):
+    """The model as ranks share it: sharded (FSDP2), replicated (DDP), or alone."""
+    if flags.fsdp:
+        from torch.distributed.fsdp import fully_shard
+
+        for block in model.layers:
+            fully_shard(block)
+        return fully_shard(model)
+    if place.world == 1:
+        return model
+    # Buffers are the same on all ranks by construction: the load that moves expert biases is summed first.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 has a new name for it, which 2.11 has not
+        return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+
+
 def train(flags, place, compiled):
     began = time.perf_counter()
     folder = Path(flags.out)
-    found = checkpoints(folder)
     if place.rank == 0:
-        if not flags.resume and (found or (folder / "log.jsonl").exists()):
-            if not flags.overwrite:
-                raise ValueError(
-                    f"{folder} holds a run: --resume goes on with it, --overwrite begins anew, --out goes elsewhere"
-                )
-            for path in [*found, folder / "log.jsonl", folder / "result.json"]:
-                path.unlink(missing_ok=True)
-        folder.mkdir(parents=True, exist_ok=True)
-    found = found if flags.resume else []
+        claim(folder, flags)
     cache, world = open_data(flags, place)
+    found = checkpoints(folder) if flags.resume else []
     order = data.Order(
         cache,
         flags.tokens,
@@ -590,25 +613,14 @@ def train(flags, place, compiled):
     )
     spaces = cache.spaces
     model = build(flags, spaces, place.device)
-    forward = wrapped = model
-    if flags.fsdp:
-        from torch.distributed.fsdp import fully_shard
-
-        for block in model.layers:
-            fully_shard(block)
-        wrapped = fully_shard(model)
-    elif place.world > 1:
-        # Buffers are the same on all ranks by construction: the load that moves expert biases is summed first.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 has a new name for it, which 2.11 has not
-            wrapped = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    wrapped = wrap(model, flags, place)
     forward = torch.compile(wrapped) if compiled else wrapped
     optimizer = make_optimizer(model, flags)
     average = {name: p.detach().clone() for name, p in model.named_parameters()} if flags.ema else {}
     streak = torch.zeros(2, dtype=torch.int64, device=place.device)
     step, position = 0, data.Position()
     if found:
-        step, position = restore(found[-1], model, optimizer, average, streak, flags, flags.fsdp)
+        step, position = restore(found[-1], model, optimizer, average, streak, flags)
         if place.rank == 0:
             print(f"resuming from {found[-1]}", flush=True)
     elif flags.resume and place.rank == 0:
@@ -640,9 +652,8 @@ def train(flags, place, compiled):
         step += 1
         bar.update()
         if step % flags.log_every == 0 or step == flags.steps:
-            values = {
-                name: float(v) for name, v in measured.items()
-            }  # the one place where the host waits for the device
+            # The one place where the host waits for the device.
+            values = {name: float(v) for name, v in measured.items()}
             now = time.perf_counter()
             seconds, mark = now - mark, now
             relative = load / load.mean(1, keepdim=True) if load.numel() else torch.ones(1, 1)
@@ -667,46 +678,52 @@ def train(flags, place, compiled):
             if streak[0] >= 10:
                 ids = [i for pack in recent for i in pack]
                 raise ValueError(f"ten steps in a row had a loss that is not finite; they held the images {ids}")
-        if step % flags.save_every == 0 or step == flags.steps or stop:
-            state = state_of(model, optimizer, average, streak, step, position, flags, flags.fsdp)
+        # Ranks must stop at the same step, and asking one another makes the device wait: only at lines of the log.
+        signalled = max(stop, default=0)
+        if place.world > 1:
+            asked = step % flags.log_every == 0 and place.sum(torch.tensor(float(signalled), device=place.device)) > 0
+            signalled = max(stop, default=signal.SIGTERM) if asked else 0
+        if step % flags.save_every == 0 or step == flags.steps or signalled:
+            state = state_of(model, optimizer, average, streak, step, position, flags)
             if place.rank == 0:
                 save(folder, state, flags.keep)
-        if stop:
+        if signalled:
             bar.close()
-            print(
-                f"stopped by {signal.Signals(stop[0]).name} after step {step}, which is saved: --resume goes on",
-                flush=True,
-            )
-            sys.exit(128 + stop[0])
+            if place.rank == 0:
+                name = signal.Signals(signalled).name
+                print(f"stopped by {name} after step {step}, which is saved: --resume goes on", flush=True)
+            sys.exit(128 + signalled)
     bar.close()
+    state = state_of(model, optimizer, average, streak, step, position, flags)
     if place.rank == 0 and flags.evaluate:
-        finish(flags, cache, world, model, average, spaces, place, step, trained_tokens, trained_seconds, began)
+        result = {"steps": step, "tokens": trained_tokens, "tokens_per_s": trained_tokens / max(trained_seconds, 1e-9)}
+        result |= finish(flags, cache, world, state, place)
+        result["seconds"] = time.perf_counter() - began
+        (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+        print(
+            f"{result['seconds']:.0f} s in all, {result['tokens_per_s']:.0f} tokens/s in training; see {folder}",
+            flush=True,
+        )
 
 
-def finish(flags, cache, world, model, average, spaces, place, step, tokens, seconds, began):
-    """Write student.safetensors and result.json, draw the PCA sheet, print the table."""
-    if average:
-        model.load_state_dict(average, strict=False)
-    untrained = build(flags, spaces, place.device)
-    scores = (
-        evaluate.toy_scores(world, cache, model, untrained) if world else evaluate.cache_scores(cache, model, untrained)
-    )
+def finish(flags, cache, world, state, place):
+    """From a run's last state: write student.safetensors, draw pca.png, print the table; returns its scores."""
+    student, untrained = (build(flags, cache.spaces, place.device) for _ in range(2))
+    amoe.load_exactly(student, state["model"], "the run's last state")
+    student.load_state_dict(state["average"], strict=False)  # empty but under --ema
+    amoe.save(student, Path(flags.out) / "student.safetensors")
+    if world:
+        scores = evaluate.toy_scores(world, cache, student, untrained)
+    else:
+        scores = evaluate.cache_scores(cache, student, untrained)
     _, held = evaluate.split(cache)
     shown = held[:: max(1, len(held) // 8)][:8]
     if shown:
-        student = evaluate.student_features(model, cache, shown)
-        evaluate.pca_sheet(cache, shown, evaluate.teacher_features(cache, shown), student).save(
-            Path(flags.out) / "pca.png"
-        )
-    result = {"seconds": time.perf_counter() - began, "steps": step, "tokens": tokens}
-    result |= {"tokens_per_s": tokens / max(seconds, 1e-9)} | scores
-    (Path(flags.out) / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+        seen, imitated = evaluate.student_features(student, cache, shown), evaluate.teacher_features(cache, shown)
+        evaluate.pca_sheet(cache, shown, imitated, seen).save(Path(flags.out) / "pca.png")
     if scores:
         evaluate.print_table(scores)
-    print(
-        f"{result['seconds']:.0f} s in all, {result['tokens_per_s']:.0f} tokens/s in training; see {flags.out}",
-        flush=True,
-    )
+    return scores
 
 
 if __name__ == "__main__":
