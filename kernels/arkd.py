@@ -31,7 +31,7 @@ MODES = ("arkd", "rkd")
 IMPLS = ("ref", "chunked", "triton")
 MEDIAN_EXACT = 4096  # images up to which the teacher's median is over every pair
 MEDIAN_SHIFTS = 128  # beyond, over MEDIAN_SHIFTS * B seeded pairs: at B = 4097 the rank of the median is off by 0.07%
-TIE = 16  # machine epsilons: distances this near the median count as equal to it, whichever form rounded them
+TIE = 4  # machine epsilons: distances this near the median count as equal to it, whichever form rounded them
 CLOSE = 1e-2  # |a|^2 - 2ab + |b|^2 below this share of |a|^2 + |b|^2 has cancelled: such pairs are taken by differences
 STRIP = 1024  # rows of a strip: its weights take 128 MiB at B = 32k
 SMALL = 128  # images up to which `auto` takes ref: one graph to a compiler, and 2.5 against 1.8 ms on 2 cores, D = 128
