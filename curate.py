@@ -26,6 +26,7 @@ import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from threading import Lock
@@ -42,22 +43,39 @@ UNIT_BF16, UNIT_F32 = 2.0**-8, 2.0**-24
 
 # -------------------------------------------------------------------------------------------------- ranks and threads
 
+_alone = False  # set by `alone`
+
 
 def world():
     """(rank, number of ranks); alone is (0, 1)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return (dist.get_rank(), dist.get_world_size()) if together() else (0, 1)
+
+
+@contextmanager
+def alone():
+    """Within it this rank works by itself, as if there were no others."""
+    global _alone
+    _alone = True
+    try:
+        yield
+    finally:
+        _alone = False
+
+
+def together():
+    return dist.is_initialized() and not _alone
 
 
 def all_sum(x):
     """Sum a CPU tensor over the ranks, in place. Exact (so order-free) for the integers and grid values given here."""
-    if dist.is_initialized():
+    if together():
         dist.all_reduce(x)
     return x
 
 
 def all_concat(array):
     """Numpy arrays of all ranks, end to end in rank order."""
-    if not dist.is_initialized():
+    if not together():
         return array
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, array)
@@ -146,8 +164,18 @@ class Points:
         largest = x_BD.abs().amax().item()
         if not np.isfinite(largest) or largest > 1e18:  # |x|^2 must stay within float32
             bad = lo + int((~(x_BD.abs() <= 1e18)).any(1).nonzero()[0])
-            raise ValueError(f"{self.name}: row {bad} holds NaN, infinity or more than 1e18; drop or fix such rows first")
+            raise ValueError(
+                f"{self.name}: row {bad} holds NaN, infinity or more than 1e18; drop or fix such rows first"
+            )
         return [largest]
+
+    def settle(self, c_KD):
+        """Centred centroids (numpy), rounded to what `uncentre` hands out."""
+        return self.centre(self.uncentre(torch.from_numpy(c_KD)))
+
+    def part(self, ids):
+        """Some of the points, centred, as Points in memory on every rank (its `uncentre` leads back to here)."""
+        return Points(self.raw(ids), self.device, self.name)
 
     def exact(self, x_MD):
         """Rows in float64, rounded to the grid on which sums are exact in any order and by any number of ranks.
@@ -188,7 +216,8 @@ class Nearest:
 
     def __init__(self, c_KD, fast):
         self.c_KD = c_KD
-        self.square_K = c_KD.double().square().sum(1)
+        self.exact_KD = c_KD.double()
+        self.square_K = self.exact_KD.square().sum(1)
         self.bias_K = (-self.square_K / 2).float()
         self.norm = self.square_K.max().sqrt().item()
         self.hopeless = set()
@@ -197,6 +226,8 @@ class Nearest:
             self.high_KD, low_KD, self.rest_high, self.rest_low = self.parts(c_KD)
             self.norm_low = self.largest_norm(low_KD)
             self.split_KD = torch.cat([self.high_KD, low_KD, self.high_KD], 1)
+            if not c_KD.is_cuda:  # oneDNN takes bfloat16 values in float32 tensors and hands back float32
+                self.high_KD, self.split_KD = self.high_KD.float(), self.split_KD.float()
             self.rest_high, self.rest_low = self.rest_high.max().item(), self.rest_low.max().item()
 
     @staticmethod
@@ -218,12 +249,15 @@ class Nearest:
         high_BD = x_BD.bfloat16()
         rest_B = (x_BD - high_BD.float()).norm(dim=1)
         error_B = rest_B * self.norm + norm_B * (1 + UNIT_BF16) * self.rest_high
-        return *top2(high_BD, self.high_KD, self.bias_K), error_B + self.accumulation(norm_B, x_BD.shape[1])
+        return *top2(high_BD.to(self.high_KD.dtype), self.high_KD, self.bias_K), error_B + self.accumulation(
+            norm_B, x_BD.shape[1]
+        )
 
     def split(self, x_BD, norm_B):
         high_BD, low_BD, rest_B, rest_low_B = self.parts(x_BD)
         error_B = rest_low_B * self.norm + norm_B * self.rest_low + rest_B * (1 + UNIT_BF16) * self.norm_low
-        out = top2(torch.cat([high_BD, high_BD, low_BD], 1), self.split_KD, self.bias_K)
+        x_BE = torch.cat([high_BD, high_BD, low_BD], 1).to(self.split_KD.dtype)
+        out = top2(x_BE, self.split_KD, self.bias_K)
         return *out, error_B * (1 + UNIT_BF16) + self.accumulation(norm_B, 3 * x_BD.shape[1])
 
     def full(self, x_BD, norm_B):
@@ -234,7 +268,7 @@ class Nearest:
         k = len(self.c_KD)
         label_M = torch.empty(len(x_MD), dtype=torch.int64, device=x_MD.device)
         for at in torch.arange(len(x_MD), device=x_MD.device).split(max(1, (1 << 22) // k)):
-            label_M[at] = torch.addmm(-self.square_K / 2, x_MD[at].double(), self.c_KD.double().T).argmax(1)
+            label_M[at] = torch.addmm(-self.square_K / 2, x_MD[at].double(), self.exact_KD.T).argmax(1)
         return label_M
 
     def __call__(self, x_BD):
@@ -476,3 +510,383 @@ def kmeans(x_ND, k=None, init_KD=None, n_iter=10, seed=0):
     if isinstance(x_ND, torch.Tensor):
         return torch.from_numpy(c_KD).to(x_ND.device), torch.from_numpy(label_N).to(x_ND.device)
     return c_KD, label_N
+
+
+# ----------------------------------------------------------------------------------------------------------- hierarchy
+
+
+@dataclass
+class Config:
+    """What `python curate.py` takes; the fields are the flags."""
+
+    # changes results
+    levels: list[int] = field(default=None, metadata={"help": "clusters per level, from the points up, decreasing"})
+    keep: int = field(default=None, metadata={"help": "how many images to keep"})
+    seed: int = field(default=0, metadata={"help": "the result is a function of the features, these flags and this"})
+    iterations: int = field(default=10, metadata={"help": "Lloyd iterations of every k-means"})
+    resamplings: int = field(
+        default=10, metadata={"help": "resampling steps a level; 0 for plain hierarchical k-means"}
+    )
+    share: float = field(default=0.3, metadata={"help": "r as a share of the mean cluster size (at least 2 points)"})
+    split_above: int = field(
+        default=50_000,
+        metadata={"help": "a level of more clusters is made in two steps: coarse cells, k-means in each"},
+    )
+    # speed only
+    device: str = field(default=None, metadata={"help": "cpu or cuda (default: cuda if there is one)"})
+    # paths
+    features: str = field(default=None, metadata={"help": "a feature cache (folder) or an .npy file [N, D]"})
+    teacher: str = field(
+        default=None, metadata={"help": "cached teacher whose summaries are clustered (default: first)"}
+    )
+    images: str = field(default=None, metadata={"help": "folder whose sorted images are the rows of an .npy"})
+    out: str = field(default=None, metadata={"help": "folder for kept.npy, the tree, report.json and clusters.png"})
+
+
+def check_levels(n, levels, keep):
+    """Raises ValueError unless N > levels[0] > levels[1] > ... >= 1 and 1 <= keep <= N."""
+    if not levels or list(levels) != sorted(set(levels), reverse=True) or levels[-1] < 1:
+        raise ValueError(f"levels {list(levels or [])}: want decreasing numbers of clusters, for instance 20000 500 50")
+    if levels[0] > n:
+        raise ValueError(
+            f"levels {list(levels)}: {levels[0]} clusters of {n} points; the first level must have at most N"
+        )
+    if not 1 <= keep <= n:
+        raise ValueError(f"keep={keep}: want 1 <= keep <= {n}, the number of points")
+
+
+def even_shares(budget, size_M, seed=0):
+    """Split a budget over groups as evenly as their sizes allow; what a small group cannot take goes to the others.
+
+    The shares are min(size, w) for the water level w at which they add up to min(budget, all); what a whole level
+    leaves over goes one each to groups picked by the seed.
+    """
+    size_M = np.asarray(size_M, np.int64)
+    budget = min(int(budget), int(size_M.sum()))
+    order = np.sort(size_M)
+    filled = np.cumsum(order) + order * np.arange(len(order) - 1, -1, -1)  # the total at water level order[i]
+    i = int(np.searchsorted(filled, budget, side="left"))
+    below = int(order[:i].sum())
+    level = (budget - below) // max(len(order) - i, 1)
+    share_M = np.minimum(size_M, level)
+    room = np.flatnonzero(size_M > level)
+    share_M[room[np.argsort(uniform(room, seed, 3))[: budget - int(share_M.sum())]]] += 1
+    return share_M
+
+
+def own_distance2(points, c_KD, label_N):
+    """This rank's squared distances to the own centroid, float32 numpy."""
+
+    def work(lo, hi):
+        at = slice(lo - points.lo, hi - points.lo)
+        return distance2(points.rows(slice(lo, hi)), c_KD, label_N[at]).cpu().numpy()
+
+    return np.concatenate([np.zeros(0, np.float32), *on_blocks(work, points.blocks, points.device)])
+
+
+def closest(points, c_KD, label_N, r):
+    """Ids of the r points nearest to each centroid (all of a smaller cluster), sorted."""
+    d2_N, label_N = own_distance2(points, c_KD, label_N), label_N.cpu().numpy()
+    order = np.lexsort((d2_N, label_N))
+    order = order[rank_in_group(label_N[order]) < r]
+    ids, d2_M, of_M = (all_concat(a) for a in (order + points.lo, d2_N[order], label_N[order]))
+    order = np.lexsort((ids, d2_M, of_M))
+    return np.sort(ids[order[rank_in_group(of_M[order]) < r]])
+
+
+def in_two_steps(points, k, config, seed):
+    """k centroids by k-means into sqrt(k) coarse cells, then k-means inside each: N (sqrt(k) + sqrt(k)) products, not N k.
+
+    Every cell gets the same number of clusters as far as it has points for them, whatever its size, as the paper's
+    first level does (100k cells of 100 clusters). Cells are shared out over ranks; one cell's points fit in memory.
+    """
+    coarse = int(round(k**0.5))
+    c_KD, label_N = lloyd(points, start(points, coarse, seed), config.iterations, seed)
+    label_N = all_concat(label_N.cpu().numpy())
+    order, size = np.argsort(label_N, kind="stable"), np.bincount(label_N, minlength=coarse)
+    quota, end = even_shares(k, size, seed), np.cumsum(size)
+    rank, n_ranks = world()
+    mine = []
+    for cell in range(rank, coarse, n_ranks):
+        if quota[cell]:
+            with alone():
+                members = points.part(order[end[cell] - size[cell] : end[cell]])
+                c_MD, _ = lloyd(members, start(members, int(quota[cell]), seed), config.iterations, seed)
+                mine.append((cell, members.uncentre(c_MD)))  # in `points`' centred place
+    parts = [mine]
+    if dist.is_initialized():
+        parts = [None] * n_ranks
+        dist.all_gather_object(parts, mine)
+    return points.settle(
+        np.concatenate([c for _, c in sorted((p for part in parts for p in part), key=lambda p: p[0])])
+    )
+
+
+def level(points, k, config, seed, log=lambda line: None):
+    """One level of the hierarchy: k-means, then resampling. Returns centred centroids and this rank's labels.
+
+    Each resampling starts afresh from D^2 seeds of the pool (warm or random starts lose most of the gain).
+    """
+    if k > config.split_above:
+        return lloyd(points, in_two_steps(points, k, config, seed), 0)
+    c_KD, label_N = lloyd(points, start(points, k, seed), config.iterations, seed)
+    r = max(2, int(config.share * points.n / k))
+    for step in range(config.resamplings):
+        ids = closest(points, c_KD, label_N, r)
+        if len(ids) < k:  # duplicates left clusters empty: a pool this small cannot fill them either
+            log(f"resampling {step}: {len(ids)} points for {k} clusters, stopped")
+            break
+        pool = points.part(ids)
+        c_MD, _ = lloyd(pool, start(pool, k, seed + step + 1), config.iterations, seed)
+        c_KD, label_N = lloyd(points, points.settle(pool.uncentre(c_MD)), 0)
+    return c_KD, label_N
+
+
+def grow(points, config, folder=None, log=lambda line: None):
+    """The tree, bottom-up: for each level its centroids [K, D] float32 and the parent of each node below (int64).
+
+    With a folder, each finished level is written there and read back by the next run: a killed run continues.
+    """
+    tree = []
+    for depth, k in enumerate(config.levels):
+        path = folder and folder / f"level{depth + 1}.npz"
+        if path and path.exists():
+            with np.load(path) as saved:
+                tree.append({name: saved[name] for name in ("centroids", "parent", "inertia")})
+            log(f"level {depth + 1}: {k} clusters, read from {path.name}")
+        else:
+            begin = time.perf_counter()
+            here = points if depth == 0 else Points(tree[-1]["centroids"], points.device, f"level {depth}")
+            c_KD, label_N = level(here, k, config, config.seed + 1000 * depth, log)
+            d2_N = all_concat(own_distance2(here, c_KD, label_N))  # summed in id order: the same for any ranks
+            tree.append(
+                {
+                    "centroids": here.uncentre(c_KD),
+                    "parent": all_concat(label_N.cpu().numpy()),
+                    "inertia": np.float64(d2_N.mean(dtype=np.float64)),
+                }
+            )
+            if path and world()[0] == 0:
+                write(path, lambda f, node=tree[-1]: np.savez(f, **node))
+            seconds = time.perf_counter() - begin
+            log(
+                f"level {depth + 1}: {k} clusters of {here.n}, mean squared distance {tree[-1]['inertia']:.5g}, {seconds:.1f} s"
+            )
+        if dist.is_initialized():
+            dist.barrier()
+    return tree
+
+
+def leaf_counts(tree):
+    """Points under every node, per level."""
+    counts = [np.bincount(tree[0]["parent"], minlength=len(tree[0]["centroids"]))]
+    for node in tree[1:]:
+        counts.append(np.bincount(node["parent"], counts[-1], len(node["centroids"])).astype(np.int64))
+    return counts
+
+
+def sample(tree, keep, seed=0):
+    """Balanced hierarchical sampling: sorted ids int64 of exactly `keep` points.
+
+    From the top down a node splits its budget evenly over its children (`even_shares`); a leaf draws at random.
+    """
+    counts = leaf_counts(tree)
+    quota = even_shares(keep, counts[-1], seed)
+    for depth in range(len(tree) - 1, 0, -1):
+        parent, below = tree[depth]["parent"], np.zeros(len(counts[depth - 1]), np.int64)
+        order = np.argsort(parent, kind="stable")
+        ends = np.cumsum(np.bincount(parent, minlength=len(quota)))
+        for node, children in enumerate(np.split(order, ends[:-1])):
+            below[children] = even_shares(quota[node], counts[depth - 1][children], seed + node)
+        quota = below
+    leaf = tree[0]["parent"]
+    order = np.lexsort((uniform(np.arange(len(leaf)), seed, 4), leaf))
+    return np.sort(order[rank_in_group(leaf[order]) < quota[leaf[order]]])
+
+
+def curate(x_ND, levels, keep, seed=0):
+    """The whole pipeline in memory: sorted int64 ids (numpy) of `keep` rows of x_ND, balanced over its clusters.
+
+    x_ND: as for `kmeans`. levels: clusters per level, from the points up, decreasing. Raises ValueError for bad input.
+    """
+    check_levels(len(x_ND), levels, keep)
+    config = Config(levels=list(levels), keep=keep, seed=seed)
+    return sample(grow(Points(x_ND), config), keep, seed)
+
+
+# ------------------------------------------------------------------------------------------------------------- command
+
+
+def write(path, save):
+    """Atomically: a temporary beside it, fsync, rename; nothing half-written is ever read."""
+    temporary = path.with_name(f".{path.name}.partial")
+    with open(temporary, "wb") as f:
+        save(f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path, value):
+    write(path, lambda f: f.write((json.dumps(value, indent=1) + "\n").encode()))
+
+
+def load_features(config):
+    """(ids int64 [N], features [N, D], thumbnails(rows) -> list of uint8 [H, W, 3], or None without images)."""
+    path = Path(config.features)
+    if path.is_dir() and (path / "cache.json").exists():
+        import data
+
+        teacher = config.teacher or next(iter(json.loads((path / "cache.json").read_text())["teachers"]), None)
+        teacher = teacher["name"] if isinstance(teacher, dict) else teacher
+        ids, x_ND = data.summaries(path, teacher)
+        return np.asarray(ids), x_ND, lambda rows: data.thumbnails(path, np.asarray(ids)[rows])
+    if path.suffix != ".npy" or not path.is_file():
+        raise ValueError(f"--features {path}: want a cache folder (with cache.json) or an .npy file, and it is neither")
+    try:
+        x_ND = np.load(path, mmap_mode="r")
+    except ValueError as e:
+        raise ValueError(f"--features {path}: not a readable .npy matrix ({e})") from None
+    thumbnails = None
+    if config.images:
+        kinds = (".jpg", ".jpeg", ".png", ".webp")
+        files = sorted(p for p in Path(config.images).rglob("*") if p.suffix.lower() in kinds)
+        if len(files) != len(x_ND):
+            raise ValueError(f"--images {config.images}: {len(files)} images for {len(x_ND)} rows of {path}")
+
+        def thumbnails(rows):
+            from PIL import Image
+
+            return [np.asarray(Image.open(files[i]).convert("RGB")) for i in rows]
+
+    return np.arange(len(x_ND)), x_ND, thumbnails
+
+
+def entropy(count_K):
+    """Of a histogram, over the log of its number of bins: 1 is uniform."""
+    p = count_K[count_K > 0] / count_K.sum()
+    return float(-(p * np.log(p)).sum() / np.log(len(count_K))) if len(count_K) > 1 else 1.0
+
+
+def report(tree, kept, config):
+    """What was balanced, by level: sizes, inertia, and the entropy of cluster membership before and after."""
+    levels, node_N = [], np.arange(len(tree[0]["parent"]))
+    for node in tree:
+        node_N = node["parent"][node_N]
+        size = np.bincount(node_N, minlength=len(node["centroids"]))
+        after = np.bincount(node_N[kept], minlength=len(size))
+        levels.append(
+            {
+                "clusters": len(size),
+                "empty": int((size == 0).sum()),
+                "points_min_median_max": [int(size.min()), float(np.median(size)), int(size.max())],
+                "kept_min_median_max": [int(after.min()), float(np.median(after)), int(after.max())],
+                "mean_squared_distance": float(node["inertia"]),
+                "entropy_before": entropy(size),
+                "entropy_after": entropy(after),
+            }
+        )
+    return {"points": len(tree[0]["parent"]), "kept": len(kept), "config": asdict(config), "levels": levels}
+
+
+def contact_sheet(tree, kept, thumbnails, path, clusters=8, across=12, side=72):
+    """A PNG of the top level's largest and smallest clusters: a row each, kept images first, then a few left out."""
+    from PIL import Image, ImageDraw
+
+    node_N = tree[0]["parent"]
+    for node in tree[1:]:
+        node_N = node["parent"][node_N]
+    size = np.bincount(node_N, minlength=len(tree[-1]["centroids"]))
+    order = np.argsort(-size, kind="stable")
+    order = order[size[order] > 0]
+    shown = order if len(order) <= 2 * clusters else np.r_[order[:clusters], order[-clusters:]]
+    is_kept = np.isin(np.arange(len(node_N)), kept)
+    margin = 150
+    sheet = Image.new("RGB", (margin + across * side, len(shown) * side), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, k in enumerate(shown):
+        members = np.flatnonzero(node_N == k)
+        members = members[np.lexsort((uniform(members, 5), ~is_kept[members]))]
+        n_kept = int(is_kept[members].sum())
+        in_, out = members[:n_kept], members[n_kept:]
+        pick = np.r_[in_[: max(across - min(len(out), across // 3), 0)], out][:across]
+        draw.text((6, row * side + side // 2 - 12), f"{len(members)} images\n{n_kept} kept (framed)", fill="black")
+        for column, (i, image) in enumerate(zip(pick, thumbnails(pick), strict=True)):
+            image = Image.fromarray(np.asarray(image))
+            image.thumbnail((side - 6, side - 6))
+            x, y = margin + column * side, row * side
+            if is_kept[i]:
+                draw.rectangle((x, y, x + side - 1, y + side - 1), outline=(0, 120, 60), width=2)
+            sheet.paste(image, (x + (side - image.width) // 2, y + (side - image.height) // 2))
+    write(path, lambda f: sheet.save(f, "PNG"))
+
+
+def run(config):
+    """The command: features in, DIR/kept.npy, level*.npz, report.json and clusters.png out."""
+    for flag in ("features", "levels", "keep", "out"):
+        if getattr(config, flag) is None:
+            raise ValueError(f"--{flag} is missing; see --help")
+    ids, x_ND, thumbnails = load_features(config)
+    check_levels(len(x_ND), config.levels, config.keep)
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: torch sees no GPU here")
+    log = print if world()[0] == 0 else lambda line: None
+    how = "Triton kernel" if device.startswith("cuda") else "bfloat16 tiles" if cpu_has_fast_bf16() else "float32"
+    log(f"{len(x_ND)} points of {x_ND.shape[1]} channels, {world()[1]} rank(s), {device}: {how}, near ties in float64")
+    points = Points(x_ND, device, config.features)
+    out = Path(config.out)
+    # A tree belongs to its features and to the flags that change it; --keep may change, and reuses it.
+    tree_of = {k: v for k, v in asdict(config).items() if k not in ("keep", "device", "images", "out", "features")}
+    check = points.raw(np.unique(np.linspace(0, points.n - 1, min(points.n, 64)).astype(np.int64)))
+    tree_of |= {"points": points.n, "channels": points.d, "checksum": float(np.abs(check).sum(dtype=np.float64))}
+    if world()[0] == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        if not (out / "tree.json").exists():
+            write_json(out / "tree.json", tree_of)
+    if together():
+        dist.barrier()
+    before = json.loads((out / "tree.json").read_text())
+    if before != tree_of:
+        differ = {k: (before.get(k), tree_of.get(k)) for k in before | tree_of if before.get(k) != tree_of.get(k)}
+        raise ValueError(f"--out {out} holds the tree of another run, (then, now): {differ}; choose another folder")
+    tree = grow(points, config, out, log)
+    kept = sample(tree, config.keep, config.seed)
+    if world()[0] == 0:
+        write(out / "kept.npy", lambda f: np.save(f, np.sort(ids[kept]).astype(np.int64)))
+        write_json(out / "report.json", report(tree, kept, config))
+        if thumbnails:
+            contact_sheet(tree, kept, thumbnails, out / "clusters.png")
+        else:
+            log("no contact sheet: an .npy has no pictures unless --images names their folder")
+        for line in report(tree, kept, config)["levels"]:
+            log(f"{line['clusters']} clusters: entropy {line['entropy_before']:.3f} -> {line['entropy_after']:.3f}")
+        log(f"kept {len(kept)} of {points.n} in {out / 'kept.npy'}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="balanced subset by hierarchical k-means", allow_abbrev=False)
+    for f in fields(Config):
+        kind = {"type": int, "nargs": "+"} if f.name == "levels" else {"type": f.type}
+        flag = "--" + f.name.replace("_", "-")
+        parser.add_argument(flag, default=f.default, help=f"{f.metadata['help']} (default: {f.default})", **kind)
+    parser.add_argument("--bench", metavar="JSON", help="measure speed and balance instead, and write them there")
+    flags = vars(parser.parse_args(argv))
+    bench = flags.pop("bench")
+    if bench:
+        from benchmarks.curation import main as measure
+
+        return measure(Path(bench))
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo")  # what travels are sums, counts and ids in CPU memory
+    try:
+        run(Config(**flags))
+    except ValueError as e:
+        parser.exit(2, f"curate.py: error: {e}\n")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

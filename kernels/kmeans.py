@@ -113,7 +113,9 @@ if triton is not None:
             for d0 in range(0, D, BLOCK_D):
                 d = d0 + tl.arange(0, BLOCK_D)
                 x = tl.load(x_ptr + row[:, None] * D + d, mask=(row[:, None] < N) & (d < D), other=0.0)
-                c = tl.load(c_ptr + col[None, :].to(tl.int64) * D + d[:, None], mask=(col < K) & (d[:, None] < D), other=0.0)
+                c = tl.load(
+                    c_ptr + col[None, :].to(tl.int64) * D + d[:, None], mask=(col < K) & (d[:, None] < D), other=0.0
+                )
                 score = tl.dot(x, c, score, input_precision="ieee")  # no TF32: float32 means float32
             bias = tl.load(bias_ptr + col, mask=col < K, other=float("-inf"))  # columns past K never win
             score += bias[None, :]
@@ -178,11 +180,15 @@ def top2(x_ND, c_KD, bias_K, impl="auto"):
     if impl not in ("auto", "ref", "triton"):
         raise ValueError(f"impl={impl!r}: choose auto, ref or triton")
     if x_ND.ndim != 2 or c_KD.ndim != 2 or x_ND.shape[1] != c_KD.shape[1] or bias_K.shape != c_KD.shape[:1]:
-        raise ValueError(f"x {list(x_ND.shape)}, c {list(c_KD.shape)}, bias {list(bias_K.shape)}: want [N, D] [K, D] [K]")
+        raise ValueError(
+            f"x {list(x_ND.shape)}, c {list(c_KD.shape)}, bias {list(bias_K.shape)}: want [N, D] [K, D] [K]"
+        )
     if len(c_KD) == 0:
         raise ValueError("no centroids: K is 0")
     if x_ND.dtype != c_KD.dtype or x_ND.dtype not in (torch.float32, torch.bfloat16) or bias_K.dtype != torch.float32:
-        raise ValueError(f"x {x_ND.dtype}, c {c_KD.dtype}, bias {bias_K.dtype}: want float32 or bfloat16 twice, float32")
+        raise ValueError(
+            f"x {x_ND.dtype}, c {c_KD.dtype}, bias {bias_K.dtype}: want float32 or bfloat16 twice, float32"
+        )
     obstacle = triton_obstacle(x_ND.device)
     if impl == "triton" and obstacle:
         raise ValueError(f"impl='triton' cannot run: {obstacle}")
