@@ -15,6 +15,7 @@ Shape letters: N points, K centroids, D channels, B rows of one tile.
 """
 
 import os
+import threading
 from contextlib import contextmanager
 from functools import cache
 
@@ -31,6 +32,17 @@ TILE_BYTES = 16 << 20  # of scores at a time: 4 to 32 MiB ran within 4% of each 
 
 # ---------------------------------------------------------------------------------------------------------- reference
 
+_local = threading.local()
+
+
+def _buffer(size, device):
+    """Scratch, kept from call to call on a CPU: memory fresh from the kernel costs a page fault every 4 KiB."""
+    if device.type == "cuda":
+        return torch.empty(size, device=device)
+    if getattr(_local, "buffer", None) is None or len(_local.buffer) < size:
+        _local.buffer = torch.empty(size)
+    return _local.buffer[:size]
+
 
 def top2_ref(x_ND, c_KD, bias_K):
     """Best and second-best score of every point, and the index of the best.
@@ -43,7 +55,7 @@ def top2_ref(x_ND, c_KD, bias_K):
     label_N = torch.empty(n, dtype=torch.int64, device=x_ND.device)
     best_N, second_N = (torch.empty(n, dtype=torch.float32, device=x_ND.device) for _ in range(2))
     tile = min(max(64, TILE_BYTES // (4 * k)), max(n, 1))
-    buffer_BK = torch.empty(tile, k, dtype=torch.float32, device=x_ND.device)
+    buffer_BK = _buffer(tile * k, x_ND.device).view(tile, k)
     x_ND, c_DK = x_ND.float(), c_KD.float().T  # bfloat16 values are exact in float32
     for start in range(0, n, tile):
         at = slice(start, min(start + tile, n))
@@ -173,7 +185,7 @@ def triton_obstacle(device):
 
 
 def top2(x_ND, c_KD, bias_K, impl="auto"):
-    """`top2_ref`, by the fastest implementation at hand ("auto": Triton on CUDA), or by the named one ("ref", "triton").
+    """`top2_ref`, by the fastest implementation at hand ("auto": Triton on CUDA) or the one named ("ref", "triton").
 
     Raises ValueError for shapes or dtypes that do not fit and for an implementation that cannot run.
     """
