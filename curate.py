@@ -35,10 +35,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from kernels.kmeans import cpu_bf16_products, cpu_has_fast_bf16, top2
+from kernels.kmeans import cpu_bf16_products, cpu_has_fast_bf16, top3
 
 BLOCK = 2048  # points; ranks own whole blocks, so a block's arithmetic is the same for any number of ranks
-UNIT_BF16, UNIT_F32 = 2.0**-8, 2.0**-24
+UNIT_F32 = 2.0**-24  # half a unit in the last place, relative
 
 
 # -------------------------------------------------------------------------------------------------- ranks and threads
@@ -204,64 +204,84 @@ class Nearest:
 
     s_k = x . c_k - |c_k|^2 / 2 is largest for the nearest centroid. A product of rounded x', c' is off by at most
 
-        e = |x - x'| |c| + |x'| |c - c'| + (D + 2) 2^-24 |x| |c| + 2^-23 |c|^2       (Cauchy-Schwarz; sums in float32)
+        |x - x'| |c_k| + |x'| |c_k - c'_k| + 2^-24 ((D + 2) |x| |c_k| + 2 |c_k|^2)      (Cauchy-Schwarz; float32 sums)
 
-    so a best score that leads the second by more than 2e is the true best. The cascade:
+    which h |c_k| bounds, with one h a point: rank one, so an extra channel (h beside x', |c_k| beside c') makes the
+    product return upper bounds u_k themselves. (One bound for all will not do: a cluster of one point in 384-d can be
+    8 times as long as its neighbours of 100.) If u_1 - 2 h |c_1|, a lower bound of s_1, exceeds the second largest
+    u, then 1 is nearest; if it exceeds the third, two centroids are left, compared by differences in float64.
       1. x', c' = bfloat16 (AMX or tensor cores, a fifth of float32's time): settles most points;
       2. x' = high + low bfloat16 parts (one product of length 3 D: high.high + high.low + low.high);
          without fast bfloat16, float32 stands in for both;
-      3. float64 for near ties.
-    Which steps ran never shows in the result. A step that settles fewer than 40% of its points is not tried again.
+      3. float64 for what is left, near ties of three.
+    Which steps ran never shows in the result. A step that leaves over 60% of its points open is not tried again.
     """
 
     def __init__(self, c_KD, fast):
-        self.c_KD = c_KD
-        self.exact_KD = c_KD.double()
+        self.c_KD, self.exact_KD = c_KD, c_KD.double()
         self.square_K = self.exact_KD.square().sum(1)
         self.bias_K = (-self.square_K / 2).float()
-        self.norm = self.square_K.max().sqrt().item()
+        self.norm_K = self.square_K.sqrt().float()
+        self.longest = self.norm_K.max().item()
         self.hopeless = set()
         self.steps = [self.rounded, self.split] if fast else [self.full]
+        length_K1 = (1.01 * self.norm_K)[:, None]
         if fast:
-            self.high_KD, low_KD, self.rest_high, self.rest_low = self.parts(c_KD)
-            self.norm_low = self.largest_norm(low_KD)
-            self.split_KD = torch.cat([self.high_KD, low_KD, self.high_KD], 1)
-            if not c_KD.is_cuda:  # oneDNN takes bfloat16 values in float32 tensors and hands back float32
-                self.high_KD, self.split_KD = self.high_KD.float(), self.split_KD.float()
-            self.rest_high, self.rest_low = self.rest_high.max().item(), self.rest_low.max().item()
-
-    @staticmethod
-    def largest_norm(x):
-        return x.float().norm(dim=1).max().item()
+            high, low, rest_K, rest_low_K = self.parts(c_KD)
+            length_K1 = length_K1.bfloat16().float()
+            shorter_K = self.norm_K.clamp(min=1e-30)
+            self.rest, self.rest_low = (rest_K / shorter_K).max().item(), (rest_low_K / shorter_K).max().item()
+            # oneDNN takes bfloat16 values in float32 tensors and hands back float32 sums; CUDA takes bfloat16.
+            kind = torch.bfloat16 if c_KD.is_cuda else torch.float32
+            self.rounded_KE = self.padded(high, length_K1).to(kind)
+            self.split_KE = self.padded(high, low, high, length_K1).to(kind)
+        else:
+            self.full_KE = self.padded(c_KD, length_K1)
+        self.length_K = length_K1[:, 0]
 
     @staticmethod
     def parts(x):
-        """High and low bfloat16 parts, and the norms of what the first and what both leave over."""
-        high = x.bfloat16()
-        rest = x - high.float()
-        low = rest.bfloat16()
-        return high, low, rest.norm(dim=1), (rest - low.float()).norm(dim=1)
+        """High and low bfloat16 parts (in float32), and the norms of what the first and what both leave over."""
+        high = x.bfloat16().float()
+        rest = x - high
+        low = rest.bfloat16().float()
+        return high, low, rest.norm(dim=1), (rest - low).norm(dim=1)
 
-    def accumulation(self, norm_B, length):
-        return UNIT_F32 * self.norm * ((length + 2) * norm_B + 2 * self.norm)
+    @staticmethod
+    def padded(*columns):
+        """Columns side by side, then zeros up to a multiple of 32: rows of whole cache lines."""
+        width = sum(c.shape[1] for c in columns)
+        out = columns[0].new_zeros(len(columns[0]), -(-width // 32) * 32)
+        torch.cat(columns, 1, out=out[:, :width])
+        return out
+
+    def slack(self, error_B, norm_B, length):
+        """h of the docstring: rounding (given), sums in float32, and 2% for the rounding of h and |c| themselves."""
+        return (1.02 * (error_B + UNIT_F32 * ((length + 3) * norm_B + 2 * self.longest)))[:, None]
 
     def rounded(self, x_BD, norm_B):
-        high_BD = x_BD.bfloat16()
-        rest_B = (x_BD - high_BD.float()).norm(dim=1)
-        error_B = rest_B * self.norm + norm_B * (1 + UNIT_BF16) * self.rest_high
-        return *top2(high_BD.to(self.high_KD.dtype), self.high_KD, self.bias_K), error_B + self.accumulation(
-            norm_B, x_BD.shape[1]
-        )
+        high_BD = x_BD.bfloat16().float()
+        h_B1 = self.slack((x_BD - high_BD).norm(dim=1) + 1.01 * norm_B * self.rest, norm_B, x_BD.shape[1])
+        h_B1 = h_B1.bfloat16().float()
+        return *top3(self.padded(high_BD, h_B1).to(self.rounded_KE.dtype), self.rounded_KE, self.bias_K), h_B1[:, 0]
 
     def split(self, x_BD, norm_B):
         high_BD, low_BD, rest_B, rest_low_B = self.parts(x_BD)
-        error_B = rest_low_B * self.norm + norm_B * self.rest_low + rest_B * (1 + UNIT_BF16) * self.norm_low
-        x_BE = torch.cat([high_BD, high_BD, low_BD], 1).to(self.split_KD.dtype)
-        out = top2(x_BE, self.split_KD, self.bias_K)
-        return *out, error_B * (1 + UNIT_BF16) + self.accumulation(norm_B, 3 * x_BD.shape[1])
+        h_B1 = self.slack(rest_low_B + norm_B * self.rest_low + 1.01 * rest_B * self.rest, norm_B, 3 * x_BD.shape[1])
+        h_B1 = h_B1.bfloat16().float()
+        x_BE = self.padded(high_BD, high_BD, low_BD, h_B1).to(self.split_KE.dtype)
+        return *top3(x_BE, self.split_KE, self.bias_K), h_B1[:, 0]
 
     def full(self, x_BD, norm_B):
-        return *top2(x_BD, self.c_KD, self.bias_K), self.accumulation(norm_B, x_BD.shape[1])
+        h_B1 = self.slack(torch.zeros_like(norm_B), norm_B, x_BD.shape[1])
+        return *top3(self.padded(x_BD, h_B1), self.full_KE, self.bias_K), h_B1[:, 0]
+
+    def nearer(self, x_MD, label_M2):
+        """Of two centroids the nearer, by differences in float64; the lower index if equal."""
+        low_M, high_M = label_M2.aminmax(dim=1)
+        x_MD = x_MD.double()
+        d2_low_M = (x_MD - self.exact_KD[low_M]).square_().sum(1)
+        return torch.where((x_MD - self.exact_KD[high_M]).square_().sum(1) < d2_low_M, high_M, low_M)
 
     def double(self, x_MD):
         """Near ties: float64, no proof; equal to the last bit of float64, the lower index wins."""
@@ -280,22 +300,27 @@ class Nearest:
         norm_B = x_BD.norm(dim=1)
         left = torch.arange(len(x_BD), device=x_BD.device)
         for step in self.steps:
-            if len(left) == 0 or step.__name__ in self.hopeless:
+            if step.__name__ in self.hopeless:
                 continue
+            if len(left) < 128 and step != self.steps[0]:  # so few are cheaper in float64 at once
+                break
             every = len(left) == len(x_BD)  # spares a copy
             norm_M = norm_B if every else norm_B[left]
-            label_M, best_M, second_M, error_M = step(x_BD if every else x_BD[left], norm_M)
-            lead_M = best_M - second_M - 2.001 * error_M
-            sure_M = lead_M > 0
-            at = left[sure_M]
-            label_B[at] = label_M[sure_M]
+            x_MD = x_BD if every else x_BD[left]
+            label_M2, upper_M3, h_M = step(x_MD, norm_M)
+            lower_M2 = upper_M3[:, :2] - 2 * h_M[:, None] * self.length_K[label_M2]
+            lead_M = lower_M2[:, 0] - upper_M3[:, 1]
             # d2 - d1 = (d2^2 - d1^2) / (d2 + d1), and each d^2 = |x|^2 - 2 s; 0.999 covers the rounding here.
-            far_M = (norm_M**2 - 2 * (second_M - error_M)).clamp_(min=0).sqrt_()
-            near_M = (norm_M**2 - 2 * (best_M - error_M)).clamp_(min=0).sqrt_()
-            gap_B[at] = (0.999 * 2 * lead_M / (far_M + near_M))[sure_M]
-            if len(at) < 0.4 * len(left):
+            far_M = (norm_M**2 - 2 * upper_M3[:, 1]).clamp_(min=0).sqrt_()
+            near_M = (norm_M**2 - 2 * lower_M2[:, 0]).clamp_(min=0).sqrt_()
+            gap_B[left] = (0.999 * 2 * lead_M / (far_M + near_M)).clamp_(min=0)
+            open_M = lower_M2.amax(1) <= upper_M3[:, 2]
+            two = ((lead_M <= 0) & ~open_M).nonzero()[:, 0]
+            label_B[left] = label_M2[:, 0]
+            label_B[left[two]] = self.nearer(x_MD[two], label_M2[two])
+            if open_M.sum() > 0.6 * len(left):
                 self.hopeless.add(step.__name__)
-            left = left[~sure_M]
+            left = left[open_M]
         if len(left):
             label_B[left] = self.double(x_BD[left])
         return label_B, gap_B
@@ -321,7 +346,7 @@ def seeds(points, k, seed):
     A draw without replacement ~ D^2 keeps the smallest -log(u) / D^2 (Efraimidis & Spirakis, 2006): a sort key a point,
     which does not care in what order, or on which rank, the points are looked at.
     """
-    if points.n * k <= 1 << 22:
+    if points.n * k <= 1 << 20:
         return greedy_seeds(points, k, seed)
     ids_N = np.arange(points.lo, points.hi)
     first_N = uniform(ids_N, seed, 0)
@@ -336,7 +361,8 @@ def seeds(points, k, seed):
 
         def update(lo, hi, c_MD=c_MD, norm2_M=norm2_M):
             x_BD = points.rows(slice(lo, hi))
-            label_B, best_B, _ = top2(x_BD, c_MD, -norm2_M / 2)
+            label_B2, score_B3 = top3(x_BD, c_MD, -norm2_M / 2)
+            label_B, best_B = label_B2[:, 0], score_B3[:, 0]
             norm2_B = x_BD.square().sum(1)
             d2_B = norm2_B - 2 * best_B
             close = (d2_B < 2.0**-6 * (norm2_B + norm2_M[label_B])).nonzero()[:, 0]  # cancellation: take differences
