@@ -483,7 +483,7 @@ def lloyd(points, c_KD, n_iter, seed=0, stats=None):
             if len(look) == 0:
                 return 0, 0
             every = len(look) > 0.8 * (hi - lo)  # a contiguous read beats a gather
-            look = look.new_tensor(range(hi - lo)) if every else look
+            look = torch.arange(hi - lo, device=look.device) if every else look
             x_MD = points.rows(slice(lo, hi) if every else (look + lo).cpu().numpy())
             new_M, gap_M = nearest(x_MD)
             old_M = label_N[at][look]

@@ -118,6 +118,7 @@ if triton is not None:
         BLOCK_N: tl.constexpr,
         BLOCK_K: tl.constexpr,
         BLOCK_D: tl.constexpr,
+        UPCAST: tl.constexpr,
     ):
         """One program owns BLOCK_N points, walks over all centroids and keeps five numbers a point."""
         row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # int64: N x D passes 2^31
@@ -134,6 +135,9 @@ if triton is not None:
                 x = tl.load(x_ptr + row[:, None] * D + d, mask=(row[:, None] < N) & (d < D), other=0.0)
                 c_at = c_ptr + col[None, :].to(tl.int64) * D + d[:, None]
                 c = tl.load(c_at, mask=(col < K) & (d[:, None] < D), other=0.0)
+                if UPCAST:  # the interpreter multiplies the bits of bfloat16 as integers (triton 3.7)
+                    x = x.to(tl.float32)
+                    c = c.to(tl.float32)
                 score = tl.dot(x, c, score, input_precision="ieee")  # no TF32: float32 means float32
             bias = tl.load(bias_ptr + col, mask=col < K, other=float("-inf"))  # columns past K never win
             t1, i1, score = _pop(score + bias[None, :], BLOCK_K)
@@ -174,6 +178,7 @@ def top3_triton(x_ND, c_KD, bias_K):
             BLOCK_N=block_n,
             BLOCK_K=block_k,
             BLOCK_D=block_d,
+            UPCAST=not x_ND.is_cuda,
             num_warps=8,
             num_stages=3,
         )
