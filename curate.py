@@ -28,6 +28,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from itertools import count
 from pathlib import Path
 from threading import Lock
 
@@ -38,6 +39,7 @@ import torch.distributed as dist
 from kernels.kmeans import cpu_bf16_products, cpu_has_fast_bf16, top3
 
 BLOCK = 2048  # points; ranks own whole blocks, so a block's arithmetic is the same for any number of ranks
+GREEDY_UP_TO = 1 << 20  # points times clusters for which greedy seeding is affordable
 UNIT_F32 = 2.0**-24  # half a unit in the last place, relative
 
 
@@ -133,7 +135,8 @@ class Points:
         if not np.issubdtype(probe.dtype, np.floating):
             raise ValueError(f"{name}: want real numbers, got {probe.dtype}")
         with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is reported by row, below
-            self.mean_D = probe.mean(0, dtype=np.float64).astype(probe.dtype)
+            probe = probe[np.isfinite(probe).all(1)]
+            self.mean_D = probe.mean(0, dtype=np.float64).astype(probe.dtype) if len(probe) else np.float32(0)
         n_blocks = -(-self.n // BLOCK)
         rank, size = world()
         first, last = n_blocks * rank // size, n_blocks * (rank + 1) // size
@@ -346,7 +349,7 @@ def seeds(points, k, seed):
     A draw without replacement ~ D^2 keeps the smallest -log(u) / D^2 (Efraimidis & Spirakis, 2006): a sort key a point,
     which does not care in what order, or on which rank, the points are looked at.
     """
-    if points.n * k <= 1 << 20:
+    if points.n * k <= GREEDY_UP_TO:
         return greedy_seeds(points, k, seed)
     ids_N = np.arange(points.lo, points.hi)
     first_N = uniform(ids_N, seed, 0)
@@ -473,7 +476,7 @@ def lloyd(points, c_KD, n_iter, seed=0, stats=None):
     count_K = torch.zeros(k, dtype=torch.int64)
     fast = points.device.type == "cuda" or cpu_has_fast_bf16()
     hopeless, lock = set(), Lock()
-    for iteration in range(n_iter + 1):
+    for iteration in count():
         nearest = Nearest(c_KD, fast)
         nearest.hopeless = hopeless if iteration % 4 else set()  # a second chance: centroids settle
 
@@ -503,7 +506,7 @@ def lloyd(points, c_KD, n_iter, seed=0, stats=None):
         looked, moved = all_sum(torch.tensor([sum(d[0] for d in done), sum(d[1] for d in done)]))
         if stats is not None:
             stats.append({"looked": looked.item() / points.n, "moved": moved.item() / points.n})
-        if iteration == n_iter or (iteration and not moved and count_K.all()):
+        if iteration == n_iter:
             break
         count_K = all_sum(torch.bincount(label_N, minlength=k).cpu())
         total_KD = all_sum(sum_KD.cpu().clone())
@@ -514,8 +517,11 @@ def lloyd(points, c_KD, n_iter, seed=0, stats=None):
             clusters, ids = refill(points, count_K, label_N.cpu().numpy(), seed + iteration)
             if len(clusters):
                 new_KD[clusters] = points.rows(ids).double().cpu()
-        # Rounded where they will be handed out, so that the last assignment belongs to what the caller gets.
-        new_KD = points.centre(points.uncentre(new_KD))
+        if iteration and not moved and filled.all():
+            n_iter = iteration + 1  # nothing will change any more
+        new_KD = new_KD.float().to(points.device)
+        if iteration + 1 == n_iter:  # rounded as handed out, so that the labels belong to what is returned
+            new_KD = points.centre(points.uncentre(new_KD))
         step_K = (new_KD.double() - c_KD.double()).norm(dim=1).float() * (1 + 1e-5)
         first, second = (step_K.topk(min(2, k)).values.tolist() * 2)[:2]
         others_K = torch.full_like(step_K, first)
@@ -580,7 +586,12 @@ class Config:
     resamplings: int = field(
         default=10, metadata={"help": "resampling steps a level; 0 for plain hierarchical k-means"}
     )
-    share: float = field(default=0.3, metadata={"help": "r as a share of the mean cluster size (at least 2 points)"})
+    share: float = field(
+        default=0.3, metadata={"help": "points a cluster gives to a resampling (r): this share of the mean"}
+    )
+    nearest: int = field(
+        default=32, metadata={"help": "r is at most this (at least 2); r x clusters points are in memory"}
+    )
     split_above: int = field(
         default=50_000,
         metadata={"help": "a level of more clusters is made in two steps: coarse cells, k-means in each"},
@@ -683,7 +694,7 @@ def level(points, k, config, seed, log=lambda line: None):
     if k > config.split_above:
         return lloyd(points, in_two_steps(points, k, config, seed), 0)
     c_KD, label_N = lloyd(points, start(points, k, seed), config.iterations, seed)
-    r = max(2, int(config.share * points.n / k))
+    r = max(2, min(config.nearest, int(config.share * points.n / k)))
     for step in range(config.resamplings):
         ids = closest(points, c_KD, label_N, r)
         if len(ids) < k:  # duplicates left clusters empty: a pool this small cannot fill them either

@@ -24,7 +24,9 @@ def test_triton_in_its_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "triton or ties"]
     root = Path(__file__).parent.parent
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "failed" not in done.stdout and "11 passed" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "failed" not in done.stdout and "11 passed" in done.stdout, (
+        done.stdout + done.stderr
+    )
 
 
 def problem(n, k, d, dtype=torch.float32, seed=0):
