@@ -1,0 +1,471 @@
+"""Curation: k-means against float64, the properties of its sums and seeds, the hierarchy, the command, ranks, kills."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import curate
+
+ROOT = Path(curate.__file__).parent
+
+
+def blobs(n=3000, d=16, groups=20, scale=4.0, seed=0):
+    """n float32 points around `groups` centres, and which."""
+    rng = np.random.default_rng(seed)
+    y = rng.integers(groups, size=n)
+    x = rng.standard_normal((groups, d))[y] * scale + rng.standard_normal((n, d))
+    return x.astype(np.float32), y
+
+
+def distances64(x, c):
+    """All squared distances, by differences in float64."""
+    return ((x[:, None].astype(np.float64) - c[None].astype(np.float64)) ** 2).sum(2)
+
+
+def lloyd64(x, c, n_iter):
+    """Textbook Lloyd in float64 (no empty clusters expected)."""
+    x, c = x.astype(np.float64), c.astype(np.float64)
+    for _ in range(n_iter):
+        label = distances64(x, c).argmin(1)
+        c = np.stack([x[label == k].mean(0) for k in range(len(c))])
+    return c, distances64(x, c).argmin(1)
+
+
+@pytest.fixture(params=["bf16", "float32"])
+def product(request, monkeypatch):
+    """Both cascades; the bfloat16 one is as exact where the CPU has no fast products, only slower."""
+    monkeypatch.setattr(curate, "cpu_has_fast_bf16", lambda: request.param == "bf16")
+
+
+# ------------------------------------------------------------------------------------------------------------- k-means
+
+
+@pytest.mark.parametrize("offset", [0, 1000])
+def test_kmeans_equals_lloyd_in_float64(product, offset):
+    """Catches points skipped though they could move (a gap not shrunk), sums that forget to take a point out, and, at
+    the offset, |x|^2 - 2 x.c + |c|^2 without centring: wrong labels by the hundred."""
+    x, _ = blobs(5000, 24, scale=1.0)  # wide blobs: no cluster runs empty
+    x += np.float32(offset)
+    init = x[np.random.default_rng(1).choice(len(x), 60, replace=False)]
+    want_c, want_label = lloyd64(x, init, 8)
+    c, label = curate.kmeans(x, init_KD=init, n_iter=8)
+    assert c.dtype == np.float32 and label.dtype == np.int64
+    np.testing.assert_allclose(c, want_c, atol=1e-5 + 2e-7 * offset)
+    assert (label != want_label).sum() <= (0 if offset == 0 else 2)  # returned centroids are rounded at 1000
+    np.testing.assert_array_equal(label, distances64(x, c).argmin(1))
+
+
+def test_assignment_belongs_to_the_returned_centroids():
+    """Catches returning the labels of before the last update, as a loop without a closing assignment does."""
+    x, _ = blobs()
+    c, label = curate.kmeans(x, k=50, n_iter=1)
+    np.testing.assert_array_equal(label, distances64(x, c).argmin(1))
+
+
+def test_no_iteration_only_assigns():
+    """Catches an update at n_iter=0."""
+    x, _ = blobs()
+    c, label = curate.kmeans(x, init_KD=x[:30], n_iter=0)
+    np.testing.assert_allclose(c, x[:30], atol=1e-6)
+    np.testing.assert_array_equal(label[:30], np.arange(30))
+
+
+def test_products_of_low_precision_never_show(product):
+    """Catches an error bound too small: tight pairs of centroids, 1e-4 apart at norm 10, fool bfloat16 every time."""
+    rng = np.random.default_rng(0)
+    c = rng.standard_normal((100, 32)).astype(np.float32) * 10
+    c = np.concatenate([c, c + 1e-4 * rng.standard_normal(c.shape).astype(np.float32)])
+    x = (c[rng.integers(200, size=4000)] + rng.standard_normal((4000, 32)) * 1e-4).astype(np.float32)
+    _, label = curate.kmeans(x, init_KD=c, n_iter=0)
+    d2 = distances64(x, c)
+    chosen = d2[np.arange(len(x)), label]
+    assert (np.sqrt(chosen) - np.sqrt(d2.min(1))).max() < 3e-6  # float32 of x - mean, at 10
+
+
+def test_bound_of_every_product_holds():
+    """Catches a term missing from h: the upper bounds must lie above, and the lower below, the true scores."""
+    rng = np.random.default_rng(0)
+    x = torch.from_numpy(rng.standard_normal((300, 70)).astype(np.float32) * rng.lognormal(0, 2, (300, 1))).float()
+    c = torch.from_numpy(rng.standard_normal((90, 70)).astype(np.float32) * rng.lognormal(0, 2, (90, 1))).float()
+    true = x.double() @ c.double().T - c.double().square().sum(1) / 2
+    for fast in (True, False):
+        nearest = curate.Nearest(c, fast)
+        for step in nearest.steps:
+            label, upper, h = step(x, x.norm(dim=1))
+            score = true.gather(1, label)
+            assert (upper[:, :2] >= score).all(), step.__name__
+            assert (upper[:, :2] - 2 * h[:, None] * nearest.length_K[label] <= score).all(), step.__name__
+            assert (upper[:, 0].double() >= true.amax(1)).all()
+
+
+def test_skipped_points_are_skipped_and_gaps_are_true():
+    """Catches a gap of zero (nothing is ever skipped) and one too large (float64 Lloyd above would differ)."""
+    x, _ = blobs(4000, 16, groups=30, scale=10.0)
+    points, stats = curate.Points(x), []
+    curate.lloyd(points, curate.start(points, 30, 0), 6, stats=stats)
+    assert stats[0]["looked"] == 1 and min(s["looked"] for s in stats) < 0.5
+    c = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
+    rows = points.rows(slice(0, 500))
+    _, gap = curate.Nearest(c, False)(rows)
+    two = np.sort(np.sqrt(distances64(rows.numpy(), c.numpy())), 1)[:, :2]
+    assert (gap.numpy() <= two[:, 1] - two[:, 0]).all() and (gap.numpy() > 0.9 * (two[:, 1] - two[:, 0])).mean() > 0.9
+
+
+def test_empty_clusters_restart_in_the_largest():
+    """Catches empty clusters left where they were: 39 of these 40 centroids start far from everything."""
+    x, _ = blobs()
+    init = np.full((40, 16), 1e4, np.float32) + np.arange(40, dtype=np.float32)[:, None]
+    init[0] = x.mean(0)
+    _, label = curate.kmeans(x, init_KD=init, n_iter=6)
+    assert np.bincount(label, minlength=40).min() > 0
+
+
+def test_duplicates_and_as_many_clusters_as_points():
+    """Catches a division by an empty cluster's count (NaN), seeds drawn twice, and k > distinct points failing."""
+    x, _ = blobs(50)
+    c, label = curate.kmeans(x, k=50, n_iter=3)
+    assert sorted(label) == list(range(50))
+    np.testing.assert_allclose(c[label], x, atol=1e-6)
+    five = np.repeat(x[:5], 100, 0)
+    c, label = curate.kmeans(five, k=12, n_iter=3)
+    assert np.isfinite(c).all()
+    np.testing.assert_allclose(c[label], five, atol=1e-6)
+    c, label = curate.kmeans(np.ones((8, 3)), k=3)
+    assert (c == 1).all() and (label == 0).all()
+
+
+def test_torch_in_torch_out_and_every_dtype_alike():
+    """Catches numpy coming back for torch, and a dtype handled apart (small integers are exact in all of them)."""
+    x = np.random.default_rng(0).integers(-20, 20, (400, 6))
+    want = curate.kmeans(x.astype(np.float32), k=9, seed=3)
+    for other in (x, x.astype(np.float64), x.astype(np.float16), x.astype(np.int8)):
+        for a, b in zip(curate.kmeans(other, k=9, seed=3), want, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+    c, label = curate.kmeans(torch.from_numpy(x).bfloat16(), k=9, seed=3)
+    assert c.dtype == torch.float32 and label.dtype == torch.int64
+    np.testing.assert_array_equal(label.numpy(), want[1])
+
+
+def test_same_seed_same_bits_whatever_the_threads():
+    """Catches sums whose order shows: threads finish their blocks in any order."""
+    x, _ = blobs(20000, 8)
+    a = curate.kmeans(x, k=300, n_iter=4, seed=1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3 if before == 1 else 1)
+    try:
+        b = curate.kmeans(x, k=300, n_iter=4, seed=1)
+    finally:
+        torch.set_num_threads(before)
+    assert all(np.array_equal(i, j) for i, j in zip(a, b, strict=True))
+    assert not np.array_equal(a[1], curate.kmeans(x, k=300, n_iter=4, seed=2)[1])
+
+
+def test_sums_are_exact_in_any_order():
+    """Catches plain float64 sums: their last bits depend on the order."""
+    rng = np.random.default_rng(0)
+    x = (rng.standard_normal((30000, 3)) * rng.lognormal(0, 3, (30000, 1))).astype(np.float32)
+    points = curate.Points(x)
+    exact = points.exact(points.rows(slice(0, len(x))))
+    total = exact.sum(0)
+    for seed in range(5):
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(exact[order].cumsum(0)[-1], total)
+    assert (exact - points.rows(slice(0, len(x))).double()).abs().max() < 2.0**-30 * np.abs(x).max()
+
+
+def test_seeds_follow_d2():
+    """Catches seeding at random: two far outliers in 4000 points are always among 3 seeds ~ D^2, hardly ever at random.
+    Also candidates accepted unseen: with these many duplicates, seeds of one round would coincide."""
+    x = np.zeros((400_000, 3), np.float32)  # large enough for the batched drawing
+    x[7], x[1234] = (1e3, 0, 0), (0, 1e3, 0)
+    for seed in range(3):
+        ids = curate.seeds(curate.Points(x), 3, seed)
+        assert {7, 1234} < set(ids.tolist())
+
+
+def test_batched_seeds_are_distributed_as_one_by_one(monkeypatch):
+    """Catches rejection left out or inverted: the second of 3 seeds of 4 points has known probabilities."""
+    x = np.array([[0.0], [1.0], [3.0], [3.5]], np.float32)
+    monkeypatch.setattr(curate, "greedy_seeds", None)
+    points = curate.Points(np.repeat(x, 100_000, 0)[:: 100_000 // 300])  # 300 copies each: no greedy, few collisions
+    monkeypatch.setattr(curate, "GREEDY_UP_TO", 0)
+    value = points.raw(slice(0, points.n))[:, 0] + points.mean_D[0]
+    n = 400
+    third = np.zeros(4)
+    for seed in range(n):
+        v = value[curate.seeds(points, 3, seed)]
+        third[np.abs(x[:, 0] - v[2]).argmin()] += 1
+    want = np.zeros(4)
+    d2 = (x - x.T) ** 2
+    for i in range(4):
+        for j in range(4):
+            p = d2[i, j] / d2[i].sum() / 4
+            now = np.minimum(d2[i], d2[j])
+            want += p * now / now.sum()
+    assert np.abs(third / n - want).max() < 4 * 0.5 / n**0.5, (third / n, want)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (dict(k=11), "k=11"),
+        (dict(k=0), "k=0"),
+        (dict(), "give k"),
+        (dict(init_KD=np.zeros((2, 3))), "init_KD"),
+        (dict(init_KD=np.zeros((2, 4)), k=3), "init_KD"),
+        (dict(init_KD=np.full((2, 4), np.nan)), "NaN"),
+        (dict(k=2, n_iter=-1), "n_iter"),
+    ],
+)
+def test_kmeans_names_bad_input(arguments, words):
+    """Catches a check dropped: an IndexError of numpy's, or NaN centroids, would come instead."""
+    with pytest.raises(ValueError, match=words):
+        curate.kmeans(np.random.default_rng(0).standard_normal((10, 4)), **arguments)
+
+
+def test_nan_rows_are_named():
+    """Catches NaN let through: a NaN distance compares false with everything and the point joins cluster 0."""
+    x, _ = blobs(5000)
+    for bad in (np.nan, np.inf):
+        x[4321, 3] = bad
+        with pytest.raises(ValueError, match="row 4321"):
+            curate.kmeans(x, k=4)
+    with pytest.raises(ValueError, match="shape"):
+        curate.kmeans(x[0], k=4)
+
+
+# ----------------------------------------------------------------------------------------------------------- hierarchy
+
+
+def test_even_shares_fill_the_small_and_hand_on():
+    """Catches a budget lost in rounding, and a small group's rest not handed on."""
+    assert curate.even_shares(10, [1, 100, 100, 2]).tolist()[::3] == [1, 2]
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        size = rng.integers(0, 30, rng.integers(1, 9))
+        budget = int(rng.integers(0, size.sum() + 5))
+        share = curate.even_shares(budget, size, seed=1)
+        assert share.sum() == min(budget, size.sum()) and (share <= size).all() and (share >= 0).all()
+        short = share[share < size]  # whoever could take more has as much as anybody, but one
+        assert len(short) == 0 or short.min() >= share.max() - 1
+
+
+def test_curate_returns_sorted_unique_ids_and_is_deterministic():
+    """Catches a leaf drawn twice, and any use of global random state."""
+    x, _ = blobs()
+    kept = curate.curate(x, [200, 20], 500, seed=0)
+    assert kept.dtype == np.int64 and len(kept) == 500 and (np.diff(kept) > 0).all() and kept[-1] < len(x)
+    np.random.seed(5)
+    np.testing.assert_array_equal(kept, curate.curate(torch.from_numpy(x), [200, 20], 500, seed=0))
+    assert not np.array_equal(kept, curate.curate(x, [200, 20], 500, seed=1))
+    np.testing.assert_array_equal(curate.curate(x, [200, 20], len(x)), np.arange(len(x)))
+
+
+def zipf(distance, n=50_000, groups=50, d=64, seed=0):
+    """DESIGN.md section 9: Gaussian clusters of unit variance whose sizes follow a power law."""
+    rng = np.random.default_rng(seed)
+    p = np.arange(1, groups + 1) ** -1.5
+    y = rng.choice(groups, n, p=p / p.sum())
+    centre = rng.standard_normal((groups, d)) * distance
+    return (centre[y] + rng.standard_normal((n, d))).astype(np.float32), y
+
+
+def test_balance_beats_random_and_needs_resampling():
+    """Catches a resampling that changes nothing (its pool not the nearest r) and a sampling proportional to size."""
+    x, y = zipf(1.0, n=8000, groups=20, d=16)
+    config = curate.Config(levels=[300, 40], keep=400)
+    spread = [curate.entropy(np.bincount(y[curate.curate(x, [300, 40], 400)], minlength=20))]
+    config.resamplings = 0
+    kept = curate.sample(curate.grow(curate.Points(x), config), 400)
+    spread.append(curate.entropy(np.bincount(y[kept], minlength=20)))
+    spread.append(curate.entropy(np.bincount(y[:400], minlength=20)))
+    assert spread[0] > spread[1] + 0.03 > spread[2] + 0.06, spread
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("distance, goal", [(1.0, 0.99), (0.5, 0.89)])
+def test_balance_of_section_9(distance, goal):
+    """Catches anything that costs balance: see `greedy_seeds` for what one choice is worth."""
+    x, y = zipf(distance)
+    assert curate.entropy(np.bincount(y[curate.curate(x, [1000, 100], 2000)], minlength=50)) >= goal
+
+
+def test_two_step_split_makes_k_clusters():
+    """Catches cells whose centroids come back in the wrong place (two centrings are undone on the way)."""
+    x, _ = blobs(6000, offset := 8)
+    x += np.float32(50 * offset)
+    points = curate.Points(x)
+    config = curate.Config(split_above=100)
+    c, label = curate.level(points, 200, config, 0)
+    assert len(c) == 200
+    np.testing.assert_array_equal(label.numpy(), distances64(x, points.uncentre(c)).argmin(1))
+    split = distances64(x, points.uncentre(c)).min(1).mean()
+    whole, _ = curate.kmeans(x, k=200)
+    assert split < 1.15 * distances64(x, whole).min(1).mean()
+
+
+def test_levels_and_keep_are_checked():
+    """Catches a check dropped: levels of the wrong order would build a tree of nonsense."""
+    x, _ = blobs(100)
+    for levels, keep, words in [
+        ([10, 20], 5, "decreasing"),
+        ([10, 10], 5, "decreasing"),
+        ([], 5, "decreasing"),
+        ([5, 0], 5, "decreasing"),
+        ([101], 5, "101"),
+        ([10], 101, "keep=101"),
+        ([10], 0, "keep=0"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            curate.curate(x, levels, keep)
+
+
+# ------------------------------------------------------------------------------------------------------------- command
+
+
+def command(tmp_path, out, *more, before=()):
+    arguments = ["--features", str(tmp_path / "x.npy"), "--levels", "60", "12", "--keep", "150", "--out", str(out)]
+    return [sys.executable, *before, str(ROOT / "curate.py"), *arguments, *more]
+
+
+@pytest.fixture
+def features(tmp_path):
+    x, y = blobs(2000, 8)
+    np.save(tmp_path / "x.npy", x)
+    return x, y
+
+
+def test_command_writes_the_subset_tree_report_and_sheet(tmp_path, features):
+    """Catches a field left out, a sheet without pictures, and a result that differs from the function's."""
+    (tmp_path / "images").mkdir()
+    for i in range(2000):
+        Image.new("RGB", (80, 80), (i % 256, 0, 200)).save(tmp_path / "images" / f"{i:05d}.png")
+    out = tmp_path / "out"
+    curate.main([*command(tmp_path, out)[2:], "--images", str(tmp_path / "images")])
+    kept = np.load(out / "kept.npy")
+    np.testing.assert_array_equal(kept, curate.curate(features[0], [60, 12], 150))
+    report = json.loads((out / "report.json").read_text())
+    assert [level["clusters"] for level in report["levels"]] == [60, 12]
+    assert all(level["entropy_after"] >= level["entropy_before"] for level in report["levels"])
+    with np.load(out / "level1.npz") as tree:
+        assert tree["centroids"].shape == (60, 8) and tree["parent"].shape == (2000,)
+        want = distances64(features[0], tree["centroids"]).min(1).mean()
+        np.testing.assert_allclose(tree["inertia"], want, rtol=1e-5)
+    sheet = np.asarray(Image.open(out / "clusters.png"))
+    assert (sheet[:, :, 2] == 200).mean() > 0.2  # the pictures' blue
+    assert not list(out.glob(".*"))
+
+
+def test_killed_run_continues_with_the_same_result(tmp_path, features, monkeypatch):
+    """Catches a level made again after a kill, and a half-written file read as a level."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    curate.main(command(tmp_path, whole)[2:])
+    real, calls = curate.level, []
+
+    def killed_at_the_second(points, k, *rest):
+        calls.append(k)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(points, k, *rest)
+
+    monkeypatch.setattr(curate, "level", killed_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        curate.main(command(tmp_path, cut)[2:])
+    assert (cut / "level1.npz").exists() and not (cut / "kept.npy").exists()
+    (cut / ".level2.npz.partial").write_bytes(b"half")
+    curate.main(command(tmp_path, cut)[2:])
+    assert calls == [60, 12, 12]
+    np.testing.assert_array_equal(np.load(cut / "kept.npy"), np.load(whole / "kept.npy"))
+
+
+def test_a_tree_of_other_flags_is_refused_but_keep_may_change(tmp_path, features, capsys):
+    """Catches a stale tree reused in silence."""
+    out = tmp_path / "out"
+    curate.main(command(tmp_path, out)[2:])
+    with pytest.raises(SystemExit):
+        curate.main(command(tmp_path, out, "--seed", "1")[2:])
+    assert "seed" in capsys.readouterr().err
+    curate.main(command(tmp_path, out, "--keep", "99")[2:])
+    assert len(np.load(out / "kept.npy")) == 99
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (["--features", "nothing.npy"], "nothing.npy"),
+        (["--levels", "5", "50"], "decreasing"),
+        (["--keep", "5000"], "keep=5000"),
+        (["--keeps", "5"], "--keeps"),
+        (["--images", "."], "images for 2000 rows"),
+    ],
+)
+def test_command_gives_one_line_for_bad_input(tmp_path, features, capsys, change, words, monkeypatch):
+    """Catches a traceback, and abbreviated or unknown flags taken."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        curate.main([*command(tmp_path, tmp_path / "out")[2:], *change])
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_two_ranks_keep_the_same_ids(tmp_path):
+    """Catches whatever depends on which rank holds a point: local seeds, local refills, float sums in rank order."""
+    x, _ = blobs(9000, 8)  # five blocks: two on one rank, three on the other
+    np.save(tmp_path / "x.npy", x)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    launch = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command(tmp_path, tmp_path / "two", before=launch), cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    curate.main(command(tmp_path, tmp_path / "one")[2:])
+    np.testing.assert_array_equal(np.load(tmp_path / "one" / "kept.npy"), np.load(tmp_path / "two" / "kept.npy"))
+    for level in ("level1.npz", "level2.npz"):
+        with np.load(tmp_path / "one" / level) as one, np.load(tmp_path / "two" / level) as two:
+            assert all(np.array_equal(one[name], two[name]) for name in one)
+
+
+def test_features_larger_than_memory_are_read_in_blocks(tmp_path):
+    """Catches a whole matrix read at once, or an N x K one made: no read may exceed 4096 rows (the sample
+    for the mean; a block is 2048, and the pool of these 100 clusters 3200)."""
+    x, _ = blobs(20000, 8)
+    np.save(tmp_path / "x.npy", x)
+
+    class Counting:
+        shape, largest = x.shape, 0
+
+        def __init__(self):
+            self.x = np.load(tmp_path / "x.npy", mmap_mode="r")
+
+        def __getitem__(self, index):
+            rows = self.x[index]
+            Counting.largest = max(Counting.largest, len(rows))
+            return rows
+
+        def __len__(self):
+            return len(self.x)
+
+    kept = curate.curate(Counting(), [100, 10], 50)
+    assert Counting.largest <= max(4096, curate.BLOCK)
+    np.testing.assert_array_equal(kept, curate.curate(x, [100, 10], 50))
+
+
+def test_tensorstore_is_read_like_numpy(tmp_path):
+    """Catches a lazy slice taken for an array."""
+    tensorstore = pytest.importorskip("tensorstore")
+    x, _ = blobs(3000, 8)
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(tmp_path / "z")}}
+    store = tensorstore.open(spec, create=True, dtype=tensorstore.float32, shape=x.shape).result()
+    store.write(x).result()
+    np.testing.assert_array_equal(curate.kmeans(store, k=20)[1], curate.kmeans(x, k=20)[1])
