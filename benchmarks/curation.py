@@ -121,7 +121,7 @@ def speed(n, d, k, kind, n_iter, repeats):
 
 
 def zipf(distance, seed, n=50_000, groups=50, d=64):
-    """DESIGN.md section 9: Gaussian clusters of unit variance, centres ~ N(0, distance^2), sizes ~ rank^-1.5."""
+    """Gaussian clusters of unit variance, centres ~ N(0, distance^2), sizes ~ rank^-1.5."""
     rng = np.random.default_rng(seed)
     p = np.arange(1, groups + 1) ** -1.5
     y = rng.choice(groups, n, p=p / p.sum())

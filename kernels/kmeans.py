@@ -1,6 +1,6 @@
 """k-means assignment: the best centroids of every point, without an N x K tensor.
 
-Used by curate.py (DESIGN.md section 7). The score of point n and centroid k is
+Used by curate.py. The score of point n and centroid k is
 
     s_nk = x_n . c_k + bias_k        with bias_k = -|c_k|^2 / 2,   so that   |x_n - c_k|^2 = |x_n|^2 - 2 s_nk
 

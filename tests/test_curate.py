@@ -270,7 +270,7 @@ def test_curate_returns_sorted_unique_ids_and_is_deterministic():
 
 
 def zipf(distance, n=50_000, groups=50, d=64, seed=0):
-    """DESIGN.md section 9: Gaussian clusters of unit variance whose sizes follow a power law."""
+    """Gaussian clusters of unit variance whose sizes follow a power law."""
     rng = np.random.default_rng(seed)
     p = np.arange(1, groups + 1) ** -1.5
     y = rng.choice(groups, n, p=p / p.sum())
