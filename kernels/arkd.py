@@ -298,7 +298,7 @@ class Relational(torch.autograd.Function):
 
 
 def centred(z_BD):
-    """z minus its mean, which no distance sees and products of float32 would, and its squared norms."""
+    """z minus its mean, and its squared norms: far from the origin every pair would count as close, and be slow."""
     z_BD = (z_BD - z_BD.mean(0)).contiguous()
     return z_BD, z_BD.square().sum(1)
 

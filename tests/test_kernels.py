@@ -215,7 +215,7 @@ ARKD_CASES += [(64, 32, 4, "ties")]
 @pytest.mark.parametrize("impl", ["ref", *STRIPS])
 def test_arkd_matches_the_definition(impl, case, mode, monkeypatch):
     """Catches: c = 0 (no path through the student's mean); the gates exchanged; no factor 2 for j's share of a pair;
-    the upper median; distances from the Gram product without `close`; weights 1 / 0 at duplicates; no `centred`."""
+    the upper median; distances from the Gram product without `close`; weights 1 / 0 at duplicates."""
     monkeypatch.setattr(arkd_file, "STRIP", 40)  # several strips, the last one short
     student, teacher = summaries(*case)
     loss, gradient = loss_and_gradient(student, teacher, mode, "dense", torch.float64)
