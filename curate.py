@@ -94,8 +94,10 @@ def on_blocks(work, blocks, device):
     if n_threads == 1 or len(blocks) < 2 or device.type == "cuda":
         return [work(lo, hi) for lo, hi in blocks]
     try:
+        torch.set_num_threads(1)
+        first = work(*blocks[0])  # on this thread, so that libraries set themselves up lazily in one place
         with ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(lambda block: work(*block), blocks))
+            return [first, *pool.map(lambda block: work(*block), blocks[1:])]
     finally:
         torch.set_num_threads(n_threads)
 
@@ -217,7 +219,7 @@ class Nearest:
       2. x' = high + low bfloat16 parts (one product of length 3 D: high.high + high.low + low.high);
          without fast bfloat16, float32 stands in for both;
       3. float64 for what is left, near ties of three.
-    Which steps ran never shows in the result. A step that leaves over 60% of its points open is not tried again.
+    Which steps ran never shows in the result.
     """
 
     def __init__(self, c_KD, fast):
@@ -226,7 +228,7 @@ class Nearest:
         self.bias_K = (-self.square_K / 2).float()
         self.norm_K = self.square_K.sqrt().float()
         self.longest = self.norm_K.max().item()
-        self.hopeless = set()
+        self.open = []  # (points the first product left open, points), a block each
         self.steps = [self.rounded, self.split] if fast else [self.full]
         length_K1 = (1.01 * self.norm_K)[:, None]
         if fast:
@@ -303,8 +305,6 @@ class Nearest:
         norm_B = x_BD.norm(dim=1)
         left = torch.arange(len(x_BD), device=x_BD.device)
         for step in self.steps:
-            if step.__name__ in self.hopeless:
-                continue
             if len(left) < 128 and step != self.steps[0]:  # so few are cheaper in float64 at once
                 break
             every = len(left) == len(x_BD)  # spares a copy
@@ -321,9 +321,9 @@ class Nearest:
             two = ((lead_M <= 0) & ~open_M).nonzero()[:, 0]
             label_B[left] = label_M2[:, 0]
             label_B[left[two]] = self.nearer(x_MD[two], label_M2[two])
-            if open_M.sum() > 0.6 * len(left):
-                self.hopeless.add(step.__name__)
             left = left[open_M]
+            if step == self.steps[0]:
+                self.open.append((len(left), len(x_BD)))
         if len(left):
             label_B[left] = self.double(x_BD[left])
         return label_B, gap_B
@@ -410,6 +410,7 @@ def greedy_seeds(points, k, seed):
     x_ND = points.rows(slice(0, points.n)).cpu().double()
     ids_N, tries = np.arange(points.n), np.arange(2 + int(np.log(k)))
     chosen = [int(uniform(ids_N, seed, 0).argmin())]
+    square_N = x_ND.square().sum(1)
     d2_N = (x_ND - x_ND[chosen[0]]).square_().sum(1)
     while len(chosen) < k:
         total_N = d2_N.cumsum(0)
@@ -418,7 +419,9 @@ def greedy_seeds(points, k, seed):
             return np.array(chosen + spare[np.argsort(uniform(spare, seed, 0))][: k - len(chosen)].tolist())
         draw_M = torch.from_numpy(uniform(tries, seed, len(chosen), 6)) * total_N[-1]
         draw_M = torch.searchsorted(total_N, draw_M).clamp_(max=points.n - 1)
-        d2_MN = torch.cdist(x_ND[draw_M], x_ND, compute_mode="donot_use_mm_for_euclid_dist").square_().minimum(d2_N)
+        d2_MN = square_N[draw_M, None] + square_N - 2 * (x_ND[draw_M] @ x_ND.T)
+        d2_MN[d2_MN < 1e-12 * (square_N[draw_M, None] + square_N)] = 0  # float64's rounding, and what it made of zeros
+        d2_MN = d2_MN.minimum(d2_N)
         best = int(d2_MN.sum(1).argmin())
         d2_N, chosen = d2_MN[best], [*chosen, int(draw_M[best])]
     return np.array(chosen)
@@ -475,10 +478,9 @@ def lloyd(points, c_KD, n_iter, seed=0, stats=None):
     sum_KD = torch.zeros(k, points.d, dtype=torch.float64, device=points.device)
     count_K = torch.zeros(k, dtype=torch.int64)
     fast = points.device.type == "cuda" or cpu_has_fast_bf16()
-    hopeless, lock = set(), Lock()
+    lock = Lock()
     for iteration in count():
         nearest = Nearest(c_KD, fast)
-        nearest.hopeless = hopeless if iteration % 4 else set()  # a second chance: centroids settle
 
         def work(lo, hi, nearest=nearest, last=iteration == n_iter):
             at = slice(lo - points.lo, hi - points.lo)
@@ -503,6 +505,8 @@ def lloyd(points, c_KD, n_iter, seed=0, stats=None):
 
         with cpu_bf16_products(fast and points.device.type == "cpu"):
             done = on_blocks(work, points.blocks, points.device)
+        left_open, seen = np.array(nearest.open or [(0, 1)]).sum(0)
+        fast &= bool(left_open < 0.15 * seen)  # beyond that, float32 alone is faster
         looked, moved = all_sum(torch.tensor([sum(d[0] for d in done), sum(d[1] for d in done)]))
         if stats is not None:
             stats.append({"looked": looked.item() / points.n, "moved": moved.item() / points.n})
@@ -819,7 +823,10 @@ def load_features(config):
         def thumbnails(rows):
             from PIL import Image
 
-            return [np.asarray(Image.open(files[i]).convert("RGB")) for i in rows]
+            images = (Image.open(files[i]).convert("RGBA") for i in rows)  # alpha goes over white
+            return [
+                np.asarray(Image.alpha_composite(Image.new("RGBA", i.size, "white"), i).convert("RGB")) for i in images
+            ]
 
     return np.arange(len(x_ND)), x_ND, thumbnails
 
@@ -872,7 +879,11 @@ def contact_sheet(tree, kept, thumbnails, path, clusters=8, across=12, side=72):
         n_kept = int(is_kept[members].sum())
         in_, out = members[:n_kept], members[n_kept:]
         pick = np.r_[in_[: max(across - min(len(out), across // 3), 0)], out][:across]
-        draw.text((6, row * side + side // 2 - 12), f"{len(members)} images\n{n_kept} kept (framed)", fill="black")
+        draw.text(
+            (6, row * side + side // 2 - 12),
+            f"{len(members)} image{'s' * (len(members) > 1)}\n{n_kept} kept (framed)",
+            fill="black",
+        )
         for column, (i, image) in enumerate(zip(pick, thumbnails(pick), strict=True)):
             image = Image.fromarray(np.asarray(image))
             image.thumbnail((side - 6, side - 6))
