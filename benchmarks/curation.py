@@ -121,7 +121,7 @@ def speed(n, d, k, kind, n_iter, repeats):
 
 
 def zipf(distance, seed, n=50_000, groups=50, d=64):
-    """DESIGN.md section 9: Gaussian clusters of unit variance, centres ~ N(0, distance^2), sizes ~ rank^-1.5."""
+    """Gaussian clusters of unit variance, centres ~ N(0, distance^2), sizes ~ rank^-1.5."""
     rng = np.random.default_rng(seed)
     p = np.arange(1, groups + 1) ** -1.5
     y = rng.choice(groups, n, p=p / p.sum())
@@ -171,8 +171,8 @@ def main(path):
         "balance": lambda: [balance(1.0, range(5)), balance(0.5, range(5))],
         "unequal_widths": unequal_widths,
         "speed": lambda: [
-            speed(100_000, 384, 1000, "gaussian", 10, 2),
-            speed(100_000, 384, 1000, "mixture", 10, 2),
+            speed(100_000, 384, 1000, "gaussian", 10, 3),
+            speed(100_000, 384, 1000, "mixture", 10, 3),
             speed(200_000, 256, 4096, "gaussian", 10, 1),
         ],
     }
