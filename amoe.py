@@ -505,11 +505,9 @@ class AMoE(Float32Buffers):
         """The tokens [T, D] after the final norm, and the expert load [layers, E]."""
         groups = runs(batch.starts, batch.n_tokens) if groups is None else groups
         n_special = 1 + self.config.registers
-        image_T = batch.image.long()
-        place_T = torch.arange(batch.n_tokens, device=image_T.device) - batch.starts.long()[image_T]
-        real_T = image_T < batch.n_images
+        place_T, real_T = batch.place, batch.image < batch.n_images
         # A one-hot product: its gradient is a small GEMM, where that of indexing would be a scatter onto five rows.
-        special_TS = (place_T[:, None] == torch.arange(n_special, device=image_T.device)) & real_T[:, None]
+        special_TS = (place_T[:, None] == torch.arange(n_special, device=place_T.device)) & real_T[:, None]
         patch_T = real_T & (place_T >= n_special)
         special_SD = torch.cat([self.cls_token[0], self.storage_tokens[0]])
         x_TD = self.img_projector(normalise(batch.rows)) * patch_T[:, None]
@@ -539,7 +537,7 @@ class AMoE(Float32Buffers):
         already normalised) with `shapes` [(h, w)]. An answer is {"patch": {teacher: [n, C]}, "summary": {teacher: [C]}}
         with the trunk's own features as a further teacher, "amoe". Images are packed `n_tokens` at a time.
         """
-        from data import pack  # data imports this module for PHI-S
+        from data import cut, pack  # data imports this module for PHI-S
         from images import to_rows
 
         if shapes is None:
@@ -547,14 +545,9 @@ class AMoE(Float32Buffers):
             rows, shapes = [p[0] for p in pairs], [p[1] for p in pairs]
         else:
             rows = list(images)
-        device = self.cls_token.device
-        out, first = [], 0
-        while first < len(rows):
-            last, room = first, n_tokens
-            while last < len(rows) and (last == first or len(rows[last]) + 1 + self.config.registers <= room):
-                room -= len(rows[last]) + 1 + self.config.registers
-                last += 1
-            batch = pack(rows[first:last], shapes[first:last], registers=self.config.registers).to(device)
+        registers, out = self.config.registers, []
+        for part in cut([1 + registers + len(r) for r in rows], n_tokens):
+            batch = pack(rows[part], shapes[part], registers=registers).to(self.cls_token.device)
             features, _ = self(batch)
             for name, head in self.heads.items():
                 features[name]["patch"] = head.own(features[name]["patch"])
@@ -565,7 +558,6 @@ class AMoE(Float32Buffers):
                         "summary": {name: f["summary"][i] for name, f in features.items()},
                     }
                 )
-            first = last
         return out
 
 
@@ -715,10 +707,9 @@ def distillation_loss(out, batch, spaces):
     image_T = batch.image.long()
     patches_M = batch.shapes.prod(1).float()
     n_special = batch.starts[1:] - batch.starts[:-1] - batch.shapes.prod(1)  # CLS and registers
-    place_T = torch.arange(batch.n_tokens, device=image_T.device) - batch.starts.long()[image_T]
     real_T = image_T < batch.n_images
     of_T = image_T.clamp(max=batch.n_images - 1)
-    weight_T = torch.where(real_T & (place_T >= n_special[of_T]), 1 / patches_M[of_T], 0.0)
+    weight_T = torch.where(real_T & (batch.place >= n_special[of_T]), 1 / patches_M[of_T], 0.0)
     losses = {}
     for space in spaces:
         target = batch.targets[space.name]

@@ -73,10 +73,19 @@ class Batch:
     def n_images(self):
         return self.shapes.shape[0]
 
+    @property
+    def place(self):
+        """[T] int64: a token's place in its image (0 is the CLS), or in the padding."""
+        return torch.arange(self.n_tokens, device=self.image.device) - self.starts.long()[self.image.long()]
+
     def patch_rows(self, i):
         """The slice of the sequence that holds image i's patches."""
         end = int(self.starts[i + 1])
         return slice(end - int(self.shapes[i].prod()), end)
+
+    def all_patch_rows(self):
+        """The rows that hold patches, of all images in order, int64 on the host."""
+        return torch.cat([torch.arange(self.n_tokens)[self.patch_rows(i)] for i in range(self.n_images)])
 
     def images(self):
         """The M images, uint8 [16 h, 16 w, 3]."""
@@ -125,6 +134,21 @@ def pack(rows, shapes, n_tokens=None, registers=4, ids=None):
         shapes=torch.tensor([tuple(s) for s in shapes], dtype=torch.int32),
         ids=torch.arange(len(rows)) if ids is None else torch.as_tensor(ids, dtype=torch.int64),
     )
+
+
+def cut(lengths, n_tokens):
+    """Slices of consecutive images, each run within n_tokens; an image longer than that stands alone.
+
+    lengths: tokens of each image, special ones included.
+    """
+    first, used = 0, 0
+    for i, length in enumerate(lengths):
+        if i > first and used + length > n_tokens:
+            yield slice(first, i)
+            first, used = i, 0
+        used += length
+    if lengths:
+        yield slice(first, len(lengths))
 
 
 # ---- the cache: writing ----
@@ -230,13 +254,8 @@ def run_teachers(teachers, decoded, device, n_tokens=16384):
     Yields (slice of the images, Batch, {teacher: its answer}). ValueError where an answer has not the shapes that the
     teacher announced, or is not finite.
     """
-    first = 0
-    while first < len(decoded):
-        last, used = first, 0
-        while last < len(decoded) and (last == first or used + len(decoded[last][0]) + 5 <= n_tokens):
-            used += len(decoded[last][0]) + 5
-            last += 1
-        rows, shapes, ids = zip(*decoded[first:last], strict=True)
+    for part in cut([5 + len(rows) for rows, _, _ in decoded], n_tokens):  # 5: the CLS and four registers of `pack`
+        rows, shapes, ids = zip(*decoded[part], strict=True)
         batch = pack(rows, shapes, ids=ids).to(device)
         answers = {t.name: t(batch) for t in teachers}
         for t in teachers:
@@ -254,8 +273,7 @@ def run_teachers(teachers, decoded, device, n_tokens=16384):
                     raise ValueError(
                         f"teacher '{t.name}' answered {kind} with NaN or infinity for images {list(ids)[:8]}"
                     )
-        yield slice(first, last), batch, answers
-        first = last
+        yield part, batch, answers
 
 
 def fit_spaces(teachers, decoded, device):
@@ -263,9 +281,9 @@ def fit_spaces(teachers, decoded, device):
     moments = {t.name: [0, 0.0, 0.0] for t in teachers}
     summaries, registers = {t.name: [] for t in teachers}, {t.name: [] for t in teachers}
     for _, batch, answers in run_teachers(teachers, decoded, device):
-        kept = torch.cat([torch.arange(batch.n_tokens)[batch.patch_rows(i)] for i in range(batch.n_images)])
+        kept = batch.all_patch_rows().to(device)
         for name, answer in answers.items():
-            x = answer["patch"][kept.to(device)].double()
+            x = answer["patch"][kept].double()
             m = moments[name]
             moments[name] = [m[0] + len(x), m[1] + x.sum(0).cpu(), m[2] + (x.T @ x).cpu()]
             summaries[name].append(answer["summary"].double().cpu())
@@ -390,14 +408,15 @@ def cache(
                     f"none of {len(chosen)} calibration images can be decoded: is --images {images} right?"
                 )
             spaces = fit_spaces(teachers, sample, device)
-            for space in spaces:
-                store.write(f"teachers/{space.name}.safetensors", space_bytes(space)).result()
-            about["teachers_hash"] = {s.name: digest(space_bytes(s)) for s in spaces}
+            files = {space.name: space_bytes(space) for space in spaces}
+            for name, raw in files.items():
+                store.write(f"teachers/{name}.safetensors", raw).result()
+            about["teachers_hash"] = {name: digest(raw) for name, raw in files.items()}
             store.write("cache.json", json.dumps(about, indent=1).encode()).result()
         numbers = range(shard_range[0], -(-len(sources) // shard_images), shard_range[1])
         skipped = 0
-        bar = tqdm(total=sum(len(sources[n * shard_images : (n + 1) * shard_images]) for n in numbers), unit="image")
-        bar.disable = bar.disable or not progress
+        total = sum(len(sources[n * shard_images : (n + 1) * shard_images]) for n in numbers)
+        bar = tqdm(total=total, unit="image", disable=not progress)
         for number in numbers:
             part = sources[number * shard_images : (number + 1) * shard_images]
             record = read_record(store, number)
@@ -451,7 +470,7 @@ def shard_arrays(teachers, spaces, decoded, dtype, device):
         if text is not None:
             arrays[f"text.{t.name}"] = text
     for part, batch, answers in run_teachers(teachers, images, device):
-        kept = torch.cat([torch.arange(batch.n_tokens)[batch.patch_rows(i)] for i in range(batch.n_images)]).to(device)
+        kept = batch.all_patch_rows().to(device)
         for space in spaces:
             answer = answers[space.name]
             y = space.phi_s.to(device).apply(answer["patch"][kept]).cpu()
@@ -748,6 +767,11 @@ class Order:
             keep &= np.isin(ids, self.subset)
         return np.flatnonzero(keep)
 
+    def length(self, image):
+        """Tokens of an image (shard number, index), special ones included."""
+        number, i = image
+        return self.special + int(self.cache.shard(number).shapes[i].prod())
+
     def plan(self, position):
         """The packs of a window, [[(shard number, index), ...], ...], and the images that it carries over."""
         order = np.random.default_rng([self.seed, position.epoch]).permutation(self.cache.numbers)
@@ -757,7 +781,7 @@ class Order:
         room, packs, open_packs = [], [], []  # open: those that could still take an image
         least = self.special + 1
         for number, i in [*position.carried, *(images[j] for j in shuffle)]:
-            length = self.special + int(self.cache.shard(number).shapes[i].prod())
+            length = self.length((number, i))
             if length > self.n_tokens:
                 raise ValueError(
                     f"--tokens {self.n_tokens} is less than one image of {length}; the cache has larger ones"
@@ -777,8 +801,7 @@ class Order:
         late = [p for p in range(len(packs))[-OPEN_PACKS:] if room[p] > (1 - FULL) * self.n_tokens]
         carried = tuple(image for p in late for image in packs[p])
         # Equally long images side by side: attention runs them as one batch.
-        length = lambda image: int(self.cache.shard(image[0]).shapes[image[1]].prod())  # noqa: E731
-        return [sorted(packs[p], key=length) for p in range(len(packs)) if p not in late], carried
+        return [sorted(packs[p], key=self.length) for p in range(len(packs)) if p not in late], carried
 
     def packs(self, position):
         """(pack, position after it), for ever."""

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 
 import toy
 from amoe import dequantise
-from data import as_tensor, held_out, read_pack
+from data import as_tensor, cut, held_out, read_pack
 
 VOID = 255  # mask value of pixels that belong to no class
 
@@ -31,27 +31,15 @@ def split(cache):
     return parts
 
 
-def packs_of(cache, entries, n_tokens, registers=4):
-    """Cut entries into runs that fit a pack of n_tokens; an image larger than that stands alone."""
-    part, used = [], 0
-    for number, i in entries:
-        length = 1 + registers + int(cache.shard(number).shapes[i].prod())
-        if part and used + length > n_tokens:
-            yield part
-            part, used = [], 0
-        part.append((number, i))
-        used += length
-    if part:
-        yield part
-
-
 @torch.inference_mode()
 def student_features(model, cache, entries, n_tokens=4096):
     """{head: {"summary": [N, C], "patch": list of [n, C]}}, float32 on the CPU, own spaces; "amoe" is the trunk."""
     device = model.cls_token.device
     out = {name: {"summary": [], "patch": []} for name in (*model.heads, "amoe")}
-    for part in packs_of(cache, entries, n_tokens, model.config.registers):
-        batch = read_pack(cache, part, targets=False, registers=model.config.registers).to(device)
+    registers = model.config.registers
+    lengths = [1 + registers + int(cache.shard(number).shapes[i].prod()) for number, i in entries]
+    for part in cut(lengths, n_tokens):
+        batch = read_pack(cache, entries[part], targets=False, registers=registers).to(device)
         features, _ = model(batch)
         for name, feature in features.items():
             patch = model.heads[name].own(feature["patch"].float()) if name in model.heads else feature["patch"].float()

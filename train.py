@@ -487,13 +487,14 @@ def bench(flags, place, compiled, repeats=20, warmup=3):
         asked = time.perf_counter()
         batch, _ = next(batches)
         waited = time.perf_counter() - asked
-        times = seconds(batch), seconds(padded(batch))
+        wide = padded(batch)
+        times = seconds(batch), seconds(wide)
         if n >= warmup:
             packed_s.append(times[0])
             padded_s.append(times[1])
             wait_s.append(waited)
             useful.append(int(batch.starts[-1]))
-            dense.append(padded(batch).n_tokens)
+            dense.append(wide.n_tokens)
             own = (batch.starts[1:] - batch.starts[:-1]).double()
             lengths.append(float(own.square().sum() / own.sum()))  # keys that a query meets, on average over queries
     rate = statistics.median(u / s for u, s in zip(useful, packed_s, strict=True))
@@ -634,7 +635,7 @@ def train(flags, place, compiled):
     batches = iter(
         data.loader(order, position, place.rank, place.world, flags.accumulate, flags.workers, flags.on_corrupt)
     )
-    recent = deque(maxlen=10)
+    recent, state = deque(maxlen=10), None
     bar = tqdm(total=flags.steps, initial=step, unit="step", disable=place.rank > 0, mininterval=1.0)
     tokens, seconds, waited, mark = 0, 0.0, 0.0, time.perf_counter()
     trained_tokens, trained_seconds = 0, 0.0
@@ -694,7 +695,8 @@ def train(flags, place, compiled):
                 print(f"stopped by {name} after step {step}, which is saved: --resume goes on", flush=True)
             sys.exit(128 + signalled)
     bar.close()
-    state = state_of(model, optimizer, average, streak, step, position, flags)
+    if state is None:  # a run that was finished already and is resumed
+        state = state_of(model, optimizer, average, streak, step, position, flags)
     if place.rank == 0 and flags.evaluate:
         result = {"steps": step, "tokens": trained_tokens, "tokens_per_s": trained_tokens / max(trained_seconds, 1e-9)}
         result |= finish(flags, cache, world, state, place)

@@ -51,3 +51,18 @@ def random_images():
     torch.manual_seed(0)
     shapes = [(4, 6), (5, 3), (1, 1), (2, 7), (5, 3)]
     return [torch.randint(256, (h * w, 768), dtype=torch.uint8) for h, w in shapes], shapes
+
+
+@pytest.fixture
+def plug_in(tmp_path):
+    """The spec of a plug-in teacher whose features are pixels."""
+    (tmp_path / "plug.py").write_text(
+        "import torch\n"
+        "class T:\n"
+        "    name, dim, registers = 't', 12, 0\n"
+        "    def __call__(self, batch):\n"
+        "        x = batch.rows[:, :12].float()\n"
+        "        return {'patch': x, 'summary': x[batch.starts[:-1].long() + 5]}\n"
+        "def make(device): return T()\n"
+    )
+    return f"t={tmp_path}/plug.py:make"

@@ -306,28 +306,17 @@ def test_toy_captions_are_understood_and_masks_fit(world, oracles):
     assert world.scenes[5].label + 1 in np.unique(mask)
 
 
-def test_the_command_line_caches_informs_and_verifies(tmp_path):
+def test_the_command_line_caches_informs_and_verifies(plug_in, tmp_path):
     """Catches a traceback where a line would do."""
     for i in range(12):
         Image.effect_noise((40 + 8 * i, 64), 90).convert("RGB").save(tmp_path / f"{i}.png")
-    (tmp_path / "plug.py").write_text(
-        "import torch\n"
-        "class T:\n"
-        "    name, dim, registers = 't', 12, 0\n"
-        "    def __call__(self, batch):\n"
-        "        x = batch.rows[:, :12].float()\n"
-        "        return {'patch': x, 'summary': x[batch.starts[:-1].long() + 5]}\n"
-        "def make(device): return T()\n"
-    )
     run = lambda *a: subprocess.run([sys.executable, "data.py", *a], cwd=ROOT, capture_output=True, text=True)  # noqa: E731
-    made = run(
-        "cache", "--images", str(tmp_path), "--teacher", f"t={tmp_path}/plug.py:make", "--out", str(tmp_path / "c")
-    )
+    made = run("cache", "--images", str(tmp_path), "--teacher", plug_in, "--out", str(tmp_path / "c"))
     assert made.returncode == 0 and "12 images" in made.stdout and "dB" in made.stdout
     assert run("verify", str(tmp_path / "c")).returncode == 0
     for words, named in (
         (("info", str(tmp_path)), "cache.json"),
-        (("cache", "--images", "nowhere", "--teacher", f"t={tmp_path}/plug.py:make", "--out", "x"), "nowhere"),
+        (("cache", "--images", "nowhere", "--teacher", plug_in, "--out", "x"), "nowhere"),
         (("cache", "--images", str(tmp_path), "--teacher", "t=gone.py:make", "--out", str(tmp_path / "e")), "gone.py"),
     ):
         bad = run(*words)

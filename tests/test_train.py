@@ -277,20 +277,11 @@ def test_wrong_words_get_one_line(cache, tmp_path):
         assert done.returncode != 0 and named in done.stderr and "Traceback" not in done.stderr, (words, done.stderr)
 
 
-def test_images_and_a_plug_in_teacher_are_all_it_takes(world, tmp_path):
+def test_images_and_a_plug_in_teacher_are_all_it_takes(world, plug_in, tmp_path):
     """Catches --images without a cache made for it, and a log that keeps lines of a run without checkpoints."""
-    (tmp_path / "plug.py").write_text(
-        "import torch\n"
-        "class T:\n"
-        "    name, dim, registers = 't', 12, 0\n"
-        "    def __call__(self, batch):\n"
-        "        x = batch.rows[:, :12].float()\n"
-        "        return {'patch': x, 'summary': x[batch.starts[:-1].long() + 5]}\n"
-        "def make(device): return T()\n"
-    )
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "log.jsonl").write_text('{"step": 1, "loss": 0}\n')
-    words = ["--images", str(world.folder / "images"), "--teacher", f"t={tmp_path}/plug.py:make", "--resume"]
+    words = ["--images", str(world.folder / "images"), "--teacher", plug_in, "--resume"]
     words += ["--out", str(tmp_path / "run"), "--steps", "3", "--tokens", "600", "--log-every", "1"]
     done = subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
