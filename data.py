@@ -1,6 +1,6 @@
-"""Packs of whole images, the feature cache, and the loader that reads it back.
+"""The feature cache: written by teachers, verified, read back as packs.
 
-The cache (format 1):
+Its format (1):
 
     cache.json                    what it was made of: format, teachers, dtype, seed, token budget, hash of the sources
     teachers/<name>.safetensors   phi_s.{mean,rotation,sigma}, summary_mean, summary_variance, register_variance, pool.*
@@ -30,7 +30,6 @@ import hashlib
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -40,115 +39,12 @@ import torch
 from safetensors import torch as safetensors
 from tqdm import tqdm
 
-from amoe import ROW, PhiS, Space, grid_positions, quantise
-from images import choose_view, find_sources, from_rows, load_image, to_rows
+from amoe import ROW, PhiS, Space, quantise
+from images import choose_view, find_sources, load_image, to_rows
+from packs import Batch, Damage, Order, Packs, Position, cut, held_out, loader, pack  # noqa: F401
 
 FORMAT = 1
 CHUNK = 64  # rows behind one checksum: an image is read without decoding much of its neighbours
-
-
-# ---- packs of token rows ----
-
-
-@dataclass
-class Batch:
-    """A pack: images one after another, `[CLS, registers, patches in row-major order]` each, padding at the end.
-
-    Shape letters: T tokens, M images, C channels of a teacher, R registers.
-    """
-
-    rows: torch.Tensor  # [T, 768] uint8 pixels; floats are taken as already normalised. 0 on CLS, registers, padding
-    image: torch.Tensor  # [T] int32, the image a token belongs to; padding tokens form one last group, M
-    yx: torch.Tensor  # [T, 2] float32 patch positions; 0 on CLS, registers and padding, so RoPE leaves them alone
-    starts: torch.Tensor  # [M + 1] int32, the first token of each image (its CLS), and the end of the last
-    shapes: torch.Tensor  # [M, 2] int32, (h, w) in patches
-    ids: torch.Tensor  # [M] int64, stable image ids
-    targets: dict = field(default_factory=dict)  # {teacher: {"patch" [T, C], "summary" [M, C], "registers" [M, R, C]}}
-
-    @property
-    def n_tokens(self):
-        return self.rows.shape[0]
-
-    @property
-    def n_images(self):
-        return self.shapes.shape[0]
-
-    @property
-    def place(self):
-        """[T] int64: a token's place in its image (0 is the CLS), or in the padding."""
-        return torch.arange(self.n_tokens, device=self.image.device) - self.starts.long()[self.image.long()]
-
-    def patch_rows(self, i):
-        """The slice of the sequence that holds image i's patches."""
-        end = int(self.starts[i + 1])
-        return slice(end - int(self.shapes[i].prod()), end)
-
-    def all_patch_rows(self):
-        """The rows that hold patches, of all images in order, int64 on the host."""
-        return torch.cat([torch.arange(self.n_tokens)[self.patch_rows(i)] for i in range(self.n_images)])
-
-    def images(self):
-        """The M images, uint8 [16 h, 16 w, 3]."""
-        return [from_rows(self.rows[self.patch_rows(i)], tuple(self.shapes[i].tolist())) for i in range(self.n_images)]
-
-    def to(self, device):
-        """The same pack on `device`; copies from pinned memory do not wait."""
-
-        def move(value):
-            if isinstance(value, dict):
-                return {key: move(v) for key, v in value.items()}
-            return value.to(device, non_blocking=True)
-
-        return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})
-
-
-def pack(rows, shapes, n_tokens=None, registers=4, ids=None):
-    """Concatenate images into one Batch of exactly n_tokens (by default just what they need).
-
-    rows: tensors [n_i, 768] with n_i = h w of `shapes`. ids: int64 image ids, by default 0, 1, 2, ...
-    ValueError where a shape does not fit its rows or the images do not fit n_tokens.
-    """
-    if len(rows) != len(shapes) or not rows:
-        raise ValueError(
-            f"pack takes as many shapes as images, at least one: got {len(rows)} images, {len(shapes)} shapes"
-        )
-    for i, (r, (h, w)) in enumerate(zip(rows, shapes, strict=True)):
-        if r.shape != (h * w, ROW):
-            raise ValueError(f"image {i} of shape {(h, w)} needs rows [{h * w}, {ROW}] and has {list(r.shape)}")
-    special = 1 + registers
-    starts = np.cumsum([0, *(special + len(r) for r in rows)])
-    T = int(starts[-1]) if n_tokens is None else n_tokens
-    if starts[-1] > T:
-        raise ValueError(f"{len(rows)} images need {starts[-1]} tokens and the pack has {T}")
-    image = np.repeat(np.arange(len(rows) + 1, dtype=np.int32), np.diff(starts, append=T))
-    packed, yx = [], []
-    for r, (h, w) in zip(rows, shapes, strict=True):
-        packed += [r.new_zeros(special, ROW), r]
-        yx += [torch.zeros(special, 2), grid_positions(h, w)]
-    padding = T - int(starts[-1])
-    return Batch(
-        rows=torch.cat([*packed, rows[0].new_zeros(padding, ROW)]),
-        image=torch.from_numpy(image),
-        yx=torch.cat([*yx, torch.zeros(padding, 2)]),
-        starts=torch.from_numpy(starts.astype(np.int32)),
-        shapes=torch.tensor([tuple(s) for s in shapes], dtype=torch.int32),
-        ids=torch.arange(len(rows)) if ids is None else torch.as_tensor(ids, dtype=torch.int64),
-    )
-
-
-def cut(lengths, n_tokens):
-    """Slices of consecutive images, each run within n_tokens; an image longer than that stands alone.
-
-    lengths: tokens of each image, special ones included.
-    """
-    first, used = 0, 0
-    for i, length in enumerate(lengths):
-        if i > first and used + length > n_tokens:
-            yield slice(first, i)
-            first, used = i, 0
-        used += length
-    if lengths:
-        yield slice(first, len(lengths))
 
 
 # ---- the cache: writing ----
@@ -506,14 +402,6 @@ def committed(store):
 # ---- the cache: reading ----
 
 
-class Damage(ValueError):
-    """A shard, `number`, whose bytes are not what was committed; the message names shard and array."""
-
-    def __init__(self, number, what):
-        super().__init__(f"shard {number:05d}{what}")
-        self.number = number
-
-
 class Shard:
     """One committed shard; its arrays open on first use and its small ones stay in memory."""
 
@@ -623,50 +511,45 @@ class Cache:
         self.numbers = good
         return self
 
+    def read(self, entries, n_tokens=None, registers=4, targets=True):
+        """A Batch of the given images [(shard number, index)], with the teachers' features as its targets.
 
-def held_out(ids):
-    """The fixed tenth of the images, by id, that is never trained on. Boolean, one an id."""
-    return np.asarray(ids) % 10 == 0
+        n_tokens: the pack's length, by default just what the images need. registers: the student's. Damage names the
+        shard and the array that cannot be trusted.
+        """
+        spaces = self.spaces if targets else ()
+        names = ["pixels", *(f"{kind}.{s.name}" for s in spaces for kind in ("patch", "summary"))]
+        names += [f"registers.{s.name}" for s in spaces if s.registers]
+        reads = []  # all under way before the first is awaited
+        for number, i in entries:
+            shard = self.shard(number)
+            rows = slice(int(shard.starts[i]), int(shard.starts[i + 1]))
+            by_row = lambda name: name == "pixels" or name.startswith("patch.")  # noqa: E731
+            reads.append((shard, {name: shard.read(name, rows if by_row(name) else i) for name in names}))
+        images = [{name: shard.whole(name, f) for name, f in futures.items()} for shard, futures in reads]
+        shapes = [tuple(self.shard(number).shapes[i].tolist()) for number, i in entries]
+        ids = [int(self.shard(number).ids[i]) for number, i in entries]
+        batch = pack([torch.from_numpy(image["pixels"]) for image in images], shapes, n_tokens, registers, ids)
+        for space in spaces:
+            patch = [as_tensor(image[f"patch.{space.name}"]) for image in images]
+            blank = patch[0].new_zeros(1 + registers, space.dim)
+            padding = patch[0].new_zeros(batch.n_tokens - int(batch.starts[-1]), space.dim)
+            target = {"patch": torch.cat([*(piece for p in patch for piece in (blank, p)), padding])}
+            target["summary"] = torch.from_numpy(np.stack([image[f"summary.{space.name}"] for image in images]))
+            if space.registers:
+                stacked = torch.from_numpy(np.stack([image[f"registers.{space.name}"] for image in images]))
+                target["registers"] = stacked.unflatten(1, (space.registers, space.dim))
+            batch.targets[space.name] = target
+        return batch
+
+    def __reduce__(self):  # a worker process opens the cache for itself
+        return reopen, (self.path, self.numbers)
 
 
-def read_images(cache, entries, names):
-    """Arrays of single images, [(shard number, index)]: one dict an image, {name: rows or row}.
-
-    Reads are all under way before the first is awaited. Damage names the shard and the array that cannot be trusted.
-    """
-    reads = []
-    for number, i in entries:
-        shard = cache.shard(number)
-        rows = slice(int(shard.starts[i]), int(shard.starts[i + 1]))
-        per_row = lambda name: name == "pixels" or name.startswith("patch.")  # noqa: E731
-        reads.append((shard, {name: shard.read(name, rows if per_row(name) else i) for name in names}))
-    return [{name: shard.whole(name, f) for name, f in futures.items()} for shard, futures in reads]
-
-
-def read_pack(cache, entries, n_tokens=None, targets=True, registers=4):
-    """A Batch of the given images [(shard number, index)], with the teachers' features as its targets.
-
-    n_tokens: the pack's length, by default just what the images need. registers: the student's.
-    """
-    names = ["pixels"]
-    for space in cache.spaces if targets else ():
-        names += [f"patch.{space.name}", f"summary.{space.name}"]
-        names += [f"registers.{space.name}"] if space.registers else []
-    images = read_images(cache, entries, names)
-    shapes = [tuple(cache.shard(number).shapes[i].tolist()) for number, i in entries]
-    ids = [int(cache.shard(number).ids[i]) for number, i in entries]
-    batch = pack([torch.from_numpy(image["pixels"]) for image in images], shapes, n_tokens, registers, ids)
-    for space in cache.spaces if targets else ():
-        patch = [as_tensor(image[f"patch.{space.name}"]) for image in images]
-        blank = patch[0].new_zeros(1 + registers, space.dim)
-        padding = patch[0].new_zeros(batch.n_tokens - int(batch.starts[-1]), space.dim)
-        target = {"patch": torch.cat([*(piece for p in patch for piece in (blank, p)), padding])}
-        target["summary"] = torch.from_numpy(np.stack([image[f"summary.{space.name}"] for image in images]))
-        if space.registers:
-            stacked = torch.from_numpy(np.stack([image[f"registers.{space.name}"] for image in images]))
-            target["registers"] = stacked.unflatten(1, (space.registers, space.dim))
-        batch.targets[space.name] = target
-    return batch
+def reopen(path, numbers):
+    cache = Cache(path)
+    cache.numbers = numbers
+    return cache
 
 
 def as_tensor(array):
@@ -720,154 +603,7 @@ def thumbnails(path, ids):
     missing = [i for i in ids if int(i) not in place]
     if missing:
         raise ValueError(f"{path} holds no image of id {missing[0]}")
-    return [read_pack(cache, [place[int(i)]], targets=False).images()[0].numpy() for i in ids]
-
-
-# ---- the loader ----
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where in the endless order of packs a run stands; `carried` images are still to be packed in this window."""
-
-    epoch: int = 0
-    window: int = 0
-    pack: int = 0
-    carried: tuple = ()
-
-
-WINDOW = 16  # shards shuffled together
-OPEN_PACKS = 4  # packs left for the next window to fill
-FULL = 0.97
-
-
-class Order:
-    """The seeded global order of packs, the same for any number of ranks and workers, endless.
-
-        for each epoch: permute the shards; for each window of them: shuffle its images after those carried over,
-            first-fit them into packs of n_tokens; the newest few packs under 97% full are carried into the next window
-
-    Position is all it takes to go on from any pack: a window is planned anew from the seed and its carried images.
-    """
-
-    def __init__(self, cache, n_tokens, seed=0, subset=None, registers=4):
-        self.cache, self.n_tokens, self.seed, self.special = cache, n_tokens, seed, 1 + registers
-        self.subset = None if subset is None else np.sort(np.asarray(subset))
-        self.windows = -(-len(cache.numbers) // WINDOW)
-        if not any(len(self.kept(number)) for number in cache.numbers):
-            raise ValueError(
-                f"{cache.path} holds no image to train on (a tenth is held out, --subset keeps its ids only)"
-            )
-
-    def kept(self, number):
-        """Indices of the shard's images that are trained on."""
-        ids = self.cache.shard(number).ids
-        keep = ~held_out(ids)
-        if self.subset is not None:
-            keep &= np.isin(ids, self.subset)
-        return np.flatnonzero(keep)
-
-    def length(self, image):
-        """Tokens of an image (shard number, index), special ones included."""
-        number, i = image
-        return self.special + int(self.cache.shard(number).shapes[i].prod())
-
-    def plan(self, position):
-        """The packs of a window, [[(shard number, index), ...], ...], and the images that it carries over."""
-        order = np.random.default_rng([self.seed, position.epoch]).permutation(self.cache.numbers)
-        numbers = order[position.window * WINDOW : (position.window + 1) * WINDOW].tolist()
-        images = [(number, int(i)) for number in numbers for i in self.kept(number)]
-        shuffle = np.random.default_rng([self.seed, position.epoch, position.window + 1]).permutation(len(images))
-        room, packs, open_packs = [], [], []  # open: those that could still take an image
-        least = self.special + 1
-        for number, i in [*position.carried, *(images[j] for j in shuffle)]:
-            length = self.length((number, i))
-            if length > self.n_tokens:
-                raise ValueError(
-                    f"--tokens {self.n_tokens} is less than one image of {length}; the cache has larger ones"
-                )
-            for p in open_packs:
-                if room[p] >= length:
-                    break
-            else:
-                p = len(packs)
-                packs.append([])
-                room.append(self.n_tokens)
-                open_packs.append(p)
-            packs[p].append((number, i))
-            room[p] -= length
-            if room[p] < least:
-                open_packs.remove(p)
-        late = [p for p in range(len(packs))[-OPEN_PACKS:] if room[p] > (1 - FULL) * self.n_tokens]
-        carried = tuple(image for p in late for image in packs[p])
-        # Equally long images side by side: attention runs them as one batch.
-        return [sorted(packs[p], key=self.length) for p in range(len(packs)) if p not in late], carried
-
-    def packs(self, position):
-        """(pack, position after it), for ever."""
-        while True:
-            packs, carried = self.plan(position)
-            for n in range(position.pack, len(packs)):
-                yield packs[n], replace(position, pack=n + 1)
-            last = position.window + 1 == self.windows
-            position = Position(position.epoch + last, 0 if last else position.window + 1, 0, carried)
-
-
-class Packs(torch.utils.data.Dataset):
-    """Reads what a sampler of (pack, position after the step) names; `on_corrupt` decides what damage does."""
-
-    def __init__(self, cache, n_tokens, on_corrupt="stop", registers=4):
-        self.cache, self.n_tokens, self.on_corrupt, self.registers = cache, n_tokens, on_corrupt, registers
-
-    def __getitem__(self, item):
-        entries, position = item
-        while True:
-            try:
-                return read_pack(self.cache, entries, self.n_tokens, registers=self.registers), position
-            except Damage as error:
-                if self.on_corrupt == "stop":
-                    raise
-                entries = [entry for entry in entries if entry[0] != error.number]
-                print(f"skipping damage: {error}", file=sys.stderr, flush=True)
-                if not entries:
-                    raise ValueError(f"every image of a pack lies in damaged shards, the last: {error}") from error
-
-    def __getstate__(self):  # worker processes open the cache for themselves
-        return self.__dict__ | {"cache": self.cache.path}
-
-    def __setstate__(self, state):
-        self.__dict__ = state | {"cache": Cache(state["cache"])}
-
-
-def loader(order, position, rank=0, world=1, per_step=1, workers=0, on_corrupt="stop"):
-    """Batches of this rank, endless, each with the Position after the step it belongs to.
-
-    A step takes world * per_step packs of the global order; this rank's are every world-th of them.
-    """
-
-    def steps():
-        packs = order.packs(position)
-        while True:
-            step = [next(packs) for _ in range(world * per_step)]
-            for entries, _ in step[rank::world]:
-                yield entries, step[-1][1]
-
-    return torch.utils.data.DataLoader(
-        Packs(order.cache, order.n_tokens, on_corrupt, order.special - 1),
-        sampler=Endless(steps),
-        batch_size=None,
-        num_workers=workers,
-        multiprocessing_context="forkserver" if workers else None,  # fork would copy tensorstore's locked threads
-        prefetch_factor=4 if workers else None,
-    )
-
-
-class Endless(torch.utils.data.Sampler):
-    def __init__(self, make):
-        self.make = make
-
-    def __iter__(self):
-        return self.make()
+    return [cache.read([place[int(i)]], targets=False).images()[0].numpy() for i in ids]
 
 
 # ---- command line ----

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 
 import toy
 from amoe import dequantise
-from data import as_tensor, cut, held_out, read_pack
+from data import as_tensor, cut, held_out
 
 VOID = 255  # mask value of pixels that belong to no class
 
@@ -39,7 +39,7 @@ def student_features(model, cache, entries, n_tokens=4096):
     registers = model.config.registers
     lengths = [1 + registers + int(cache.shard(number).shapes[i].prod()) for number, i in entries]
     for part in cut(lengths, n_tokens):
-        batch = read_pack(cache, entries[part], targets=False, registers=registers).to(device)
+        batch = cache.read(entries[part], targets=False, registers=registers).to(device)
         features, _ = model(batch)
         for name, feature in features.items():
             patch = model.heads[name].own(feature["patch"].float()) if name in model.heads else feature["patch"].float()
@@ -206,7 +206,7 @@ def pca_sheet(cache, entries, teacher, student):
     rows = []
     for line, (number, i) in enumerate(entries):
         shape = tuple(cache.shard(number).shapes[i].tolist())
-        image = read_pack(cache, [(number, i)], targets=False).images()[0].numpy()
+        image = cache.read([(number, i)], targets=False).images()[0].numpy()
         rows.append([image, *(pca_map(f[name]["patch"][line], shape, basis[b]) for name, f, b in columns)])
     titles = ["image", *(f"{name}: {who}" for name in names for who in ("teacher", "student")), "student's trunk"]
     return sheet(rows, titles)

@@ -206,7 +206,7 @@ def test_the_student_is_one_graph_whatever_the_pack_holds(cache, monkeypatch):
     sizes = set()
     with torch.no_grad():
         for _ in range(6):
-            batch = data.read_pack(cache, next(order)[0], 512)
+            batch = cache.read(next(order)[0], 512)
             sizes.add(batch.n_images)
             got, load = compiled(batch, block_mask(batch.starts, 512))
             want, want_load = model(batch)

@@ -60,7 +60,7 @@ def test_the_cache_holds_what_the_teachers_said(cache, world, oracles):
     """Catches features zipped to the wrong images, and a PHI-S of one teacher used for the other."""
     assert [s.name for s in cache.spaces] == ["text", "dense"] and len(cache.shards) == 4
     entries = [(3, 7), (0, 2), (1, 19)]
-    batch = data.read_pack(cache, entries)
+    batch = cache.read(entries)
     for teacher, space in zip(oracles, cache.spaces, strict=True):
         said = teacher(batch)
         target = batch.targets[space.name]
@@ -89,7 +89,7 @@ def test_spreads_make_every_kind_of_error_comparable(cache, oracles):
 def test_bfloat16_features_come_back(world, oracles, tmp_path):
     """Catches reading bfloat16's bits as integers."""
     cache = data.cache(world.folder / "images", oracles, tmp_path / "c", max_tokens=64, dtype="bf16", progress=False)
-    batch = data.read_pack(cache, [(0, 4)])
+    batch = cache.read([(0, 4)])
     said = oracles[1](batch)["patch"][batch.patch_rows(0)]
     got = batch.targets["dense"]["patch"]
     assert got.dtype == torch.bfloat16
@@ -115,7 +115,7 @@ def test_bad_images_are_skipped_counted_and_named(world, oracles, tmp_path):
     cache = data.cache(folder, oracles, tmp_path / "c", max_tokens=64, shard_images=20, progress=False)
     skipped = [json.loads(line) for line in (tmp_path / "c" / "skipped.jsonl").read_text().splitlines()]
     assert [s["source"] for s in skipped] == ["000010.png", "000030.png"] and all(s["reason"] for s in skipped)
-    batch = data.read_pack(cache, [(0, 10)])
+    batch = cache.read([(0, 10)])
     assert cache.shard(0).meta[10]["source"] == "000011.png"
     assert torch.allclose(batch.targets["text"]["summary"], oracles[0](batch)["summary"], atol=1e-5)
     for i in range(20, 28):
@@ -177,9 +177,9 @@ def test_damage_is_never_trained_on(cache, tmp_path, capsys):
     (path / "shards/00002/patch.dense/c/0/0").unlink()
     damaged = data.Cache(path)
     with pytest.raises(data.Damage, match="shard 00001, array pixels"):
-        data.read_pack(damaged, [(1, 0)])
+        damaged.read([(1, 0)])
     with pytest.raises(data.Damage, match=r"shard 00002, array patch.dense"):
-        data.read_pack(damaged, [(2, 5)])
+        damaged.read([(2, 5)])
     batch, _ = data.Packs(damaged, 400, on_corrupt="skip")[[(1, 0), (0, 3), (2, 5)], None]
     assert batch.ids.tolist() == [int(damaged.shard(0).ids[3])]
     assert "shard 00001" in capsys.readouterr().err

@@ -94,19 +94,18 @@ def test_cosines_leave_the_mean_out():
 
 def test_student_features_come_back_in_the_order_asked_for(cache, oracles):
     """Catches features in cache order, and patches left in balanced space."""
-    import data
     import train
 
     flags = train.parse(["--cache", str(cache.path)])
     model = train.build(flags, cache.spaces, torch.device("cpu"))
     entries = [(2, 5), (0, 1), (3, 19), (1, 0)]
     got = evaluate.student_features(model, cache, entries, n_tokens=100)
-    images = [data.read_pack(cache, [e]).images()[0] for e in entries]
+    images = [cache.read([e]).images()[0] for e in entries]
     for i, answer in enumerate(model.encode(images)):
         assert torch.allclose(got["dense"]["patch"][i], answer["patch"]["dense"], atol=1e-4)
         assert torch.allclose(got["text"]["summary"][i], answer["summary"]["text"], atol=1e-4)
     teacher = evaluate.teacher_features(cache, entries)
-    batch = data.read_pack(cache, entries)
+    batch = cache.read(entries)
     said = oracles[1](batch)
     error = teacher["dense"]["patch"][2] - said["patch"][batch.patch_rows(2)]
     assert error.abs().max() < 0.2 * said["patch"].std()

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import amoe
-import data
 import train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,7 +43,7 @@ def loss_and_gradient(cache, packs, arkd="0.5"):
     """Of the packs given as lists of images: (loss, gradient as one vector)."""
     flags = flags_for(cache, "--arkd", arkd)
     model = student(cache, flags)
-    batches = [(data.read_pack(cache, entries), None) for entries in packs]
+    batches = [(cache.read(entries), None) for entries in packs]
     measured, load = train.gradients(model, batches, cache.spaces, flags, place())
     return (
         measured["loss"].item(),
@@ -73,7 +72,7 @@ def test_the_loss_is_the_sum_of_its_parts(cache, random_images):
     """Catches a part that is logged but not trained on: the gradient against finite differences in float64."""
     flags = flags_for(cache)
     model = student(cache, flags).double()
-    batch = data.read_pack(cache, entries_of(cache, 6))
+    batch = cache.read(entries_of(cache, 6))
     batch.rows = amoe.normalise(batch.rows).double()
     p = model.heads["dense"].fc2.weight
 
@@ -108,7 +107,7 @@ else:
     wrapped = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
 images = test_train.entries_of(cache, 24)
 parts = [[images[:5], images[5:9]], [images[9:20], images[20:]]][place.rank]
-packs = [(data.read_pack(cache, part), None) for part in parts]
+packs = [(cache.read(part), None) for part in parts]
 measured, load = train.gradients(wrapped, packs, cache.spaces, flags, place)
 grads = [p.grad for p in model.parameters() if p.grad is not None]
 grads = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in grads]
@@ -170,7 +169,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(cache):
     streak = torch.zeros(2, dtype=torch.int64)
 
     def step(spoil):
-        batch = data.read_pack(cache, entries_of(cache, 6))
+        batch = cache.read(entries_of(cache, 6))
         if spoil:
             batch.targets["dense"]["summary"][0, 0] = float("nan")
         measured, load = train.gradients(model, [(batch, None)], cache.spaces, flags, place())
@@ -196,7 +195,7 @@ def test_accumulated_blocks_recompute_to_the_same_gradient(cache):
     for recompute in (False, True):
         model = student(cache, flags)
         model.checkpoint_blocks = recompute
-        batch = data.read_pack(cache, entries_of(cache, 8))
+        batch = cache.read(entries_of(cache, 8))
         _, load = train.gradients(model, [(batch, None)], cache.spaces, flags, place())
         grads.append((torch.cat([p.grad.flatten() for p in model.parameters()]), load))
     assert (grads[0][0] - grads[1][0]).abs().max() < 1e-6 and torch.equal(grads[0][1], grads[1][1])
