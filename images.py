@@ -47,8 +47,8 @@ def from_rows(rows, shape):
 def grid(height, width, min_tokens, max_tokens):
     """Patches (h, w) for an image of height x width pixels: native resolution, shrunk or enlarged to the token budget.
 
-    The native grid is rounded to whole patches. Above max_tokens it is the largest grid of the same aspect that fits,
-    below min_tokens the smallest that reaches it.
+    The native grid is rounded to whole patches. Above max_tokens it is the largest grid of the same aspect that fits;
+    below min_tokens the smallest that reaches it, or the largest that fits where there is none between the two.
     """
 
     def at(scale):
@@ -58,17 +58,22 @@ def grid(height, width, min_tokens, max_tokens):
         h, w = at(scale)
         return h * w
 
+    def edge(holds):
+        """Scales on both sides of where holds(tokens) turns false: tokens never fall as the scale grows."""
+        low, high = 1e-6, 1e6
+        for _ in range(60):
+            middle = (low * high) ** 0.5
+            low, high = (middle, high) if holds(tokens(middle)) else (low, middle)
+        return low, high
+
     if min_tokens <= tokens(1.0) <= max_tokens:
         return at(1.0)
-    shrink = tokens(1.0) > max_tokens
-    low, high = (1e-6, 1.0) if shrink else (1.0, 1e6)
-    for _ in range(60):  # tokens(scale) never falls as the scale grows, so bisection finds the step's very edge
-        middle = (low * high) ** 0.5
-        if tokens(middle) <= max_tokens if shrink else tokens(middle) < min_tokens:
-            low = middle
-        else:
-            high = middle
-    return at(low if shrink else high)
+    if tokens(1.0) < min_tokens:
+        _, reached = edge(lambda n: n < min_tokens)
+        if tokens(reached) <= max_tokens:
+            return at(reached)
+    largest, _ = edge(lambda n: n <= max_tokens)
+    return at(largest)
 
 
 def choose_view(seed, image_id, number):
@@ -94,18 +99,29 @@ def load_image(file, min_tokens=1, max_tokens=256, box=(0.0, 0.0, 1.0, 1.0), fli
     the first frame of an animation. `draft` lets the JPEG decoder skip detail far above the target size: for training
     data, not for evaluation. ValueError says what is wrong with a file.
     """
+    return opened(file, lambda image: torch.from_numpy(convert(image, min_tokens, max_tokens, box, flip, draft)))
+
+
+def image_shape(file, min_tokens=1, max_tokens=256, box=(0.0, 0.0, 1.0, 1.0)):
+    """(h, w) in patches of what load_image would return, from the file's header alone; ValueError as there."""
+    return opened(file, lambda image: target_grid(image, min_tokens, max_tokens, box)[:2])
+
+
+def opened(file, use):
+    """use(the opened image), with whatever a decoder's depths raise as a ValueError of one line."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of bombs from half the size that it refuses
             with Image.open(file, formats=("JPEG", "PNG", "WEBP")) as image:
-                return torch.from_numpy(convert(image, min_tokens, max_tokens, box, flip, draft))
+                return use(image)
     except ValueError as error:
         raise ValueError(str(error) or "unreadable") from error
     except Exception as error:  # decoders raise whatever their depths raise: OSError, SyntaxError, struct.error, ...
         raise ValueError(f"cannot be decoded: {str(error) or type(error).__name__}") from error
 
 
-def convert(image, min_tokens, max_tokens, box, flip, draft):
+def target_grid(image, min_tokens, max_tokens, box):
+    """(h, w) in patches for a view of an opened image, and whether EXIF turns it on its side."""
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise ValueError(f"{width} x {height} pixels are more than {MAX_PIXELS:,}, a decompression bomb")
@@ -118,7 +134,12 @@ def convert(image, min_tokens, max_tokens, box, flip, draft):
         raise ValueError(f"{width} x {height} pixels: smaller than a patch of {PATCH} x {PATCH}")
     if max(view_width, view_height) > MAX_ASPECT * min(view_width, view_height):
         raise ValueError(f"{width} x {height} pixels: an aspect beyond {MAX_ASPECT} to 1")
-    h, w = grid(view_height, view_width, min_tokens, max_tokens)
+    return *grid(view_height, view_width, min_tokens, max_tokens), turned
+
+
+def convert(image, min_tokens, max_tokens, box, flip, draft):
+    h, w, turned = target_grid(image, min_tokens, max_tokens, box)
+    left, top, right, bottom = box
     if draft:
         target = (round(w * PATCH / (right - left)), round(h * PATCH / (bottom - top)))
         image.draft("RGB", target[::-1] if turned else target)
