@@ -29,7 +29,6 @@ import argparse
 import hashlib
 import json
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 
@@ -40,8 +39,9 @@ from safetensors import torch as safetensors
 from tqdm import tqdm
 
 from amoe import ROW, PhiS, Space, quantise
-from images import choose_view, find_sources, load_image, to_rows
+from images import choose_view, find_sources
 from packs import Batch, Damage, Order, Packs, Position, cut, held_out, loader, pack  # noqa: F401
+from targets import Images, Job, embed_captions, fit_spaces, load_teachers, packed, targets
 
 FORMAT = 1
 CHUNK = 64  # rows behind one checksum: an image is read without decoding much of its neighbours
@@ -128,86 +128,6 @@ def list_keys(store, prefix):
     return [key.decode() for key in keys]
 
 
-def embed_captions(teacher, captions):
-    """Text embeddings [N, C] float32 of captions (None gives NaN), or None where the teacher embeds no text."""
-    if not hasattr(teacher, "encode_text"):
-        return None
-    out = np.full((len(captions), teacher.dim), np.nan, np.float32)
-    known = [i for i, caption in enumerate(captions) if caption]
-    if known:
-        try:
-            out[known] = teacher.encode_text([captions[i] for i in known]).float().cpu().numpy()
-        except ValueError as error:  # SigLIP 2 without its text tower or tokenizer still has images to teach
-            print(f"captions are not embedded: {error}", file=sys.stderr, flush=True)
-            return None
-    return out
-
-
-@torch.inference_mode()
-def run_teachers(teachers, decoded, device, n_tokens=16384):
-    """Teachers' features of decoded images [(rows, shape, id)], packed n_tokens at a time.
-
-    Yields (slice of the images, Batch, {teacher: its answer}). ValueError where an answer has not the shapes that the
-    teacher announced, or is not finite.
-    """
-    for part in cut([5 + len(rows) for rows, _, _ in decoded], n_tokens):  # 5: the CLS and four registers of `pack`
-        rows, shapes, ids = zip(*decoded[part], strict=True)
-        batch = pack(rows, shapes, ids=ids).to(device)
-        answers = {t.name: t(batch) for t in teachers}
-        for t in teachers:
-            want = {"patch": (batch.n_tokens, t.dim), "summary": (batch.n_images, t.dim)}
-            if t.registers:
-                want["registers"] = (batch.n_images, t.registers, t.dim)
-            for kind, shape in want.items():
-                got = answers[t.name].get(kind)
-                if got is None or tuple(got.shape) != shape:
-                    got = None if got is None else list(got.shape)
-                    raise ValueError(
-                        f"teacher '{t.name}' answered {kind} {got} where its dim and registers mean {list(shape)}"
-                    )
-                if not torch.isfinite(got).all():
-                    raise ValueError(
-                        f"teacher '{t.name}' answered {kind} with NaN or infinity for images {list(ids)[:8]}"
-                    )
-        yield part, batch, answers
-
-
-def fit_spaces(teachers, decoded, device):
-    """A Space for every teacher, from a calibration sample: PHI-S by the moments of its patches, and spreads."""
-    moments = {t.name: [0, 0.0, 0.0] for t in teachers}
-    summaries, registers = {t.name: [] for t in teachers}, {t.name: [] for t in teachers}
-    for _, batch, answers in run_teachers(teachers, decoded, device):
-        kept = batch.all_patch_rows().to(device)
-        for name, answer in answers.items():
-            x = answer["patch"][kept].double()
-            m = moments[name]
-            moments[name] = [m[0] + len(x), m[1] + x.sum(0).cpu(), m[2] + (x.T @ x).cpu()]
-            summaries[name].append(answer["summary"].double().cpu())
-            registers[name].append(answer["registers"].double().cpu() if "registers" in answer else torch.zeros(0))
-    spaces = []
-    for t in teachers:
-        summary = torch.cat(summaries[t.name])
-        variance_R = torch.cat(registers[t.name]).var(0, correction=0).mean(1).tolist() if t.registers else []
-        spaces.append(
-            Space(
-                t.name,
-                t.dim,
-                t.registers,
-                phi_s=PhiS.from_moments(*moments[t.name]).float32(),
-                summary_mean=summary.mean(0).float(),
-                summary_variance=float(summary.var(0, correction=0).mean()),
-                register_variance=tuple(variance_R),
-                pool=getattr(t, "pool", None),
-                pool_heads=getattr(t, "pool_heads", 16),
-                pool_eps=getattr(t, "pool_eps", 1e-6),
-            )
-        )
-        for kind, value in (("summaries", spaces[-1].summary_variance), *(("registers", v) for v in variance_R)):
-            if value <= 0:
-                raise ValueError(f"teacher '{t.name}' gave all {len(summary)} calibration images the same {kind}")
-    return spaces
-
-
 def space_bytes(space):
     """A Space as a .safetensors file, every scalar included."""
     tensors = {f"phi_s.{k}": v for k, v in space.phi_s.state_dict().items()}
@@ -268,92 +188,93 @@ def cache(
         sources = [s for s in sources if s.id in wanted]
         if not sources:
             raise ValueError("none of the ids of --subset is among the images")
-    about = {
-        "format": FORMAT,
-        "teachers": {t.name: {"dim": t.dim, "registers": t.registers} for t in teachers},
-        "dtype": dtype,
-        "seed": seed,
-        "min_tokens": min_tokens,
-        "max_tokens": max_tokens,
-        "views": views,
-        "sources": len(sources),
-        "sources_hash": digest("\n".join(s.name for s in sources).encode()),
-        "shard_images": shard_images,
-    }
-    store = open_store(out)
-    with ThreadPoolExecutor() as pool:  # Pillow decodes and resizes outside the interpreter's lock
-
-        def decode(job):
-            source, number = job
-            box, flip = choose_view(seed, source.id, number)
-            try:
-                image = load_image(source.path, min_tokens, max_tokens, box, flip, draft=True)
-            except ValueError as error:
-                return {"source": source.name, "reason": str(error)}
-            return (*to_rows(image), source.id), (number, *box, flip), source
-
-        existing = store.read("cache.json").result().value
-        if existing:
-            check_same_cache(json.loads(existing), about, out)
-            spaces = Cache(out).spaces
-        else:
-            chosen = np.random.default_rng(seed).permutation(len(sources))[:calibrate]
-            sample = [d[0] for d in pool.map(decode, [(sources[i], 0) for i in sorted(chosen)]) if isinstance(d, tuple)]
-            if not sample:
-                raise ValueError(
-                    f"none of {len(chosen)} calibration images can be decoded: is --images {images} right?"
-                )
-            spaces = fit_spaces(teachers, sample, device)
-            files = {space.name: space_bytes(space) for space in spaces}
-            for name, raw in files.items():
-                store.write(f"teachers/{name}.safetensors", raw).result()
-            about["teachers_hash"] = {name: digest(raw) for name, raw in files.items()}
-            store.write("cache.json", json.dumps(about, indent=1).encode()).result()
-        numbers = range(shard_range[0], -(-len(sources) // shard_images), shard_range[1])
-        skipped = 0
-        total = sum(len(sources[n * shard_images : (n + 1) * shard_images]) for n in numbers)
-        bar = tqdm(total=total, unit="image", disable=not progress)
-        for number in numbers:
-            part = sources[number * shard_images : (number + 1) * shard_images]
-            record = read_record(store, number)
-            if record is None:
-                results = list(pool.map(decode, [(s, v) for s in part for v in range(views)]))
-                bad = [r for r in results if isinstance(r, dict)]
-                arrays = shard_arrays(teachers, spaces, [r for r in results if isinstance(r, tuple)], dtype, device)
-                write_shard(store, number, arrays, bad)
-                record = {"skipped": bad}
-            skipped += len({entry["source"] for entry in record["skipped"]})
-            bar.update(len(part))
-            if skipped > max_skipped * len(sources):
-                write_skipped(store)
-                raise ValueError(
-                    f"{skipped} of {len(sources)} images are unusable, more than --max-skipped {max_skipped:g} allows; "
-                    f"{out}/skipped.jsonl says which and why"
-                )
-        bar.close()
+    layout = {"min_tokens": min_tokens, "max_tokens": max_tokens, "views": views, "seed": seed}
+    dataset = Images(sources, images, **layout, shard_images=shard_images)
+    store, spaces = begin(out, dataset, teachers, dtype, calibrate, device)
+    numbers = range(shard_range[0], len(dataset.numbers), shard_range[1])
+    skipped = 0
+    total = sum(len(dataset.jobs(n)) // views for n in numbers)
+    bar = tqdm(total=total, unit="image", disable=not progress)
+    for number in numbers:
+        record = read_record(store, number)
+        if record is None:
+            arrays, bad = shard_arrays(teachers, spaces, dataset, number, dtype, device)
+            write_shard(store, number, arrays, bad)
+            record = {"skipped": bad}
+        skipped += len({entry["source"] for entry in record["skipped"]})
+        bar.update(len(dataset.jobs(number)) // views)
+        if skipped > max_skipped * len(sources):
+            write_skipped(store)
+            raise ValueError(
+                f"{skipped} of {len(sources)} images are unusable, more than --max-skipped {max_skipped:g} allows; "
+                f"{out}/skipped.jsonl says which and why"
+            )
+    bar.close()
     write_skipped(store)
     return Cache(out)
 
 
-def check_same_cache(existing, about, out):
-    """ValueError naming both sides where a cache was begun with other contents."""
-    for key, value in about.items():
-        if existing.get(key) != value:
-            raise ValueError(f"{out} is a cache of {key} {existing.get(key)!r}, not {value!r}: choose another --out")
+def begin(out, images, teachers, dtype, calibrate, device):
+    """(the store, the teachers' spaces) of the cache `out` of Images: its cache.json, and PHI-S fitted where it is new.
+
+    dtype "none" is a cache that online training keeps its teachers' spaces in; it gets no shards.
+    ValueError where `out` was begun with other contents.
+    """
+    store, sources = open_store(out), images.sources
+    about = {
+        "format": FORMAT,
+        "teachers": {t.name: {"dim": t.dim, "registers": t.registers} for t in teachers},
+        "dtype": dtype,
+        "seed": images.seed,
+        "min_tokens": images.min_tokens,
+        "max_tokens": images.max_tokens,
+        "views": images.views,
+        "sources": len(sources),
+        "sources_hash": digest("\n".join(s.name for s in sources).encode()),
+        "shard_images": images.shard_images,
+    }
+    existing = store.read("cache.json").result().value
+    if existing:
+        for key, value in about.items():
+            if (before := json.loads(existing).get(key)) != value:
+                raise ValueError(f"{out} is a cache of {key} {before!r}, not {value!r}: choose another --out")
+        return store, Cache(out).spaces
+    chosen = sorted(np.random.default_rng(images.seed).permutation(len(sources))[:calibrate])
+    jobs = [Job(sources[i], 0) for i in chosen]
+    answers = zip(jobs, images.map(jobs), strict=True)
+    sample = [(*answer, job.source.id) for job, answer in answers if not isinstance(answer, str)]
+    if not sample:
+        raise ValueError(f"none of {len(chosen)} calibration images can be decoded: is --images {images.path} right?")
+    spaces = fit_spaces(teachers, sample, device)
+    files = {space.name: space_bytes(space) for space in spaces}
+    for name, raw in files.items():
+        store.write(f"teachers/{name}.safetensors", raw).result()
+    about["teachers_hash"] = {name: digest(raw) for name, raw in files.items()}
+    store.write("cache.json", json.dumps(about, indent=1).encode()).result()
+    return store, spaces
 
 
-def shard_arrays(teachers, spaces, decoded, dtype, device):
-    """The arrays of a shard, {name: numpy array}, from decoded images [((rows, shape, id), view, source)]."""
-    images = [d[0] for d in decoded]
-    lengths = [len(rows) for rows, _, _ in images]
-    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    meta = [{"source": s.name, "caption": s.caption, "category": s.category} for _, _, s in decoded]
+def shard_arrays(teachers, spaces, dataset, number, dtype, device):
+    """Shard `number` of Images as arrays, {name: numpy array}, and its skipped images, [{"source", "reason"}]."""
+    jobs, images, bad = [], [], []
+    for job, answer in zip(dataset.jobs(number), dataset.map(dataset.jobs(number)), strict=True):
+        if isinstance(answer, str):
+            bad.append({"source": job.source.name, "reason": answer})
+        else:
+            jobs.append(job)
+            images.append((*answer, job.source.id))
+    starts = np.concatenate([[0], np.cumsum([len(rows) for rows, _, _ in images])]).astype(np.int64)
+    sources = [job.source for job in jobs]
+    meta = [{"source": s.name, "caption": s.caption, "category": s.category} for s in sources]
+    views = [
+        (job.number, *box, flip) for job in jobs for box, flip in [choose_view(dataset.seed, job.source.id, job.number)]
+    ]
     arrays = {
         "pixels": torch.cat([rows for rows, _, _ in images]).numpy() if images else np.zeros((0, ROW), np.uint8),
         "starts": starts,
         "shapes": np.array([shape for _, shape, _ in images], np.int32).reshape(-1, 2),
         "ids": np.array([i for _, _, i in images], np.int64),
-        "views": np.array([view for _, view, _ in decoded], np.float32).reshape(-1, 6),
+        "views": np.array(views, np.float32).reshape(-1, 6),
         "meta": np.frombuffer("\n".join(json.dumps(m, ensure_ascii=False) for m in meta).encode(), np.uint8),
     }
     feature_type = {"int8": np.int8, "bf16": ts.bfloat16.numpy_dtype}[dtype]
@@ -362,20 +283,19 @@ def shard_arrays(teachers, spaces, decoded, dtype, device):
         arrays[f"summary.{t.name}"] = np.empty((len(images), t.dim), np.float32)
         if t.registers:
             arrays[f"registers.{t.name}"] = np.empty((len(images), t.registers * t.dim), np.float32)
-        text = embed_captions(t, [s.caption for _, _, s in decoded])
+        text = embed_captions(t, [s.caption for s in sources])
         if text is not None:
             arrays[f"text.{t.name}"] = text
-    for part, batch, answers in run_teachers(teachers, images, device):
+    for part, batch in packed(images, device):
         kept = batch.all_patch_rows().to(device)
-        for space in spaces:
-            answer = answers[space.name]
-            y = space.phi_s.to(device).apply(answer["patch"][kept]).cpu()
+        for name, target in targets(teachers, spaces, batch).items():
+            y = target["patch"][kept].cpu()
             stored = quantise(y).numpy() if dtype == "int8" else y.numpy().astype(feature_type)
-            arrays[f"patch.{space.name}"][starts[part.start] : starts[part.stop]] = stored
-            arrays[f"summary.{space.name}"][part] = answer["summary"].float().cpu().numpy()
-            if space.registers:
-                arrays[f"registers.{space.name}"][part] = answer["registers"].float().flatten(1).cpu().numpy()
-    return arrays
+            arrays[f"patch.{name}"][starts[part.start] : starts[part.stop]] = stored
+            arrays[f"summary.{name}"][part] = target["summary"].cpu().numpy()
+            if "registers" in target:
+                arrays[f"registers.{name}"][part] = target["registers"].flatten(1).cpu().numpy()
+    return arrays, bad
 
 
 def read_record(store, number):
@@ -542,6 +462,19 @@ class Cache:
             batch.targets[space.name] = target
         return batch
 
+    def meta(self, entry):
+        """{"source", "caption", "category"} of (shard number, index)."""
+        number, i = entry
+        return self.shard(number).meta[i]
+
+    def text(self, name, entries):
+        """Caption embeddings [N, C] of [(shard number, index)], NaN without one; None where none were cached."""
+        shards = {number: self.shard(number) for number, _ in entries}
+        if not all(f"text.{name}/zarr.json" in shard.record["files"] for shard in shards.values()):
+            return None
+        rows = {number: shard.all(f"text.{name}") for number, shard in shards.items()}
+        return torch.from_numpy(np.stack([rows[number][i] for number, i in entries]))
+
     def __reduce__(self):  # a worker process opens the cache for itself
         return reopen, (self.path, self.numbers)
 
@@ -607,31 +540,6 @@ def thumbnails(path, ids):
 
 
 # ---- command line ----
-
-
-def load_teachers(specs, images, device):
-    """Teachers from NAME=SPEC.
-
-    A plug-in file may define `text_table()`, [N, C]: the embeddings of the images' captions.json, in its order, for
-    the teacher of its factory `text_aligned`, which then need not embed text itself.
-    """
-    from teachers import load  # it imports this module for its Batch
-
-    loaded = [load(spec, device) for spec in specs]
-    if len({t.name for t in loaded}) < len(loaded):
-        raise ValueError(f"two teachers of one name: {', '.join(t.name for t in loaded)}")
-    captions = Path(images) / "captions.json"
-    for spec, teacher in zip(specs, loaded, strict=True):
-        table = getattr(sys.modules[type(teacher).__module__], "text_table", None)
-        if table and spec.endswith(":text_aligned") and captions.is_file() and not hasattr(teacher, "encode_text"):
-            entries, rows_NC = json.loads(captions.read_text()), table()
-            if len(entries) != len(rows_NC):
-                raise ValueError(
-                    f"{captions} has {len(entries)} entries and the text_table() of {spec} {len(rows_NC)} rows"
-                )
-            row = {entry["caption"]: i for i, entry in enumerate(entries)}
-            teacher.encode_text = lambda texts, row=row, rows_NC=rows_NC: rows_NC[[row[text] for text in texts]]
-    return loaded
 
 
 def info(cache):

@@ -29,7 +29,7 @@ def to_rows(image):
     H, W, channels = image.shape
     if channels != 3 or H % PATCH or W % PATCH or not H or not W:
         raise ValueError(
-            f"an image of shape {tuple(image.shape)} is not [16 h, 16 w, 3]; resize it with data.load_image"
+            f"an image of shape {tuple(image.shape)} is not [16 h, 16 w, 3]; resize it with images.load_image"
         )
     h, w = H // PATCH, W // PATCH
     return image.reshape(h, PATCH, w, PATCH, 3).transpose(1, 2).reshape(h * w, ROW), (h, w)

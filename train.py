@@ -32,6 +32,7 @@ import amoe
 import data
 import evaluate
 import kernels.moe
+import targets
 import toy
 from kernels.attention import block_mask
 
@@ -559,7 +560,7 @@ def open_data(flags, place):
     if place.rank == 0:
         print(f"caching the teachers' features of {flags.images or f'{world.n} toy images'} in {folder}", flush=True)
         if flags.images:
-            teachers = data.load_teachers(flags.teacher, flags.images, place.device)
+            teachers = targets.load_teachers(flags.teacher, flags.images, place.device)
             data.cache(flags.images, teachers, folder / "cache", device=place.device)
         else:
             oracles = [toy.TextOracle(world), toy.DenseOracle(world)]

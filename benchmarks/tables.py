@@ -7,10 +7,11 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
-READ = ("images", "packs", "data", "amoe", "train", "evaluate", "toy", "teachers", "curate")  # the reading order
+READ = ("images", "packs", "targets", "data", "amoe", "train", "evaluate", "toy", "teachers", "curate")  # the reading order
 SAYS = {
     "images": "files to rows: decoding, token budget, views",
     "packs": "the Batch, packing, the loader's order of packs",
+    "targets": "files decoded into packs, and what teachers say of them",
     "data": "the feature cache (its format in the docstring): write, read, verify",
     "amoe": "the student, PHI-S, teacher heads, the losses (E1) to (E5)",
     "train": "flags, a step's gradient, checkpoints, the loop",
