@@ -319,6 +319,16 @@ class PhiS(Float32Buffers):
             out.bias.copy_(self.mean.double() + self.sigma.double() * (bias.double() @ rotation))
         return out
 
+    def unfold(self, linear):
+        """The inverse of fold, as a new nn.Linear with bias: unfold(linear)(x) = apply(linear(x))."""
+        out = nn.Linear(linear.in_features, linear.out_features, dtype=linear.weight.dtype, device=linear.weight.device)
+        rotation = self.rotation.double() / self.sigma.double()
+        bias = 0 if linear.bias is None else linear.bias.detach().double()
+        with torch.no_grad():
+            out.weight.copy_(rotation @ linear.weight.detach().double())
+            out.bias.copy_(rotation @ (bias - self.mean.double()))
+        return out
+
 
 INT8_STEP = 1 / 16  # of a standard deviation: +-127 steps reach 7.9 sigma, rounding noise is 35 dB below unit variance
 
@@ -673,6 +683,33 @@ def load_siglino(weights, top_k=6):
             state["heads." + key.replace("_adapter.", ".")] = state.pop(key)
     load_exactly(model, state, source, allow_missing=lambda key: ".pool." in key)  # loaded with the Space
     return model.eval()
+
+
+def read_student(path, top_k=6):
+    """A student from a file of weights: what `save` wrote, or a SigLino checkpoint, which then has that top_k."""
+    state = read_state(path)
+    return load_siglino(path, top_k) if "siglip2_adapter.fc1.weight" in state else load(path)
+
+
+@torch.no_grad()
+def inherit(model, parent):
+    """Begin a student with another's weights; returns the teachers whose heads begin afresh.
+
+    The trunk must be of the same sizes. A head goes over where both have a teacher of that name and width: from the
+    teacher's own space into this model's balanced one, which gives its last layer a bias.
+    """
+    trunk = {key: value for key, value in parent.state_dict().items() if not key.startswith("heads.")}
+    load_exactly(model, trunk, "the student to begin with", allow_missing=lambda key: key.startswith("heads."))
+    fresh = []
+    for name, head in model.heads.items():
+        if name not in parent.heads or parent.heads[name].fc2.out_features != head.fc2.out_features:
+            fresh.append(name)
+            continue
+        old = parent.heads[name]
+        head.fc1.load_state_dict(old.fc1.state_dict())
+        head.norm.load_state_dict(old.norm.state_dict())
+        head.fc2 = head.phi_s.unfold(old.fc2)
+    return fresh
 
 
 def load_exactly(model, state, source, allow_missing=lambda key: False):

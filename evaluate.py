@@ -1,75 +1,133 @@
-"""How good a student is: kNN, zero-shot, retrieval, linear segmentation and PCA maps on frozen features.
+"""How good frozen features are, on plain folders: kNN, zero-shot, retrieval, segmentation, PCA maps, speed.
 
-Every measure takes plain tensors, so student and teachers are measured by the same code. Where published protocols are
-lenient this one is not: ties count against the model, no patch is dropped, void pixels count for nobody, and no epoch
-is chosen on the test set.
+    python evaluate.py knn --model student.safetensors --train IMAGES     (or zeroshot, retrieval, segment, pca, speed)
 
-Shape letters: N images or rows, Q queries, K classes or texts, C channels, h x w patches, H x W pixels.
+A model, to evaluation, is a function from a Batch to {head: {"patch": [T, C], "summary": [M, C]}} in the teachers' own
+spaces: `of_student`, `of_teacher` and `of_targets` make one of a student (AMoE or SigLino), of a teacher, and of what a
+cache holds. So everything is measured by the same code. Where published protocols are lenient this one is not: ties
+count against the model, no patch is dropped, void pixels count for nobody, no epoch is chosen on the test set.
+
+Shape letters: T tokens and M images of a pack, N images or rows, Q queries, K classes or texts, C channels, h x w
+patches, H x W pixels.
 """
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from tqdm import tqdm
 
+import amoe
 import toy
 from amoe import dequantise
-from data import as_tensor, cut, held_out
+from images import find_sources
+from packs import cut, held_out, pack
+from targets import Images, ask, load_teachers, targets
 
 VOID = 255  # mask value of pixels that belong to no class
 
 
-# ---- features, of the cache's teachers and of a student ----
+# ---- features of any model ----
 
 
-def split(cache):
-    """(trained on, held out): images as [(shard number, index)], in cache order."""
-    parts = ([], [])
-    for shard in cache.shards:
-        for i, out in enumerate(held_out(shard.ids)):
-            parts[int(out)].append((shard.number, i))
-    return parts
-
-
-@torch.inference_mode()
-def student_features(model, cache, entries, n_tokens=4096):
-    """{head: {"summary": [N, C], "patch": list of [n, C]}}, float32 on the CPU, own spaces; "amoe" is the trunk."""
+def of_student(model):
+    """The features of an AMoE: a head a teacher, and "amoe", the trunk's own."""
     device = model.cls_token.device
-    out = {name: {"summary": [], "patch": []} for name in (*model.heads, "amoe")}
-    registers = model.config.registers
-    lengths = [1 + registers + int(cache.shard(number).shapes[i].prod()) for number, i in entries]
-    for part in cut(lengths, n_tokens):
-        batch = cache.read(entries[part], targets=False, registers=registers).to(device)
-        features, _ = model(batch)
-        for name, feature in features.items():
-            patch = model.heads[name].own(feature["patch"].float()) if name in model.heads else feature["patch"].float()
-            patch = patch.cpu()
-            out[name]["patch"] += [patch[batch.patch_rows(i)] for i in range(batch.n_images)]
-            out[name]["summary"].append(feature["summary"].float().cpu())
-    return {name: {"summary": torch.cat(f["summary"]), "patch": f["patch"]} for name, f in out.items()}
+
+    @torch.inference_mode()
+    def answer(batch):
+        features, _ = model(batch.to(device))
+        for name, head in model.heads.items():
+            features[name]["patch"] = head.own(features[name]["patch"].float())
+        return features
+
+    answer.registers = model.config.registers
+    return answer
 
 
-def teacher_features(cache, entries):
-    """The same of the cached teachers, with "text", the captions' embeddings [N, C], where a teacher embeds text."""
-    shards = [cache.shard(number) for number in sorted({number for number, _ in entries})]
+def of_teacher(teacher, device="cpu"):
+    """The features of a teacher, under its name."""
+    return lambda batch: ask([teacher], batch.to(device))
+
+
+def of_targets(spaces, teachers=(), device="cpu"):
+    """What teachers say as a student is told it: read off a cached Batch's targets, or asked where it has none."""
+
+    def answer(batch):
+        found = batch.targets or targets(teachers, spaces, batch.to(device))
+        own = lambda s, y: s.phi_s.invert(dequantise(y).to(s.phi_s.mean.device))  # noqa: E731
+        return {s.name: found[s.name] | {"patch": own(s, found[s.name]["patch"])} for s in spaces}
+
+    return answer
+
+
+def split(dataset, most=None):
+    """(trained on, held out): images as [(shard number, index)], in order; `most`: stop at so many held out.
+
+    Then shards are taken in a seeded random order, so that a part of a large dataset stands for the whole.
+    """
+    numbers = dataset.numbers if most is None else np.random.default_rng(0).permutation(dataset.numbers).tolist()
+    parts = ([], [])
+    for number in numbers:
+        shard = dataset.shard(number)
+        for i, out in enumerate(held_out(shard.ids)):
+            if shard.shapes[i].prod():
+                parts[int(out)].append((number, i))
+        if most is not None and len(parts[1]) >= most:
+            return tuple(sorted(part) for part in (parts[0], parts[1][:most]))
+    return tuple(sorted(part) for part in parts)
+
+
+def stream(model, dataset, entries, n_tokens=4096, stored=False, progress=None):
+    """(entry, (h, w), {head: {"summary": [C], "patch": [n, C]}}) of image after image, float32 on the CPU.
+
+    The next pack is read while the model sees this one. `stored`: read a cache's targets too. `progress`: a label for
+    a bar. An image whose header promised more than its content held is left out.
+    """
+    registers = getattr(model, "registers", 4)
+    lengths = [1 + registers + int(dataset.shard(number).shapes[i].prod()) for number, i in entries]
+    parts = [entries[part] for part in cut(lengths, n_tokens)]
+    bar = tqdm(total=len(entries), unit="image", desc=progress, disable=progress is None)
+    with ThreadPoolExecutor(1) as reader:
+        ahead = [reader.submit(dataset.read, part, registers=registers, targets=stored) for part in parts[:1]]
+        for n, part in enumerate(parts):
+            batch = ahead.pop().result()
+            if n + 1 < len(parts):
+                ahead.append(reader.submit(dataset.read, parts[n + 1], registers=registers, targets=stored))
+            features = {
+                head: {kind: f[kind].float().cpu() for kind in ("summary", "patch")} for head, f in model(batch).items()
+            }
+            there = iter(part)
+            for i, image_id in enumerate(batch.ids.tolist()):
+                entry = next(e for e in there if dataset.shard(e[0]).ids[e[1]] == image_id)
+                rows = batch.patch_rows(i)
+                shape = tuple(batch.shapes[i].tolist())
+                yield (
+                    entry,
+                    shape,
+                    {h: {"summary": f["summary"][i], "patch": f["patch"][rows]} for h, f in features.items()},
+                )
+            bar.update(len(part))
+    bar.close()
+
+
+def gather(streamed):
+    """A stream as {head: {"summary": [N, C], "patch": list of [n, C]}}."""
     out = {}
-    for space in cache.spaces:
-        summary, text, patch = {}, {}, {}
-        for shard in shards:
-            summary[shard.number] = torch.from_numpy(shard.all(f"summary.{space.name}"))
-            if f"text.{space.name}/zarr.json" in shard.record["files"]:
-                text[shard.number] = torch.from_numpy(shard.all(f"text.{space.name}"))
-            stored = as_tensor(shard.all(f"patch.{space.name}"))
-            for i in (i for number, i in entries if number == shard.number):
-                rows = stored[int(shard.starts[i]) : int(shard.starts[i + 1])]
-                patch[shard.number, i] = space.phi_s.invert(dequantise(rows))
-        out[space.name] = {
-            "summary": torch.stack([summary[number][i] for number, i in entries]),
-            "patch": [patch[entry] for entry in entries],
-        }
-        if text:
-            out[space.name]["text"] = torch.stack([text[number][i] for number, i in entries])
-    return out
+    for _, _, features in streamed:
+        for head, f in features.items():
+            kinds = out.setdefault(head, {"summary": [], "patch": []})
+            for kind in kinds:
+                kinds[kind].append(f[kind].clone())  # not a view that keeps its pack alive
+    return {head: {"summary": torch.stack(f["summary"]), "patch": f["patch"]} for head, f in out.items()}
 
 
 # ---- measures ----
@@ -77,12 +135,14 @@ def teacher_features(cache, entries):
 
 def knn(bank_NC, labels_N, query_QC, truth_Q, k=20, temperature=0.07):
     """Share of queries whose class wins the vote of the k nearest by cosine s, weighted by exp(s / temperature)."""
-    similarity, nearest = (F.normalize(query_QC, dim=1) @ F.normalize(bank_NC, dim=1).T).topk(
-        min(k, len(bank_NC)), dim=1
-    )
-    votes = torch.zeros(len(query_QC), int(max(labels_N.max(), truth_Q.max())) + 1)
-    votes.scatter_add_(1, labels_N[nearest], (similarity / temperature).exp())
-    return wins(votes, truth_Q)
+    bank_NC, k = F.normalize(bank_NC, dim=1), min(k, len(bank_NC))
+    won = 0.0
+    for query, truth in zip(query_QC.split(1024), truth_Q.split(1024), strict=True):  # never Q x N
+        similarity, nearest = (F.normalize(query, dim=1) @ bank_NC.T).topk(k, dim=1)
+        votes = torch.zeros(len(query), int(max(labels_N.max(), truth_Q.max())) + 1)
+        votes.scatter_add_(1, labels_N[nearest], (similarity / temperature).exp())
+        won += wins(votes, truth) * len(query)
+    return won / len(query_QC)
 
 
 def zeroshot(image_NC, text_KC, truth_N):
@@ -97,23 +157,32 @@ def wins(score_NK, truth_N):
     return float((true > others).double().mean())
 
 
-def recall(query_QC, gallery_NC, truth_Q, at=(1, 5, 10)):
-    """{k: share of queries whose truth is among the k nearest of the gallery by cosine}; ties rank before the truth."""
-    score_QN = F.normalize(query_QC, dim=1) @ F.normalize(gallery_NC, dim=1).T
-    true = score_QN.gather(1, truth_Q[:, None])
-    rank_Q = (score_QN >= true).sum(1) - 1  # the truth itself is the one taken off
-    return {k: float((rank_Q < k).double().mean()) for k in at}
+def recall(query_QC, gallery_NC, truth_Q, labels_N=None, at=(1, 5, 10)):
+    """{k: share of queries with one of their own among the k nearest of the gallery by cosine}.
+
+    A gallery row is a query's own where its label (by default its index) is the query's truth. Ties rank before it.
+    """
+    gallery_NC = F.normalize(gallery_NC, dim=1)
+    labels_N = torch.arange(len(gallery_NC)) if labels_N is None else labels_N
+    hits = dict.fromkeys(at, 0)
+    for query, truth in zip(query_QC.split(1024), truth_Q.split(1024), strict=True):  # never Q x N
+        score = F.normalize(query, dim=1) @ gallery_NC.T
+        own = labels_N == truth[:, None]
+        best = score.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
+        rank = ((score >= best) & ~own).sum(1)
+        hits = {n: hit + int((rank < n).sum()) for n, hit in hits.items()}
+    return {n: hit / len(query_QC) for n, hit in hits.items()}
 
 
-def patch_labels(mask_HW, h, w, classes):
+def patch_labels(mask_HW, h, w, classes, void=VOID):
     """Share of each class in every patch, [h * w, classes] float32, a pixel counted where its centre lies.
 
-    Void pixels count for no class.
+    Void pixels, and those of classes beyond `classes`, count for none.
     """
     H, W = mask_HW.shape
     patch_HW = ((2 * torch.arange(H) + 1) * h // (2 * H))[:, None] * w + (2 * torch.arange(W) + 1) * w // (2 * W)
     label_HW = mask_HW.long()
-    known = label_HW < classes
+    known = (label_HW < classes) & (label_HW != void)
     count = torch.bincount(patch_HW[known] * classes + label_HW[known], minlength=h * w * classes).view(h * w, classes)
     return count / torch.bincount(patch_HW.flatten(), minlength=h * w).clamp(min=1)[:, None]
 
@@ -140,21 +209,20 @@ def linear_probe(x_NC, share_NK, iterations=40, decay=1e-4):
     return weight, bias.detach() - weight @ mean
 
 
-def mean_iou(probe, patches, shapes, masks, classes):
-    """Mean intersection over union of the classes that occur, logits upsampled bilinearly to each mask.
+def confusion(probe, patch_NC, shape, mask_HW, classes, void=VOID):
+    """Pixels by [true class, guessed class], the probe's logits upsampled bilinearly to the mask."""
+    logits = F.linear(patch_NC, *probe).T.reshape(1, classes, *shape)
+    guess = F.interpolate(logits, mask_HW.shape, mode="bilinear", align_corners=False)[0].argmax(0)
+    known = (mask_HW != void) & (mask_HW < classes)
+    pair = mask_HW[known].long() * classes + guess[known]
+    return torch.bincount(pair, minlength=classes**2).view(classes, classes)
 
-    patches: [n, C] an image; shapes: (h, w); masks: [H, W] integers, VOID counts for nobody.
-    """
-    confusion = torch.zeros(classes, classes, dtype=torch.int64)
-    for x, (h, w), mask in zip(patches, shapes, masks, strict=True):
-        logits = F.linear(x, *probe).T.reshape(1, classes, h, w)
-        guess = F.interpolate(logits, mask.shape, mode="bilinear", align_corners=False)[0].argmax(0)
-        known = mask != VOID
-        pair = mask[known].long() * classes + guess[known]
-        confusion += torch.bincount(pair, minlength=classes**2).view(classes, classes)
-    union = confusion.sum(0) + confusion.sum(1) - confusion.diag()
-    seen = confusion.sum(1) > 0
-    return float((confusion.diag()[seen] / union[seen]).double().mean())
+
+def mean_iou(confusion_KK):
+    """Mean intersection over union of the classes that occur."""
+    union = confusion_KK.sum(0) + confusion_KK.sum(1) - confusion_KK.diag()
+    seen = confusion_KK.sum(1) > 0
+    return float((confusion_KK.diag()[seen] / union[seen]).double().mean())
 
 
 def cosine(a, b, mean):
@@ -197,85 +265,92 @@ def sheet(rows, titles, cell=144):
     return page
 
 
-def pca_sheet(cache, entries, teacher, student):
+def pca_sheet(images, shapes, columns):
+    """Images and, in columns of (title, patches [n, C] a row, reference), PCA maps in the reference's basis."""
+    rows = [[np.asarray(image)] for image in images]
+    for _, patches, reference in columns:
+        basis = pca_basis(torch.cat(reference))
+        for row, x_NC, shape in zip(rows, patches, shapes, strict=True):
+            row.append(pca_map(x_NC, shape, basis))
+    return sheet(rows, ["image", *(title for title, _, _ in columns)])
+
+
+# ---- reports at the end of a run ----
+
+
+def run_sheet(dataset, entries, models):
     """Image, teachers' PCA maps, each beside the student's in the same basis, and the student's trunk in its own."""
-    names = [space.name for space in cache.spaces]
-    columns = [(name, features, name) for name in names for features in (teacher, student)] + [("amoe", student, None)]
-    basis = {name: pca_basis(torch.cat(teacher[name]["patch"])) for name in names}
-    basis[None] = pca_basis(torch.cat(student["amoe"]["patch"]))
-    rows = []
-    for line, (number, i) in enumerate(entries):
-        shape = tuple(cache.shard(number).shapes[i].tolist())
-        image = cache.read([(number, i)], targets=False).images()[0].numpy()
-        rows.append([image, *(pca_map(f[name]["patch"][line], shape, basis[b]) for name, f, b in columns)])
-    titles = ["image", *(f"{name}: {who}" for name in names for who in ("teacher", "student")), "student's trunk"]
-    return sheet(rows, titles)
+    said = {
+        who: gather(stream(models[who], dataset, entries, stored=who == "teacher")) for who in ("teacher", "student")
+    }
+    columns = []
+    for head, teacher in said["teacher"].items():
+        columns += [(f"{head}: {who}", f[head]["patch"], teacher["patch"]) for who, f in said.items()]
+    trunk = said["student"]["amoe"]["patch"]
+    batch = dataset.read(entries, targets=False)
+    return pca_sheet(batch.images(), batch.shapes.tolist(), [*columns, ("student's trunk", trunk, trunk)])
 
 
-# ---- whole reports ----
-
-
-def toy_scores(world, cache, student, untrained):
-    """The toy's table, {"student", "teacher", "untrained"}: {"zeroshot", "knn", "miou"} on held-out images."""
-    trained, held = split(cache)
+def toy_scores(world, dataset, models):
+    """{who: {"zeroshot", "knn", "miou"}} on the toy's held-out images, for {who: model}; "teacher" is cached."""
+    trained, held = split(dataset)
     bank = trained[:: max(1, len(trained) // 1500)]  # spread over the cache
-    names = {e: cache.shard(e[0]).meta[e[1]]["source"] for e in [*bank, *held]}
-    shapes = {e: tuple(cache.shard(e[0]).shapes[e[1]].tolist()) for e in names}
+    names = {e: dataset.meta(e)["source"] for e in [*bank, *held]}
     label = {e: world.scenes[int(name[:6])].label for e, name in names.items()}
     masks = {e: torch.from_numpy(np.array(Image.open(world.folder / "masks" / name))) for e, name in names.items()}
+    shapes = {e: tuple(dataset.shard(e[0]).shapes[e[1]].tolist()) for e in names}
     classes = len(toy.CLASSES) + 1
     share = torch.cat([patch_labels(masks[e], *shapes[e], classes) for e in bank])
     bank_labels, held_labels = (torch.tensor([label[e] for e in part]) for part in (bank, held))
     oracle = toy.TextOracle(world)
     text = torch.stack([oracle.encode_text([f"a {c} {s}" for s in toy.SHAPES]).mean(0) for c in toy.CLASSES])
-
-    def scores(features):
-        known, asked = features(bank), features(held)
+    scores = {}
+    for who, model in models.items():
+        known, asked = (gather(stream(model, dataset, part, stored=who == "teacher")) for part in (bank, held))
         probe = linear_probe(torch.cat(known["dense"]["patch"]), share)
-        dense_shapes, dense_masks = [shapes[e] for e in held], [masks[e] for e in held]
-        return {
+        pixels = sum(
+            confusion(probe, x, shapes[e], masks[e], classes)
+            for e, x in zip(held, asked["dense"]["patch"], strict=True)
+        )
+        scores[who] = {
             "zeroshot": zeroshot(asked["text"]["summary"], text, held_labels),
             "knn": knn(known["dense"]["summary"], bank_labels, asked["dense"]["summary"], held_labels),
-            "miou": mean_iou(probe, asked["dense"]["patch"], dense_shapes, dense_masks, classes),
+            "miou": mean_iou(pixels),
         }
-
-    return {
-        "student": scores(lambda entries: student_features(student, cache, entries)),
-        "teacher": scores(lambda entries: teacher_features(cache, entries)),
-        "untrained": scores(lambda entries: student_features(untrained, cache, entries)),
-    }
+    return scores
 
 
-def cache_scores(cache, student, untrained):
-    """Held-out images of any cache: cosines to each teacher, centred; caption recall where a teacher embeds text."""
-    _, held = split(cache)
+def imitation_scores(dataset, spaces, models, texts, most=2000):
+    """Held-out images of any dataset: cosines to each teacher, centred; caption recall where a teacher embeds text.
+
+    models: {who: model}, of them "teacher" what is imitated. texts(teacher's name, entries): the captions' embeddings
+    [N, C], NaN without a caption, or None. At most `most` images, whose captions are the gallery.
+    """
+    _, held = split(dataset, most)
     if not held:
         return {}
-    teacher = teacher_features(cache, held)
-    students = {
-        "student": student_features(student, cache, held),
-        "untrained": student_features(untrained, cache, held),
-    }
-    result = {who: {} for who in ("student", "teacher", "untrained")}
-    for space in cache.spaces:
-        want = teacher[space.name]
-        for who, features in students.items():
-            got = features[space.name]
-            summary = cosine(got["summary"], want["summary"], space.summary_mean)
-            patch = cosine(torch.cat(got["patch"]), torch.cat(want["patch"]), space.phi_s.mean)
-            result[who][f"{space.name}_summary_cosine"], result[who][f"{space.name}_patch_cosine"] = summary, patch
-        if "text" in want:
-            captions = {}  # distinct captions of the whole cache: the gallery
-            texts = []
-            for shard in cache.shards:
-                for meta, row in zip(shard.meta, shard.all(f"text.{space.name}"), strict=True):
-                    if meta["caption"] and meta["caption"] not in captions:
-                        captions[meta["caption"]] = len(texts)
-                        texts.append(torch.from_numpy(row))
-            asked = [n for n, (number, i) in enumerate(held) if cache.shard(number).meta[i]["caption"]]
-            truth = torch.tensor([captions[cache.shard(held[n][0]).meta[held[n][1]]["caption"]] for n in asked])
-            for who, features in (*students.items(), ("teacher", teacher)):
-                recalls = recall(features[space.name]["summary"][asked], torch.stack(texts), truth)
+    features = {who: gather(stream(m, dataset, held, stored=who == "teacher")) for who, m in models.items()}
+    result = {who: {} for who in models}
+    for space in spaces:
+        want = features["teacher"][space.name]
+        mean = space.phi_s.mean.cpu()
+        for who, f in features.items():
+            if who != "teacher":
+                got = f[space.name]
+                result[who][f"{space.name}_summary_cosine"] = cosine(
+                    got["summary"], want["summary"], space.summary_mean
+                )
+                patch = cosine(torch.cat(got["patch"]), torch.cat(want["patch"]), mean)
+                result[who][f"{space.name}_patch_cosine"] = patch
+        text = texts(space.name, held)
+        if text is not None:
+            gallery = {}  # distinct captions
+            captions = [dataset.meta(entry)["caption"] for entry in held]
+            asked = [n for n, caption in enumerate(captions) if caption]
+            truth = torch.tensor([gallery.setdefault(captions[n], len(gallery)) for n in asked])
+            first = [captions.index(caption) for caption in gallery]
+            for who, f in features.items() if asked else ():
+                recalls = recall(f[space.name]["summary"][asked], text[first], truth)
                 result[who] |= {f"{space.name}_recall_at_{k}": v for k, v in recalls.items()}
     return result
 
@@ -290,3 +365,287 @@ def print_table(result):
         share = f"{cells[0] / cells[1]:8.0%}" if cells[1] else ""
         student, teacher, untrained = (f"{c:.3f}" if c is not None else "" for c in cells)
         print(f"{m:{width}}{student:>10}{teacher:>10}{untrained:>11}{share}")
+
+
+# ---- measures of a folder, for the command line: each answers {head: {figure: value}} at one token budget ----
+
+TEMPLATES = ("a photo of a {}.", "a picture of the {}.", "a close view of a {}.", "a {}.", "a photo of many {}.")
+
+
+def folder(path, args, budget):
+    """(the Images of a folder at a token budget, all of them that can be used as [(shard number, index)])."""
+    sizes = {"min_tokens": budget if args.enlarge else args.min_tokens, "max_tokens": budget}
+    dataset = Images(find_sources(path), path, **sizes, draft=False, max_skipped=args.max_skipped)
+    entries = [(n, i) for n in dataset.numbers for i, shape in enumerate(dataset.shard(n).shapes) if shape.prod()]
+    if not entries:
+        raise ValueError(f"{path} holds no image that can be used: {next(iter(dataset.bad.items()))}")
+    return dataset, entries
+
+
+def two_folders(args, budget):
+    """((dataset, entries) to learn from, (dataset, entries) to be tested on): --test, or a tenth of --train by id."""
+    if args.test:
+        return folder(args.train, args, budget), folder(args.test, args, budget)
+    dataset, _ = folder(args.train, args, budget)
+    trained, held = split(dataset)
+    if not trained or not held:
+        raise ValueError(
+            f"{args.train} has {len(trained)} images to learn from and {len(held)} to test on: give --test"
+        )
+    return (dataset, trained), (dataset, held)
+
+
+def category(dataset, entry):
+    """An image's class: what captions.json or a label says, or else the folder that it lies in."""
+    meta = dataset.meta(entry)
+    name = meta["category"] or Path(meta["source"]).parent.name
+    if not name:
+        raise ValueError(f"{meta['source']} of {dataset.path} has no class: it needs a folder a class")
+    return name
+
+
+def chosen(features, head):
+    """The features of one head, or of an ensemble "a+b".
+
+    Summaries of an ensemble are concatenated unit vectors, so that its cosine is the mean of its heads' cosines; its
+    patches are concatenated as they are, for a linear probe standardises every channel.
+    """
+    names = head.split("+")
+    if missing := [name for name in names if name not in features]:
+        raise ValueError(f"the model has no head '{missing[0]}': its heads are {', '.join(features)}")
+    if len(names) == 1:
+        return features[head]
+    summary = torch.cat([F.normalize(features[name]["summary"], dim=-1) for name in names], dim=-1)
+    return {"summary": summary, "patch": torch.cat([features[name]["patch"] for name in names], dim=-1)}
+
+
+def summaries(model, dataset, entries, heads, label):
+    """({head: [N, C]}, the entries that there are), heads by default all."""
+    kept, found = [], {}
+    for entry, _, features in stream(model, dataset, entries, progress=label):
+        kept.append(entry)
+        for head in heads or features:
+            found.setdefault(head, []).append(chosen(features, head)["summary"].clone())
+    return {head: torch.stack(rows) for head, rows in found.items()}, kept
+
+
+def measure_knn(args, model, budget):
+    (bank, trained), (test, held) = two_folders(args, budget)
+    known, trained = summaries(model, bank, trained, args.head, f"{budget}: bank")
+    asked, held = summaries(model, test, held, args.head, f"{budget}: queries")
+    names = sorted({category(bank, e) for e in trained} | {category(test, e) for e in held})
+    index = {name: i for i, name in enumerate(names)}
+    labels = torch.tensor([index[category(bank, e)] for e in trained])
+    truth = torch.tensor([index[category(test, e)] for e in held])
+    return {
+        head: {"knn": knn(known[head], labels, asked[head], truth, args.k, args.temperature), "images": len(held)}
+        for head in known
+    }
+
+
+def measure_zeroshot(args, model, budget):
+    dataset, entries = folder(args.images, args, budget)
+    encode, heads = args.encode_text, args.head or [args.text_head]
+    spoken = json.loads(Path(args.classes).read_text()) if args.classes else {}
+    names = sorted({category(dataset, e) for e in entries})
+    templates = Path(args.templates).read_text().splitlines() if args.templates else TEMPLATES
+    text = []
+    for name in names:
+        said = spoken.get(name, name.replace("_", " "))
+        text.append(F.normalize(encode([t.format(said) for t in templates]).float().cpu(), dim=1).mean(0))
+    asked, kept = summaries(model, dataset, entries, heads, f"{budget}: images")
+    truth = torch.tensor([names.index(category(dataset, e)) for e in kept])
+    return {h: {"zeroshot": zeroshot(x, torch.stack(text), truth), "images": len(kept)} for h, x in asked.items()}
+
+
+def measure_retrieval(args, model, budget):
+    dataset, entries = folder(args.images, args, budget)
+    entries = [e for e in entries if dataset.meta(e)["caption"]]
+    if not entries:
+        raise ValueError(f"{args.images} has no captions: it needs captions.json, or a .txt beside each image")
+    asked, kept = summaries(model, dataset, entries, args.head or [args.text_head], f"{budget}: images")
+    captions = {}  # an image's caption may be another's too: both are then right
+    truth = torch.tensor([captions.setdefault(dataset.meta(e)["caption"], len(captions)) for e in kept])
+    text = args.encode_text(list(captions)).float().cpu()
+    out = {}
+    for head, x in asked.items():
+        found = {f"text_recall_at_{k}": v for k, v in recall(x, text, truth).items()}
+        back = recall(text, x, torch.arange(len(text)), truth)
+        out[head] = found | {f"image_recall_at_{k}": v for k, v in back.items()}
+        out[head] |= {"images": len(kept), "captions": len(captions)}
+    return out
+
+
+def measure_segment(args, model, budget):
+    """--train and --test are folders of images/ and of masks/ of the same names (.png, a class index a pixel)."""
+    roots = [Path(root) for root in (args.train, args.test or args.train)]
+    inner = argparse.Namespace(**vars(args))
+    inner.train, inner.test = roots[0] / "images", args.test and roots[1] / "images"
+    (bank, trained), (test, held) = two_folders(inner, budget)
+
+    def mask(root, dataset, entry):
+        path = (root / "masks" / dataset.meta(entry)["source"]).with_suffix(".png")
+        if not path.is_file():
+            raise ValueError(f"{dataset.meta(entry)['source']} has no mask at {path}")
+        array = np.array(Image.open(path))
+        if array.ndim != 2:
+            raise ValueError(f"{path} is no map of class indices: it has {array.shape[2]} channels")
+        return torch.from_numpy(array.astype(np.int64))
+
+    masks = {e: mask(roots[0], bank, e) for e in trained}
+    classes = 1 + max(int(m.where(m != args.void, 0).max()) for m in masks.values())
+    share = {e: patch_labels(m, *bank.shard(e[0]).shapes[e[1]].tolist(), classes, args.void) for e, m in masks.items()}
+    total = sum(len(s) for s in share.values())
+    random = torch.Generator().manual_seed(0)
+    rows, labels = {}, []
+    for entry, _, features in stream(model, bank, trained, progress=f"{budget}: to learn from"):
+        known = (share[entry].sum(1) > 0) & (
+            torch.rand(len(share[entry]), generator=random) < args.probe_patches / total
+        )
+        labels.append(share[entry][known])
+        for head in args.head or features:
+            rows.setdefault(head, []).append(chosen(features, head)["patch"][known])
+    probes = {head: linear_probe(torch.cat(x), torch.cat(labels)) for head, x in rows.items()}
+    pixels, images = dict.fromkeys(probes, 0), 0
+    for entry, shape, features in stream(model, test, held, progress=f"{budget}: to be tested on"):
+        truth, images = mask(roots[1], test, entry), images + 1
+        for head, probe in probes.items():
+            pixels[head] = pixels[head] + confusion(
+                probe, chosen(features, head)["patch"], shape, truth, classes, args.void
+            )
+    return {
+        head: {"miou": mean_iou(c), "pixel_accuracy": float(c.diag().sum() / c.sum()), "images": images}
+        for head, c in pixels.items()
+    }
+
+
+def measure_pca(args, model, budget):
+    dataset, entries = folder(args.images, args, budget)
+    entries = entries[:: max(1, len(entries) // args.count)][: args.count]
+    features = gather(stream(model, dataset, entries))
+    batch = dataset.read(entries)
+    columns = [(head, f["patch"], f["patch"]) for head, f in features.items() if not args.head or head in args.head]
+    path = Path(args.out).with_suffix(".png")
+    if len(args.max_tokens) > 1:
+        path = path.with_stem(f"{path.stem}-{budget}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pca_sheet(batch.images(), batch.shapes.tolist(), columns).save(path)
+    return {"all": {"images": batch.n_images, "sheet": str(path)}}
+
+
+def measure_speed(args, model, budget, repeats=10):
+    """Square images at the budget, packed; bfloat16 on CUDA. The first two packs warm up."""
+    side = int(budget**0.5)
+    images = max(1, args.tokens // (side * side + 5))
+    random = torch.Generator().manual_seed(0)
+    rows = [torch.randint(256, (side * side, amoe.ROW), dtype=torch.uint8, generator=random) for _ in range(images)]
+    batch = pack(rows, [(side, side)] * images, registers=getattr(model, "registers", 4)).to(args.device)
+    seconds = []
+    for _ in tqdm(range(repeats + 2), desc=f"{budget}", unit="pack"):
+        began = time.perf_counter()
+        with torch.autocast("cuda", torch.bfloat16, enabled=batch.rows.is_cuda):
+            float(next(iter(model(batch).values()))["summary"].sum())  # waits for a GPU
+        seconds.append(time.perf_counter() - began)
+    typical = statistics.median(seconds[2:])
+    figures = {"images_per_s": images / typical, "tokens_per_s": batch.n_tokens / typical, "n": repeats}
+    return {"all": figures | {"pixels": 16 * side, "pack_tokens": batch.n_tokens}}
+
+
+MEASURES = {
+    "knn": (measure_knn, "k nearest neighbours, a folder a class"),
+    "zeroshot": (measure_zeroshot, "images against their class's name, a folder a class"),
+    "retrieval": (measure_retrieval, "image to caption and caption to image"),
+    "segment": (measure_segment, "a linear head on frozen patches; folders with images/ and masks/"),
+    "pca": (measure_pca, "a sheet of the patches' principal components"),
+    "speed": (measure_speed, "images/s and tokens/s by resolution"),
+}
+
+
+# ---- command line ----
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    measures = parser.add_subparsers(dest="measure", required=True)
+    for name, (_, text) in MEASURES.items():
+        add = measures.add_parser(name, help=text, description=text, allow_abbrev=False).add_argument
+        add("--model", required=True, help="student.safetensors, a SigLino checkpoint, or NAME=SPEC of a teacher")
+        add("--top-k", type=int, default=6, help="experts a token of a SigLino checkpoint: 6 for 0.3B, 2 for 0.15B")
+        add("--max-tokens", type=int, nargs="+", default=[256], help="token budgets; the table has a line for each")
+        add("--head", nargs="+", help="heads by name, 'amoe' being the trunk; a+b is an ensemble (default: all)")
+        add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        add("--out", default=f"runs/evaluate/{name}.json", help="the result, as JSON")
+        if name == "speed":
+            add("--tokens", type=int, default=16384, help="tokens in a pack, at most")
+            continue
+        add("--min-tokens", type=int, default=1, help="patches below which an image is enlarged")
+        add("--enlarge", action="store_true", help="bring smaller images to the budget too")
+        add("--max-skipped", type=float, default=0.05, help="share of unusable images that is put up with")
+        if name in ("knn", "segment"):
+            add("--train", required=True, help="folder to learn from")
+            add("--test", help="folder to be tested on (default: every tenth image of --train, by its name's hash)")
+        else:
+            add("--images", required=True, help="folder of images")
+        if name in ("zeroshot", "retrieval"):
+            add("--text", metavar="NAME=SPEC", help="teacher that embeds text, for the student's head of that name")
+        if name == "knn":
+            add("--k", type=int, default=20)
+            add("--temperature", type=float, default=0.07)
+        elif name == "zeroshot":
+            add("--classes", help="JSON of {folder: how to say it}")
+            add("--templates", help="text file, a template a line, {} standing for the class")
+        elif name == "segment":
+            add("--void", type=int, default=VOID, help="mask value that counts for nobody (ADE20k: 0)")
+            add("--probe-patches", type=int, default=200_000, help="patches that the linear head learns from, at most")
+        elif name == "pca":
+            add("--count", type=int, default=8, help="images on the sheet")
+    return parser.parse_args(argv)
+
+
+def open_model(args):
+    """The model that --model names; for measures with text, args gains `encode_text` and `text_head`."""
+    place = getattr(args, "images", None) or getattr(args, "train", None) or "."
+    text = None
+    if "=" in args.model and not Path(args.model).exists():
+        [teacher] = load_teachers([args.model], place, args.device)
+        model, text = of_teacher(teacher, args.device), teacher
+    else:
+        student = amoe.read_student(args.model, args.top_k)
+        model = of_student(student.to(args.device))
+    if args.measure in ("zeroshot", "retrieval"):
+        if args.text:
+            [text] = load_teachers([args.text], place, args.device)
+        if text is None:
+            raise ValueError("a student has no text tower: give --text NAME=SPEC, the teacher that its head imitates")
+        if not hasattr(text, "encode_text"):
+            raise ValueError(f"teacher '{text.name}' embeds no text")
+        args.encode_text, args.text_head = text.encode_text, text.name
+    return model
+
+
+def main(argv=None):
+    args = parse(argv)
+    said = {key: value for key, value in vars(args).items() if key != "measure"}
+    began, model, scores = time.perf_counter(), open_model(args), []
+    for budget in args.max_tokens:
+        for head, figures in MEASURES[args.measure][0](args, model, budget).items():
+            scores.append({"max_tokens": budget, "head": head, **figures})
+    columns = list(scores[0])
+    table = [columns, *([f"{v:.3f}" if isinstance(v, float) else str(v) for v in score.values()] for score in scores)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for line in table:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+    result = {"measure": args.measure, "flags": said, "scores": scores, "torch": torch.__version__}
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result | {"seconds": time.perf_counter() - began}, indent=1) + "\n")
+    print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"evaluate.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("evaluate.py: interrupted; nothing was written")

@@ -44,7 +44,8 @@ class Images:
 
     A view is fixed by (seed, image id, view number), so that whoever decodes it, and whenever, sees the same pixels.
     Files that cannot be used are left out and said once: on stderr and, where `skipped` names a file, in it, as JSON
-    lines {"source", "reason"}. ValueError once they are more than the share max_skipped of at least 100 images seen.
+    lines {"source", "reason"}. `quiet`: bad headers are another process's to say. ValueError once they are more than
+    the share max_skipped of at least 100 images seen.
     """
 
     def __init__(
@@ -60,10 +61,12 @@ class Images:
         draft=True,
         max_skipped=0.05,
         skipped=None,
+        quiet=False,
     ):
         self.sources, self.path = sources, path
         self.min_tokens, self.max_tokens, self.views, self.seed = min_tokens, max_tokens, views, seed
-        self.shard_images, self.draft, self.max_skipped, self.skipped = shard_images, draft, max_skipped, skipped
+        self.shard_images, self.draft, self.max_skipped = shard_images, draft, max_skipped
+        self.skipped, self.quiet = skipped, quiet
         self.numbers = list(range(-(-len(sources) // shard_images)))
         self.seen, self.bad, self.headers = 0, {}, {}
         self.pool = ThreadPoolExecutor()  # Pillow decodes and resizes outside the interpreter's lock
@@ -112,20 +115,22 @@ class Images:
         """The Headers of a shard; the newest few stay in memory."""
         if number not in self.headers:
             jobs = self.jobs(number)
-            shapes = self.sift(jobs, self.pool.map(self.shape, jobs))
+            shapes = self.sift(jobs, self.pool.map(self.shape, jobs), self.quiet)
             ids = np.array([job.source.id for job in jobs], np.int64)
             while len(self.headers) >= OPENED:
                 del self.headers[next(iter(self.headers))]
             self.headers[number] = Headers(ids, np.array([s or (0, 0) for s in shapes], np.int32).reshape(-1, 2))
         return self.headers[number]
 
-    def sift(self, jobs, answers):
-        """The answers, None in the place of those that are reasons; the reasons are said, and counted."""
+    def sift(self, jobs, answers, quiet=False):
+        """The answers, None in the place of those that are reasons; the reasons are counted and, once each, said."""
         good = []
         for job, answer in zip(jobs, answers, strict=True):
             good.append(None if isinstance(answer, str) else answer)
             if isinstance(answer, str) and job.source.name not in self.bad:
                 self.bad[job.source.name] = answer
+                if quiet:
+                    continue
                 print(f"left out: {job.source.name}: {answer}", file=sys.stderr, flush=True)
                 if self.skipped:
                     line = json.dumps({"source": job.source.name, "reason": answer}, ensure_ascii=False)
@@ -139,8 +144,8 @@ class Images:
             )
         return good
 
-    def read(self, entries, n_tokens=None, registers=4):
-        """A Batch, without targets, of the images [(shard number, index)] less those that turn out not to decode."""
+    def read(self, entries, n_tokens=None, registers=4, targets=False):
+        """A Batch of the images [(shard number, index)], less those that do not decode; targets are not kept here."""
         jobs = [self.job(entry) for entry in entries]
         good = self.sift(jobs, self.map(jobs))
         kept = [(job.source.id, *answer) for job, answer in zip(jobs, good, strict=True) if answer]

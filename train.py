@@ -19,7 +19,7 @@ import sys
 import time
 import warnings
 from collections import deque
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,9 @@ import evaluate
 import kernels.moe
 import targets
 import toy
+from images import find_sources
 from kernels.attention import block_mask
+from teachers import Teacher
 
 # ---- flags ----
 
@@ -49,6 +51,7 @@ RESULTS, SPEED, PATHS = "changes results", "speed only", "paths and records"
 @dataclass
 class Flags:
     model: str = flag("toy", RESULTS, "student: " + ", ".join(amoe.CONFIGS))
+    init: str = flag("", RESULTS, "weights to begin with and take the sizes of: a student.safetensors, or SigLino's")
     steps: int = flag(640, RESULTS, "optimizer steps")
     tokens: int = flag(2048, RESULTS, "tokens in a pack, padding included")
     accumulate: int = flag(1, RESULTS, "packs a rank adds up before a step; relations (ARKD) span all of them")
@@ -65,6 +68,10 @@ class Flags:
     ema: float = flag(0.0, RESULTS, "decay of an average of the weights, which is then what is evaluated; 0 for none")
     seed: int = flag(0, RESULTS, "of initialisation and data order")
     subset: str = flag("", RESULTS, ".npy of image ids to train on, as curate.py writes")
+    min_tokens: int = flag(1, RESULTS, "of --images: patches below which an image is enlarged")
+    max_tokens: int = flag(256, RESULTS, "of --images: patches above which an image is shrunk")
+    views: int = flag(1, RESULTS, "of --images: views an image, the whole of it and then random crops")
+    calibrate: int = flag(512, RESULTS, "of --images: images that PHI-S is fitted on")
     toy_images: int = flag(5000, RESULTS, "size of the toy world when there is no --cache")
 
     device: str = flag("auto", SPEED, "cuda, cpu, or auto")
@@ -78,8 +85,8 @@ class Flags:
     threads: int = flag(0, SPEED, "CPU threads of torch; 0 leaves its choice")
 
     cache: str = flag("", PATHS, "feature cache to train on; without it, nor --images, the toy world")
-    images: str = flag("", PATHS, "folder or list of images, to be cached under --out first; needs --teacher")
-    teacher: tuple = flag((), PATHS, "NAME=SPEC of a teacher for --images; repeatable")
+    images: str = flag("", PATHS, "folder or list of images to train on without a cache; needs --teacher")
+    teacher: tuple = flag((), PATHS, "NAME=SPEC of a teacher to ask as one trains; repeatable")
     out: str = flag("", PATHS, "folder of the run (runs/toy, or runs/ and the cache's name)")
     resume: bool = flag(False, PATHS, "go on from the newest checkpoint of --out")
     overwrite: bool = flag(False, PATHS, "begin anew where --out holds a run already")
@@ -402,7 +409,7 @@ class Log:
                 file.write(json.dumps(entry) + "\n")
 
 
-def describe(flags, place):
+def describe(flags, place, config):
     """The log's first line: what a reader needs to run it again."""
     here = Path(__file__).parent
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip()
@@ -413,7 +420,7 @@ def describe(flags, place):
     )
     return {
         "config": asdict(flags),
-        "model": asdict(amoe.CONFIGS[flags.model]),
+        "model": asdict(config),
         "argv": sys.argv,
         "commit": commit or "not a git checkout",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -467,9 +474,9 @@ def padded(batch):
 
 def bench(flags, place, compiled, repeats=20, warmup=3):
     """Step on packs of the cache, each beside its padded form; prints medians as one JSON line."""
-    cache, _ = open_data(flags, place)
-    order = data.Order(cache, flags.tokens, flags.seed, registers=amoe.CONFIGS[flags.model].registers)
-    model = build(flags, cache.spaces, place.device)
+    dataset, spaces, teachers, _ = open_data(flags, place, compiled)
+    model = build(flags, spaces, place.device)
+    order = data.Order(dataset, flags.tokens, flags.seed, registers=model.config.registers)
     forward = torch.compile(model) if compiled else model
     optimizer = make_optimizer(model, flags)
     streak = torch.zeros(2, dtype=torch.int64, device=place.device)
@@ -477,7 +484,8 @@ def bench(flags, place, compiled, repeats=20, warmup=3):
 
     def seconds(batch):
         began = time.perf_counter()
-        measured, load = gradients(model, [on_device(batch, place, compiled)], cache.spaces, flags, place, forward)
+        packs = [on_device(batch, place, compiled, teachers, spaces)]
+        measured, load = gradients(model, packs, spaces, flags, place, forward)
         update(model, optimizer, {}, measured, load, streak, 0, flags)
         if place.device.type == "cuda":
             torch.cuda.synchronize()
@@ -512,7 +520,7 @@ def bench(flags, place, compiled, repeats=20, warmup=3):
         json.dumps(
             {
                 "model": flags.model,
-                "device": describe(flags, place)["device"],
+                "device": describe(flags, place, model.config)["device"],
                 "torch": torch.__version__,
                 "n": repeats,
                 "tokens": flags.tokens,
@@ -533,17 +541,36 @@ def bench(flags, place, compiled, repeats=20, warmup=3):
 # ---- the loop ----
 
 
-def on_device(batch, place, compiled):
-    """(the batch on the device, attention's groups): for FlexAttention a BlockMask made on the host, else None."""
+def on_device(batch, place, compiled, teachers, spaces):
+    """(the batch on the device, attention's groups): for FlexAttention a BlockMask made on the host, else None.
+
+    Training without a cache, this is where the teachers are asked.
+    """
     flex = compiled and place.device.type == "cuda"
     groups = block_mask(batch.starts, batch.n_tokens, place.device) if flex else None
-    return batch.to(place.device), groups
+    batch = batch.to(place.device)
+    if teachers:
+        batch.targets = targets.targets(teachers, spaces, batch)
+    return batch, groups
 
 
 def build(flags, spaces, device):
-    """A freshly initialised student, the same on every rank and device for a seed."""
+    """A student at its beginning, the same on every rank and device for a seed."""
     torch.manual_seed(flags.seed)
-    model = amoe.AMoE(amoe.CONFIGS[flags.model], spaces)
+    config = amoe.CONFIGS[flags.model]
+    parent = amoe.read_student(flags.init, config.top_k or 6) if flags.init else None
+    if parent:
+        alike = [n for n, c in amoe.CONFIGS.items() if replace(c, top_k=0) == replace(parent.config, top_k=0)]
+        if alike and flags.model not in alike:
+            raise ValueError(f"--init {flags.init} has the sizes of {' or '.join(alike)}: say which by --model")
+        if not alike:
+            print(f"--init {flags.init}: sizes of its own, top-{parent.config.top_k} experts", flush=True)
+        config = parent.config
+    model = amoe.AMoE(config, spaces)
+    if parent:
+        fresh = amoe.inherit(model, parent)
+        if fresh:
+            print(f"--init {flags.init}: the heads of {', '.join(fresh)} begin afresh", flush=True)
     model.checkpoint_blocks = flags.checkpoint
     for module in model.modules():
         if isinstance(module, amoe.MoE):
@@ -551,28 +578,50 @@ def build(flags, spaces, device):
     return model.to(device)
 
 
-def open_data(flags, place):
-    """(cache, toy world or None); what has to be cached first is, by rank 0, where it is not there yet."""
+def open_data(flags, place, compiled=False):
+    """(dataset, spaces, the teachers to ask, toy world or None).
+
+    Without a cache the teachers' spaces are fitted first, by rank 0, and kept under --out for --resume; the toy's
+    oracles are cached, for they are slow.
+    """
     if flags.cache:
-        return data.Cache(flags.cache).sound(flags.on_corrupt), None
-    folder = Path(flags.out) / ("images" if flags.images else "toy")
-    world = None if flags.images else toy.World(folder, flags.toy_images)
+        cache = data.Cache(flags.cache).sound(flags.on_corrupt)
+        return cache, cache.spaces, [], None
+    out = Path(flags.out)
+    if flags.images:
+        teachers = targets.load_teachers(flags.teacher, flags.images, place.device)
+        layout = {"min_tokens": flags.min_tokens, "max_tokens": flags.max_tokens, "views": flags.views}
+        skipped, quiet = out / "skipped.jsonl", place.rank > 0
+        dataset = targets.Images(
+            find_sources(flags.images), flags.images, **layout, seed=flags.seed, skipped=skipped, quiet=quiet
+        )
+        if place.rank == 0:
+            print(f"asking {', '.join(t.name for t in teachers)} as training goes; calibrating first", flush=True)
+            data.begin(out / "teachers", dataset, teachers, "none", flags.calibrate, place.device)
+        if place.world > 1:
+            dist.barrier()
+        if compiled:
+            for teacher in teachers:
+                if isinstance(teacher, Teacher):
+                    teacher.compile()
+        return dataset, data.Cache(out / "teachers").spaces, teachers, None
+    world = toy.World(out / "toy", flags.toy_images)
     if place.rank == 0:
-        print(f"caching the teachers' features of {flags.images or f'{world.n} toy images'} in {folder}", flush=True)
-        if flags.images:
-            teachers = targets.load_teachers(flags.teacher, flags.images, place.device)
-            data.cache(flags.images, teachers, folder / "cache", device=place.device)
-        else:
-            oracles = [toy.TextOracle(world), toy.DenseOracle(world)]
-            data.cache(world.write(), oracles, folder / "cache", max_tokens=64)
+        print(f"caching two oracle teachers' features of {world.n} toy images in {world.folder}", flush=True)
+        oracles = [toy.TextOracle(world), toy.DenseOracle(world)]
+        data.cache(world.write(), oracles, world.folder / "cache", max_tokens=64)
     if place.world > 1:
         dist.barrier()
-    return data.Cache(folder / "cache"), world
+    cache = data.Cache(world.folder / "cache")
+    return cache, cache.spaces, [], world
 
 
 def claim(folder, flags):
     """Make the run's folder; a run that is there already is an error unless it is to be resumed or overwritten."""
-    files = [*checkpoints(folder), *(p for p in (folder / "log.jsonl", folder / "result.json") if p.exists())]
+    files = [
+        *checkpoints(folder),
+        *(p for p in (folder / "log.jsonl", folder / "result.json", folder / "skipped.jsonl") if p.exists()),
+    ]
     if files and not flags.resume:
         if not flags.overwrite:
             raise ValueError(
@@ -604,17 +653,11 @@ def train(flags, place, compiled):
     folder = Path(flags.out)
     if place.rank == 0:
         claim(folder, flags)
-    cache, world = open_data(flags, place)
+    dataset, spaces, teachers, world = open_data(flags, place, compiled)
     found = checkpoints(folder) if flags.resume else []
-    order = data.Order(
-        cache,
-        flags.tokens,
-        flags.seed,
-        subset=np.load(flags.subset) if flags.subset else None,
-        registers=amoe.CONFIGS[flags.model].registers,
-    )
-    spaces = cache.spaces
     model = build(flags, spaces, place.device)
+    subset = np.load(flags.subset) if flags.subset else None
+    order = data.Order(dataset, flags.tokens, flags.seed, subset, model.config.registers)
     wrapped = wrap(model, flags, place)
     forward = torch.compile(wrapped) if compiled else wrapped
     optimizer = make_optimizer(model, flags)
@@ -629,7 +672,7 @@ def train(flags, place, compiled):
         print(f"--resume: {folder} holds no checkpoint, so this is the beginning", flush=True)
     log = Log(folder, place.rank, step)
     if not found:
-        log.write(**describe(flags, place))
+        log.write(**describe(flags, place, model.config))
     stop = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda n, _: stop.append(n))
@@ -648,7 +691,7 @@ def train(flags, place, compiled):
             waited += time.perf_counter() - asked
             recent.append(batch.ids.tolist())
             tokens += int(batch.starts[-1])
-            packs.append(on_device(batch, place, compiled))
+            packs.append(on_device(batch, place, compiled, teachers, spaces))
         measured, load = gradients(wrapped, packs, spaces, flags, place, forward)
         norm = update(model, optimizer, average, measured, load, streak, step, flags)
         step += 1
@@ -700,7 +743,7 @@ def train(flags, place, compiled):
         state = state_of(model, optimizer, average, streak, step, position, flags)
     if place.rank == 0 and flags.evaluate:
         result = {"steps": step, "tokens": trained_tokens, "tokens_per_s": trained_tokens / max(trained_seconds, 1e-9)}
-        result |= finish(flags, cache, world, state, place)
+        result |= finish(flags, dataset, spaces, teachers, world, state, place)
         result["seconds"] = time.perf_counter() - began
         (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
         print(
@@ -709,21 +752,31 @@ def train(flags, place, compiled):
         )
 
 
-def finish(flags, cache, world, state, place):
+def finish(flags, dataset, spaces, teachers, world, state, place):
     """From a run's last state: write student.safetensors, draw pca.png, print the table; returns its scores."""
-    student, untrained = (build(flags, cache.spaces, place.device) for _ in range(2))
+    student, untrained = (build(flags, spaces, place.device) for _ in range(2))
     amoe.load_exactly(student, state["model"], "the run's last state")
     student.load_state_dict(state["average"], strict=False)  # empty but under --ema
     amoe.save(student, Path(flags.out) / "student.safetensors")
-    if world:
-        scores = evaluate.toy_scores(world, cache, student, untrained)
-    else:
-        scores = evaluate.cache_scores(cache, student, untrained)
-    _, held = evaluate.split(cache)
+    imitated = evaluate.of_targets(spaces, teachers, place.device)
+    models = {"student": evaluate.of_student(student), "teacher": imitated, "untrained": evaluate.of_student(untrained)}
+
+    def texts(name, entries):
+        if not teachers:
+            return dataset.text(name, entries)
+        teacher = next(t for t in teachers if t.name == name)
+        rows = targets.embed_captions(teacher, [dataset.meta(entry)["caption"] for entry in entries])
+        return None if rows is None else torch.from_numpy(rows)
+
+    scores = (
+        evaluate.toy_scores(world, dataset, models)
+        if world
+        else evaluate.imitation_scores(dataset, spaces, models, texts)
+    )
+    _, held = evaluate.split(dataset, 2000)
     shown = held[:: max(1, len(held) // 8)][:8]
     if shown:
-        seen, imitated = evaluate.student_features(student, cache, shown), evaluate.teacher_features(cache, shown)
-        evaluate.pca_sheet(cache, shown, imitated, seen).save(Path(flags.out) / "pca.png")
+        evaluate.run_sheet(dataset, shown, models).save(Path(flags.out) / "pca.png")
     if scores:
         evaluate.print_table(scores)
     return scores

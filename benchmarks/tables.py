@@ -7,7 +7,18 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
-READ = ("images", "packs", "targets", "data", "amoe", "train", "evaluate", "toy", "teachers", "curate")  # the reading order
+READ = (
+    "images",
+    "packs",
+    "targets",
+    "data",
+    "amoe",
+    "train",
+    "evaluate",
+    "toy",
+    "teachers",
+    "curate",
+)  # the reading order
 SAYS = {
     "images": "files to rows: decoding, token budget, views",
     "packs": "the Batch, packing, the loader's order of packs",

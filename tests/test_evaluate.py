@@ -71,17 +71,22 @@ def test_a_linear_probe_finds_a_linear_rule_and_an_oracle_is_perfect():
     share = torch.cat([evaluate.patch_labels(m, 4, 6, 3) for m in masks])
     probe = evaluate.linear_probe(torch.cat(patches), share)
     assert (F.linear(torch.cat(patches), *probe).argmax(1) == share.argmax(1)).all()
-    shapes = [(4, 6)] * 12
     small = [m[8::16, 8::16] for m in masks]  # at the patches' own resolution nothing is interpolated
-    assert evaluate.mean_iou(probe, patches, shapes, small, 3) == 1
+
+    def miou(masks):
+        return evaluate.mean_iou(
+            sum(evaluate.confusion(probe, x, (4, 6), m, 3) for x, m in zip(patches, masks, strict=True))
+        )
+
+    assert miou(small) == 1
     wrong = [torch.where(m == 0, 1, m) for m in small]
     want = []
     guess, truth = torch.cat([m.flatten() for m in small]), torch.cat([m.flatten() for m in wrong])
     for c in (1, 2):
         want.append(float(((guess == c) & (truth == c)).sum() / ((guess == c) | (truth == c)).sum()))
-    assert evaluate.mean_iou(probe, patches, shapes, wrong, 3) == pytest.approx(np.mean(want))
+    assert miou(wrong) == pytest.approx(np.mean(want))
     void = [torch.where(m == 0, evaluate.VOID, m) for m in small]
-    assert evaluate.mean_iou(probe, patches, shapes, void, 3) == 1
+    assert miou(void) == 1
 
 
 def test_cosines_leave_the_mean_out():
@@ -99,15 +104,15 @@ def test_student_features_come_back_in_the_order_asked_for(cache, oracles):
     flags = train.parse(["--cache", str(cache.path)])
     model = train.build(flags, cache.spaces, torch.device("cpu"))
     entries = [(2, 5), (0, 1), (3, 19), (1, 0)]
-    got = evaluate.student_features(model, cache, entries, n_tokens=100)
+    got = evaluate.gather(evaluate.stream(evaluate.of_student(model), cache, entries, n_tokens=100))
     images = [cache.read([e]).images()[0] for e in entries]
     for i, answer in enumerate(model.encode(images)):
         assert torch.allclose(got["dense"]["patch"][i], answer["patch"]["dense"], atol=1e-4)
         assert torch.allclose(got["text"]["summary"][i], answer["summary"]["text"], atol=1e-4)
-    teacher = evaluate.teacher_features(cache, entries)
+    teacher = evaluate.gather(evaluate.stream(evaluate.of_targets(cache.spaces), cache, entries, stored=True))
     batch = cache.read(entries)
     said = oracles[1](batch)
     error = teacher["dense"]["patch"][2] - said["patch"][batch.patch_rows(2)]
     assert error.abs().max() < 0.2 * said["patch"].std()
     assert torch.allclose(teacher["dense"]["summary"], said["summary"], atol=1e-4)
-    assert teacher["text"]["text"].shape == (4, 64)
+    assert cache.text("text", entries).shape == (4, 64)
