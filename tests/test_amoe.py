@@ -288,6 +288,15 @@ def test_folding_phi_s_into_a_layer_is_exact():
         assert (phi_s.fold(linear)(z) - phi_s.invert(linear(z))).abs().max() < 1e-12
 
 
+def test_unfolding_undoes_folding():
+    """Catches a bias that forgets the mean, and a scale divided the wrong way."""
+    torch.manual_seed(0)
+    phi_s = amoe.PhiS.fit(torch.randn(200, 12, dtype=torch.float64) @ torch.randn(12, 12, dtype=torch.float64) * 3 + 5)
+    linear, x = torch.nn.Linear(7, 12, bias=False).double(), torch.randn(9, 7, dtype=torch.float64)
+    assert torch.allclose(phi_s.unfold(phi_s.fold(linear))(x), linear(x), atol=1e-10)
+    assert torch.allclose(phi_s.unfold(linear)(x), phi_s.apply(linear(x)), atol=1e-10)
+
+
 def test_phi_s_of_an_unreachable_order_says_so(capsys):
     """Catches a silent or unseeded fallback."""
     x = torch.randn(200, 6)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,9 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import amoe
+import data
+import targets
 import train
+from images import find_sources
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -276,17 +281,94 @@ def test_wrong_words_get_one_line(cache, tmp_path):
         assert done.returncode != 0 and named in done.stderr and "Traceback" not in done.stderr, (words, done.stderr)
 
 
-def test_images_and_a_plug_in_teacher_are_all_it_takes(world, plug_in, tmp_path):
-    """Catches --images without a cache made for it, and a log that keeps lines of a run without checkpoints."""
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "log.jsonl").write_text('{"step": 1, "loss": 0}\n')
-    words = ["--images", str(world.folder / "images"), "--teacher", plug_in, "--resume"]
-    words += ["--out", str(tmp_path / "run"), "--steps", "3", "--tokens", "600", "--log-every", "1"]
-    done = subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, capture_output=True, text=True)
+# ---- without a cache ----
+
+
+def online(images, plug_in, out, *more):
+    words = ["--images", str(images), "--teacher", plug_in, "--out", str(out), "--steps", "12", "--tokens", "600"]
+    return [sys.executable, "train.py", *words, "--max-tokens", "64", "--log-every", "1", "--save-every", "4", *more]
+
+
+def test_cached_and_online_training_see_the_same(world, oracles, cache):
+    """Catches online targets left in the teacher's own space, other views or pixels, and another order of packs."""
+    images = targets.Images(find_sources(world.folder / "images"), max_tokens=64, shard_images=20)
+    flags = flags_for(cache)
+    model = student(cache, flags)
+    found = []
+    for dataset, teachers in ((cache, []), (images, oracles)):
+        batches = data.loader(data.Order(dataset, 400, seed=1), data.Position())
+        batch, position = next(iter(batches))
+        packs = [train.on_device(batch, place(), False, teachers, cache.spaces)]
+        measured, _ = train.gradients(model, packs, cache.spaces, flags, place())
+        found.append((batch, position, {name: float(value) for name, value in measured.items()}))
+    (stored, at, cached), (decoded, there, asked) = found
+    assert torch.equal(stored.rows, decoded.rows) and torch.equal(stored.ids, decoded.ids) and at == there
+    assert set(cached) == set(asked) and len(cached) >= 6
+    assert asked["loss"] == pytest.approx(cached["loss"], rel=1e-3)
+    for name, value in cached.items():  # int8 rounding alone adds 1 / (12 * 16^2) to a patch error
+        assert asked[name] == pytest.approx(value, abs=1e-4 if name.endswith(("summary", "arkd")) else 3e-3), name
+
+
+def test_online_training_resumes_bit_for_bit_and_lists_what_it_left_out(world, plug_in, tmp_path):
+    """Catches teachers calibrated anew on resume, workers that decode other views, and unreadable files in silence."""
+    images = tmp_path / "images"
+    shutil.copytree(world.folder / "images", images)
+    (images / "broken.png").write_bytes(b"no image")
+    whole = (images / "000003.png").read_bytes()
+    (images / "half.png").write_bytes(whole[: len(whole) // 2])  # a sound header: only decoding finds out
+    run = lambda out, *more: subprocess.run(  # noqa: E731
+        online(images, plug_in, tmp_path / out, *more), cwd=ROOT, capture_output=True, text=True
+    )
+    done = run("whole", "--views", "2")
     assert done.returncode == 0, done.stderr[-2000:]
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    result = json.loads((tmp_path / "whole" / "result.json").read_text())
     assert {"t_summary_cosine", "t_patch_cosine"} <= set(result["student"])
-    assert sorted(losses(tmp_path / "run")) == [1, 2, 3] and losses(tmp_path / "run")[1] > 0
+    skipped = [json.loads(line) for line in (tmp_path / "whole" / "skipped.jsonl").read_text().splitlines()]
+    assert sorted(entry["source"] for entry in skipped) == ["broken.png", "half.png"]
+    assert run("parts", "--views", "2", "--steps", "6").returncode == 0  # all of it in warm-up: one schedule for both
+    (tmp_path / "parts" / "step-000006.pt").unlink()
+    assert run("parts", "--views", "2", "--resume", "--workers", "1").returncode == 0
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 12
+
+
+def test_a_student_begins_with_the_weights_of_another(cache, tmp_path):
+    """Catches heads inherited in the wrong space, sizes not taken from the file, and routing biases left behind."""
+    flags = flags_for(cache)
+    parent = student(cache, flags)
+    parent.layers[0].moe.expert_bias += torch.randn(8)
+    amoe.save(parent, tmp_path / "student.safetensors")
+    begin = ["--init", str(tmp_path / "student.safetensors")]
+    child = train.build(flags_for(cache, *begin), cache.spaces, torch.device("cpu"))
+    images = [torch.randint(256, (48, 64, 3), dtype=torch.uint8)]
+    [want], [got] = parent.encode(images), child.encode(images)
+    for kind in ("patch", "summary"):
+        for name in ("text", "dense", "amoe"):
+            scale = want[kind][name].abs().max()
+            assert (got[kind][name] - want[kind][name]).abs().max() < 1e-4 * scale
+    packs = [(cache.read(entries_of(cache, 4)), None)]
+    train.gradients(child, packs, cache.spaces, flags, place())
+    assert child.heads["dense"].fc2.bias.grad.abs().sum() > 0
+    amoe.save(child, tmp_path / "child.safetensors")
+    [again] = amoe.load(tmp_path / "child.safetensors").encode(images)
+    assert torch.allclose(again["patch"]["text"], got["patch"]["text"], atol=1e-3)
+    with pytest.raises(ValueError, match="say which by --model"):
+        train.build(flags_for(cache, *begin, "--model", "dense-30m"), cache.spaces, torch.device("cpu"))
+
+
+def test_a_siglino_checkpoint_is_fine_tuned(shared, cache, tmp_path, capsys):
+    """Catches heads of other teachers taken over by position, and a released model that --init cannot read."""
+    state = load_file(shared / "golden" / "siglino_moe.safetensors")
+    state = {key.removeprefix("state/"): value for key, value in state.items() if key.startswith("state/")}
+    save_file(state, tmp_path / "siglino.safetensors")
+    flags = flags_for(cache, "--init", str(tmp_path / "siglino.safetensors"))
+    model = train.build(flags, cache.spaces, torch.device("cpu"))
+    assert "heads of text, dense begin afresh" in capsys.readouterr().out and model.config.top_k == 2
+    assert torch.equal(model.layers[1].moe.experts.w1, state["layers.1.moe.experts.w1"])
+    measured, _ = train.gradients(model, [(cache.read(entries_of(cache, 4)), None)], cache.spaces, flags, place())
+    assert torch.isfinite(measured["loss"]) and model.layers[0].attention.wq.weight.grad.abs().sum() > 0
+
+
+# ---- what goes wrong ----
 
 
 def test_resume_with_other_flags_is_an_error(cache, tmp_path):
