@@ -443,6 +443,15 @@ def measure_knn(args, model, budget):
     }
 
 
+def check_widths(images, text_C, name):
+    for head, x_NC in images.items():
+        if x_NC.shape[1] != len(text_C):
+            raise ValueError(
+                f"head '{head}' has {x_NC.shape[1]} channels and text of teacher '{name}' {len(text_C)} channels: "
+                "text is held against the head of its own teacher"
+            )
+
+
 def measure_zeroshot(args, model, budget):
     dataset, entries = folder(args.images, args, budget)
     encode, heads = args.encode_text, args.head or [args.text_head]
@@ -454,6 +463,7 @@ def measure_zeroshot(args, model, budget):
         said = spoken.get(name, name.replace("_", " "))
         text.append(F.normalize(encode([t.format(said) for t in templates]).float().cpu(), dim=1).mean(0))
     asked, kept = summaries(model, dataset, entries, heads, f"{budget}: images")
+    check_widths(asked, text[0], args.text_head)
     truth = torch.tensor([names.index(category(dataset, e)) for e in kept])
     return {h: {"zeroshot": zeroshot(x, torch.stack(text), truth), "images": len(kept)} for h, x in asked.items()}
 
@@ -467,6 +477,7 @@ def measure_retrieval(args, model, budget):
     captions = {}  # an image's caption may be another's too: both are then right
     truth = torch.tensor([captions.setdefault(dataset.meta(e)["caption"], len(captions)) for e in kept])
     text = args.encode_text(list(captions)).float().cpu()
+    check_widths(asked, text[0], args.text_head)
     out = {}
     for head, x in asked.items():
         found = {f"text_recall_at_{k}": v for k, v in recall(x, text, truth).items()}
