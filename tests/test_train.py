@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import amoe
 import data
 import targets
+import teachers
 import train
 from images import find_sources
 
@@ -289,16 +290,36 @@ def online(images, plug_in, out, *more):
     return [sys.executable, "train.py", *words, "--max-tokens", "64", "--log-every", "1", "--save-every", "4", *more]
 
 
-def test_cached_and_online_training_see_the_same(world, oracles, cache):
-    """Catches online targets left in the teacher's own space, other views or pixels, and another order of packs."""
+def small_teachers():
+    """Both architectures, two blocks of random weights each."""
+    torch.manual_seed(0)
+    made = []
+    for kind, sizes in (
+        ("siglip2", (2, 64, 4, 96)),
+        ("dinov3", (2, 48, 4, 96, 1e-5, "none", False, True, False, True)),
+    ):
+        state = teachers.random_state(kind, teachers.Sizes(*sizes), vocabulary=50)
+        made.append(teachers.load_state(kind, {key: 8 * value for key, value in state.items()}, n_heads=4))
+    return made
+
+
+@pytest.mark.parametrize("real", [False, True], ids=["oracles", "architectures"])
+def test_cached_and_online_training_see_the_same(world, oracles, cache, tmp_path, real):
+    """Catches online targets left in the teacher's own space, other views or pixels, another order of packs, and a MAP
+    head that the cache forgets (the student's summary would then be its CLS)."""
     images = targets.Images(find_sources(world.folder / "images"), max_tokens=64, shard_images=20)
+    said = oracles
+    if real:
+        said, words = small_teachers(), {"max_tokens": 64, "shard_images": 20, "progress": False}
+        cache = data.cache(world.folder / "images", said, tmp_path / "cache", **words)
+        assert set(cache.spaces[0].pool) == set(said[0].pool) and cache.spaces[1].registers == 4
     flags = flags_for(cache)
     model = student(cache, flags)
     found = []
-    for dataset, teachers in ((cache, []), (images, oracles)):
+    for dataset, asked in ((cache, []), (images, said)):
         batches = data.loader(data.Order(dataset, 400, seed=1), data.Position())
         batch, position = next(iter(batches))
-        packs = [train.on_device(batch, place(), False, teachers, cache.spaces)]
+        packs = [train.on_device(batch, place(), False, asked, cache.spaces)]
         measured, _ = train.gradients(model, packs, cache.spaces, flags, place())
         found.append((batch, position, {name: float(value) for name, value in measured.items()}))
     (stored, at, cached), (decoded, there, asked) = found
