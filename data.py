@@ -29,6 +29,7 @@ import argparse
 import hashlib
 import json
 import sys
+import threading
 from functools import cached_property
 from pathlib import Path
 
@@ -40,11 +41,14 @@ from tqdm import tqdm
 
 from amoe import ROW, PhiS, Space, quantise
 from images import choose_view, find_sources
-from packs import Batch, Damage, Order, Packs, Position, cut, held_out, loader, pack  # noqa: F401
+from packs import WINDOW, Batch, Damage, Order, Packs, Position, cut, held_out, loader, pack  # noqa: F401
 from targets import Images, Job, embed_captions, fit_spaces, load_teachers, packed, targets
 
 FORMAT = 1
 CHUNK = 64  # rows behind one checksum: an image is read without decoding much of its neighbours
+MEMORY = (
+    1 << 30
+)  # bytes of arrays that a reading process keeps: two windows of small shards, or of large ones' summaries
 
 
 # ---- the cache: writing ----
@@ -331,6 +335,7 @@ class Shard:
         self.record = read_record(store, number)
         if self.record is None:
             raise Damage(number, ": shard.json is damaged")
+        self.size = sum(size for size, _ in self.record["files"].values())
 
     def array(self, name):
         """The open tensorstore array; its metadata is checked against the commit record first."""
@@ -400,7 +405,7 @@ class Cache:
         # memory-mapped reads: twice the bandwidth of copied ones on a local disk
         self.context = ts.Context({"file_io_mode": {"mode": "memmap"}, "cache_pool": {"total_bytes_limit": 1 << 26}})
         self.numbers = committed(self.store)
-        self.opened = {}
+        self.opened, self.held, self.lock = {}, {}, threading.Lock()
 
     def shard(self, number):
         if number not in self.opened:
@@ -438,29 +443,52 @@ class Cache:
         shard and the array that cannot be trusted.
         """
         spaces = self.spaces if targets else ()
-        names = ["pixels", *(f"{kind}.{s.name}" for s in spaces for kind in ("patch", "summary"))]
-        names += [f"registers.{s.name}" for s in spaces if s.registers]
-        reads = []  # all under way before the first is awaited
-        for number, i in entries:
-            shard = self.shard(number)
-            rows = slice(int(shard.starts[i]), int(shard.starts[i + 1]))
-            by_row = lambda name: name == "pixels" or name.startswith("patch.")  # noqa: E731
-            reads.append((shard, {name: shard.read(name, rows if by_row(name) else i) for name in names}))
-        images = [{name: shard.whole(name, f) for name, f in futures.items()} for shard, futures in reads]
+        names = ["pixels", *(f"patch.{s.name}" for s in spaces)]
+        parts = [self.part(number, i) for number, i in entries]
+        reads = {name: [self.rows(*part, name) for part in parts] for name in names}  # all under way
+        rows = {name: [r if isinstance(r, np.ndarray) else r() for r in reads[name]] for name in names}
         shapes = [tuple(self.shard(number).shapes[i].tolist()) for number, i in entries]
         ids = [int(self.shard(number).ids[i]) for number, i in entries]
-        batch = pack([torch.from_numpy(image["pixels"]) for image in images], shapes, n_tokens, registers, ids)
+        batch = pack([torch.from_numpy(r) for r in rows["pixels"]], shapes, n_tokens, registers, ids)
         for space in spaces:
-            patch = [as_tensor(image[f"patch.{space.name}"]) for image in images]
-            blank = patch[0].new_zeros(1 + registers, space.dim)
-            padding = patch[0].new_zeros(batch.n_tokens - int(batch.starts[-1]), space.dim)
-            target = {"patch": torch.cat([*(piece for p in patch for piece in (blank, p)), padding])}
-            target["summary"] = torch.from_numpy(np.stack([image[f"summary.{space.name}"] for image in images]))
+            patch = np.zeros((batch.n_tokens, space.dim), rows[f"patch.{space.name}"][0].dtype)
+            for i, r in enumerate(rows[f"patch.{space.name}"]):
+                patch[batch.patch_rows(i)] = r
+            target = {"patch": as_tensor(patch)}
+            for kind in ("summary", "registers") if space.registers else ("summary",):
+                target[kind] = torch.from_numpy(
+                    np.stack([self.whole(n, f"{kind}.{space.name}")[i] for n, i in entries])
+                )
             if space.registers:
-                stacked = torch.from_numpy(np.stack([image[f"registers.{space.name}"] for image in images]))
-                target["registers"] = stacked.unflatten(1, (space.registers, space.dim))
+                target["registers"] = target["registers"].unflatten(1, (space.registers, space.dim))
             batch.targets[space.name] = target
         return batch
+
+    def part(self, number, i):
+        """(shard, its rows that are image i's)."""
+        shard = self.shard(number)
+        return shard, slice(int(shard.starts[i]), int(shard.starts[i + 1]))
+
+    def rows(self, shard, part, name):
+        """Rows `part` of an array: from memory where the shard is small, else a function that awaits them.
+
+        A read costs 40 us whatever its size, which is most of the time that small images take.
+        """
+        if shard.size <= MEMORY // (2 * WINDOW):
+            return self.whole(shard.number, name)[part]
+        future = shard.read(name, part)
+        return lambda: shard.whole(name, future)
+
+    def whole(self, number, name):
+        """A whole array; the newest MEMORY bytes of them are kept."""
+        array = self.held.get((number, name))
+        if array is None:
+            array = self.shard(number).all(name)
+            with self.lock:
+                self.held[number, name] = array
+                while sum(a.nbytes for a in self.held.values()) > MEMORY:
+                    del self.held[next(iter(self.held))]
+        return array
 
     def meta(self, entry):
         """{"source", "caption", "category"} of (shard number, index)."""

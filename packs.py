@@ -10,6 +10,7 @@ files, decoded as one trains):
 Shape letters: T tokens of a pack, M images in it, C channels of a teacher, R registers.
 """
 
+import functools
 import sys
 from dataclasses import dataclass, field, fields, replace
 
@@ -93,19 +94,21 @@ def pack(rows, shapes, n_tokens=None, registers=4, ids=None):
     if starts[-1] > T:
         raise ValueError(f"{len(rows)} images need {starts[-1]} tokens and the pack has {T}")
     image = np.repeat(np.arange(len(rows) + 1, dtype=np.int32), np.diff(starts, append=T))
-    packed, yx = [], []
-    for r, (h, w) in zip(rows, shapes, strict=True):
-        packed += [r.new_zeros(special, ROW), r]
-        yx += [torch.zeros(special, 2), grid_positions(h, w)]
-    padding = T - int(starts[-1])
+    packed, yx = rows[0].new_zeros(T, ROW), torch.zeros(T, 2)
+    for r, (h, w), end in zip(rows, shapes, starts[1:].tolist(), strict=True):
+        packed[end - h * w : end] = r
+        yx[end - h * w : end] = positions(h, w)
     return Batch(
-        rows=torch.cat([*packed, rows[0].new_zeros(padding, ROW)]),
+        rows=packed,
         image=torch.from_numpy(image),
-        yx=torch.cat([*yx, torch.zeros(padding, 2)]),
+        yx=yx,
         starts=torch.from_numpy(starts.astype(np.int32)),
         shapes=torch.tensor([tuple(s) for s in shapes], dtype=torch.int32),
         ids=torch.arange(len(rows)) if ids is None else torch.as_tensor(ids, dtype=torch.int64),
     )
+
+
+positions = functools.lru_cache(4096)(grid_positions)  # shapes recur; making them anew was a third of packing
 
 
 def cut(lengths, n_tokens):

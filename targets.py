@@ -95,7 +95,7 @@ class Images:
         """(rows [h * w, 768] uint8, (h, w)) of a view, or the reason why there is none."""
         box, flip = choose_view(self.seed, job.source.id, job.number)
         try:
-            return to_rows(load_image(job.source.path, self.min_tokens, self.max_tokens, box, flip, self.draft))
+            return to_rows(load_image(job.source, self.min_tokens, self.max_tokens, box, flip, self.draft))
         except ValueError as error:
             return str(error)
 
@@ -107,7 +107,7 @@ class Images:
         """(h, w) of a view from the file's header, or the reason why there is none."""
         box, _ = choose_view(self.seed, job.source.id, job.number)
         try:
-            return image_shape(job.source.path, self.min_tokens, self.max_tokens, box)
+            return image_shape(job.source, self.min_tokens, self.max_tokens, box)
         except ValueError as error:
             return str(error)
 

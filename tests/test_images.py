@@ -2,12 +2,14 @@
 
 import io
 import struct
+import tarfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, features
+from PIL import Image, ImageOps, features
 
 import images
 
@@ -81,6 +83,18 @@ def test_exif_orientation_is_applied_before_the_grid():
     assert drafted.shape == (64, 32, 3) and drafted[8, 16, 2] > 200
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_that_of_pillow(orientation):
+    """Catches two orientations swapped, and a shape from the header that is not the decoded one."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = np.arange(32 * 48 * 3, dtype=np.uint8).reshape(32, 48, 3)
+    file = encoded(Image.fromarray(pixels), exif=exif)
+    seen = np.array(ImageOps.exif_transpose(Image.open(io.BytesIO(file.getvalue()))))
+    assert np.array_equal(images.load_image(file), seen)
+    assert images.image_shape(file) == (seen.shape[0] // 16, seen.shape[1] // 16)
+
+
 def test_views_are_fixed_and_crop_what_they_say():
     """Catches a generator shared between views, and boxes in pixels of another size."""
     assert images.choose_view(0, 7, 0) == ((0.0, 0.0, 1.0, 1.0), False)
@@ -141,3 +155,75 @@ def test_sources_have_stable_ids_captions_and_categories(tmp_path):
     assert [s.id for s in images.find_sources(tmp_path / "list.txt")] == [found[2].id, found[0].id]
     with pytest.raises(ValueError, match="nowhere"):
         images.find_sources(tmp_path / "nowhere")
+    (tmp_path / "list.txt").write_text("b.jpg\nb.jpg\n")
+    with pytest.raises(ValueError, match=r"b\.jpg twice"):
+        images.find_sources(tmp_path / "list.txt")
+
+
+def make_tar(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, raw in members.items():
+            header = tarfile.TarInfo(name)
+            header.size = len(raw)
+            tar.addfile(header, io.BytesIO(raw))
+
+
+def test_tars_are_read_by_member_with_their_captions_and_labels(tmp_path):
+    """Catches offsets of headers in the place of contents, captions of a neighbour, and ids with a path in them."""
+    colour = lambda c, kind="PNG": encoded(Image.new("RGB", (32, 16), c), kind).getvalue()  # noqa: E731
+    (tmp_path / "web").mkdir()
+    first, second = tmp_path / "web/0.tar", tmp_path / "web/1.tar"
+    deep = "d" * 120 + "/7.jpg"  # longer than a plain header holds
+    make_tar(
+        first,
+        {
+            "./a.png": colour("red"),
+            "a.txt": b" a red \n",
+            "a.cls": b"3",
+            "b.left.PNG": colour("blue"),
+            "b.json": b'{"caption": "a blue", "category": "cold"}',
+            "b.txt": b"not this one",
+            "readme.md": b"",
+        },
+    )
+    make_tar(second, {deep: colour("lime", "JPEG"), "broken.jpg": b"junk", "broken.json": b"junk"})
+    found = images.find_sources(tmp_path / "web")
+    assert [s.name for s in found] == ["0.tar/a.png", "0.tar/b.left.PNG", f"1.tar/{deep}", "1.tar/broken.jpg"]
+    known = [(s.caption, s.category) for s in found]
+    assert known == [("a red", "3"), ("a blue", "cold"), (None, None), (None, None)]
+    shown = [images.load_image(s)[8, 16].tolist() for s in found[:3]]
+    assert shown[:2] == [[255, 0, 0], [0, 0, 255]] and shown[2][1] > 240
+    with pytest.raises(ValueError, match="no JPEG"):
+        images.load_image(found[3])
+    with ThreadPoolExecutor(4) as pool:  # decoders share no file position
+        assert all(image[8, 16, 0] == 255 for image in pool.map(images.load_image, [found[0]] * 50))
+    (tmp_path / "web/list.txt").write_text("1.tar\n0.tar\n")
+    listed = images.find_sources(tmp_path / "web/list.txt")
+    assert [s.id for s in listed] == [s.id for s in found[2:] + found[:2]]
+    assert [s.id for s in images.find_sources(first)] == [s.id for s in found[:2]]
+
+
+def test_a_damaged_tar_is_an_error_that_names_it(tmp_path):
+    """Catches tarfile's habit of taking a damaged header for the end: the rest of the images would be lost silently."""
+    image = encoded(Image.new("RGB", (32, 16))).getvalue()
+    make_tar(tmp_path / "x.tar", {f"{i}.png": image for i in range(4)})
+    raw = (tmp_path / "x.tar").read_bytes()
+    spans = [s.span for s in images.find_sources(tmp_path / "x.tar")]
+    for damaged in (raw[: spans[2][0] + 5], raw[: spans[2][0] - 200], b"junk" * 300, b""):
+        (tmp_path / "x.tar").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"x\.tar is no whole"):
+            images.find_sources(tmp_path / "x.tar")
+    flipped = bytearray(raw)
+    flipped[spans[2][0] - 512] ^= 1  # a letter of the third header
+    (tmp_path / "x.tar").write_bytes(flipped)
+    with pytest.raises(ValueError, match="damaged at byte"):
+        images.find_sources(tmp_path / "x.tar")
+
+
+def test_reasons_name_no_path_and_no_address(tmp_path):
+    """Catches commit records that differ between machines and runs."""
+    (tmp_path / "x.png").write_bytes(b"junk")
+    for file in (tmp_path / "x.png", tmp_path / "gone.png", io.BytesIO(b"junk")):
+        with pytest.raises(ValueError) as error:
+            images.load_image(file)
+        assert str(tmp_path) not in str(error.value) and "0x" not in str(error.value)
