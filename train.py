@@ -153,9 +153,10 @@ class Place:
 
     def counts(self, n):
         """[n of every rank], from host to host: asking the device would make it wait."""
-        counts = [torch.tensor([n]) for _ in range(self.world)]
-        if self.world > 1:
-            dist.all_gather(counts, torch.tensor([n]))
+        if self.world == 1:
+            return [n]
+        counts = [torch.tensor([0]) for _ in range(self.world)]
+        dist.all_gather(counts, torch.tensor([n]))
         return [int(count) for count in counts]
 
     def gather(self, x_NC, counts):
