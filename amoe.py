@@ -757,18 +757,20 @@ def distillation_loss(out, batch, spaces):
             "summary": error_M.sum() / space.summary_variance,
         }
         if space.registers:
-            variance_R = error_M.new_tensor(space.register_variance)
-            error_MR = (out[space.name]["registers"] - target["registers"]).square().mean(2)
-            losses[space.name]["registers"] = (error_MR / variance_R).sum() / space.registers
+            error_R = (out[space.name]["registers"] - target["registers"]).square().mean(2).sum(0)
+            # Numbers one by one: a tensor made of them would be a copy that the device waits for.
+            parts = [error / v for error, v in zip(error_R.unbind(), space.register_variance, strict=True)]
+            losses[space.name]["registers"] = sum(parts) / space.registers
     return losses
 
 
-def arkd_loss(student_BD, teacher_BD, mode="arkd"):
+def arkd_loss(student_BD, teacher_BD, mode="arkd", rows=None, group=None):
     """Asymmetric relational distillation on the summaries of the global batch (E4); gradients reach the student only.
 
     D_ij = ||z_i - z_j|| over its mean for i != j; m is the lower median of the teacher's D_ij.
         L = 1 / (B (B - 1)) sum_{i != j} [D^T < m] h(max(D^S - D^T, 0)) + [D^T >= m] h(max(D^T - D^S, 0))
     with h the smooth L1 of beta 1.
     mode "rkd" is the symmetric baseline h(D^S - D^T). Duplicate images give no NaN; B < 2 gives 0.
+    rows (start, stop) and group: this rank's share of the sum over i, see kernels.arkd.arkd.
     """
-    return arkd(student_BD, teacher_BD, mode)
+    return arkd(student_BD, teacher_BD, mode, rows=rows, group=group)

@@ -35,7 +35,7 @@ import kernels.moe
 import targets
 import toy
 from images import find_sources
-from kernels.attention import block_mask
+from kernels.attention import block_mask, runs
 from teachers import Teacher
 
 # ---- flags ----
@@ -146,19 +146,28 @@ class Place:
             dist.all_reduce(tensor)
         return tensor
 
-    def gather(self, x_NC):
-        """(rows of all ranks [B, C] in rank order, this rank's slice of them); ranks may hold different counts."""
+    @property
+    def group(self):
+        """The process group of all ranks; None alone."""
+        return dist.group.WORLD if self.world > 1 else None
+
+    def counts(self, n):
+        """[n of every rank], from host to host: asking the device would make it wait."""
         if self.world == 1:
-            return x_NC, slice(0, len(x_NC))
-        counts = [torch.zeros(1, dtype=torch.int64, device=x_NC.device) for _ in range(self.world)]
-        dist.all_gather(counts, torch.tensor([len(x_NC)], device=x_NC.device))
-        counts = torch.cat(counts).tolist()
+            return [n]
+        counts = [torch.tensor([0]) for _ in range(self.world)]
+        dist.all_gather(counts, torch.tensor([n]))
+        return [int(count) for count in counts]
+
+    def gather(self, x_NC, counts):
+        """Rows of all ranks [B, C] in rank order, `counts` of them each."""
+        if self.world == 1:
+            return x_NC
         padded = x_NC.new_zeros(max(counts), x_NC.shape[1])
         padded[: len(x_NC)] = x_NC
         parts = [torch.empty_like(padded) for _ in counts]
         dist.all_gather(parts, padded)
-        first = sum(counts[: self.rank])
-        return torch.cat([p[:n] for p, n in zip(parts, counts, strict=True)]), slice(first, first + len(x_NC))
+        return torch.cat([p[:n] for p, n in zip(parts, counts, strict=True)])
 
 
 def setup(flags):
@@ -174,7 +183,7 @@ def setup(flags):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
     if device == "cpu" and sys.platform == "linux":
         # Keep freed memory: glibc hands large tensors back, and faulting their pages in anew is 14% of the toy's step.
         with contextlib.suppress(OSError, AttributeError):
@@ -200,7 +209,17 @@ def setup(flags):
 # ---- a step ----
 
 
-def gradients(model, packs, spaces, flags, place, forward=None):
+def forward(model, spaces, batch, groups):
+    """A pack's forward pass and its (E2), which torch.compile makes one graph: (summaries, losses, expert load).
+
+    ARKD stays outside: it couples the summaries of all packs and ranks, which have to be gathered first.
+    """
+    out, load = model(batch, groups)
+    summaries = {space.name: out[space.name]["summary"].float() for space in spaces}
+    return summaries, amoe.distillation_loss(out, batch, spaces), load
+
+
+def gradients(model, packs, spaces, flags, place, forward=forward):
     """Leave the gradient of (E5) over the step's packs in .grad; return ({measure: scalar tensor}, expert load).
 
         L = 1/B sum over images of all packs and ranks of L(q)  +  arkd * sum over teachers of ARKD on all B summaries
@@ -208,51 +227,49 @@ def gradients(model, packs, spaces, flags, place, forward=None):
     B counts the images of every pack on every rank, so neither the loss nor its gradient depends on how images were
     packed, split over ranks or accumulated. ARKD couples all summaries: its gradient on the summaries is taken first,
     from a forward pass without a graph where there are several packs (GradCache, arXiv 2101.06983), and then sent
-    through each pack's own graph as a dot product.
+    through each pack's own graph as a dot product. Each rank takes the pairs of its own images with all others.
+
+    The host only hands out work here; nothing is read back from the device, so it never waits.
     """
-    forward = model if forward is None else forward
     bare = model.module if hasattr(model, "module") else model
-    device = place.device
-    images = place.sum(torch.tensor(float(sum(batch.n_images for batch, _ in packs)), device=device))
-    measured = {}
-    with autocast(device):
-        first = None
+    counts = place.counts(sum(batch.n_images for batch, _ in packs))
+    images, start = sum(counts), sum(counts[: place.rank])
+    own = start, start + counts[place.rank]
+    measured, first = {}, None
+    with autocast(place.device):
         if flags.arkd and len(packs) == 1:
-            first = forward(*packs[0])
-            summaries = {s.name: first[0][s.name]["summary"].detach() for s in spaces}
+            first = forward(model, spaces, *packs[0])
+            summaries = {name: summary.detach() for name, summary in first[0].items()}
         elif flags.arkd:
             with torch.no_grad():
-                outs = [bare(batch, groups)[0] for batch, groups in packs]
-            summaries = {s.name: torch.cat([out[s.name]["summary"] for out in outs]) for s in spaces}
+                outs = [forward(bare, spaces, *pack)[0] for pack in packs]
+            summaries = {space.name: torch.cat([out[space.name] for out in outs]) for space in spaces}
     pull = {}
     for space in spaces if flags.arkd else ():
-        student, own = place.gather(summaries[space.name].float())
-        teacher, _ = place.gather(torch.cat([batch.targets[space.name]["summary"] for batch, _ in packs]))
-        student.requires_grad_()
-        loss = amoe.arkd_loss(student, teacher, flags.arkd_mode)
-        pull[space.name] = torch.autograd.grad(loss, student)[0][own]
+        student = place.gather(summaries[space.name], counts).requires_grad_()
+        teacher = place.gather(torch.cat([batch.targets[space.name]["summary"] for batch, _ in packs]), counts)
+        loss = amoe.arkd_loss(student, teacher, flags.arkd_mode, own, place.group)
+        pull[space.name] = torch.autograd.grad(loss, student)[0][slice(*own)]
         measured[f"{space.name}_arkd"] = loss.detach()
     load, done = 0, 0
-    for n, (batch, groups) in enumerate(packs):
+    for n, pack in enumerate(packs):
         last = n + 1 == len(packs)
         hold = contextlib.nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync()
         with hold:
-            with autocast(device):
-                out, pack_load = forward(batch, groups) if first is None else first
-            losses = amoe.distillation_loss(out, batch, spaces)
+            with autocast(place.device):
+                summaries, losses, pack_load = forward(model, spaces, *pack) if first is None else first
             total = sum(sum(kinds.values()) for kinds in losses.values()) / images
+            end = done + pack[0].n_images
             for name, g in pull.items():
-                total = total + flags.arkd * (out[name]["summary"].float() * g[done : done + batch.n_images]).sum()
+                total = total + flags.arkd * (summaries[name] * g[done:end]).sum()
             (total * place.world).backward()  # the wrapper averages over ranks; (E3) wants the sum
         for name, kinds in losses.items():
             for kind, value in kinds.items():
                 measured[f"{name}_{kind}"] = measured.get(f"{name}_{kind}", 0) + value.detach() / images
-        load = load + pack_load.detach()
-        done += batch.n_images
-    per_image = {k: v for k, v in measured.items() if not k.endswith("_arkd")}
-    if per_image:
-        together = place.sum(torch.stack(list(per_image.values())))
-        measured |= dict(zip(per_image, together, strict=True))
+        load, done = load + pack_load.detach(), end
+    if measured:
+        together = place.sum(torch.stack(list(measured.values())))
+        measured = dict(zip(measured, together, strict=True))
     measured["loss"] = sum(v * (flags.arkd if k.endswith("_arkd") else 1) for k, v in measured.items())
     return measured, place.sum(load)
 
@@ -477,7 +494,7 @@ def bench(flags, place, compiled, repeats=20, warmup=3):
     dataset, spaces, teachers, _ = open_data(flags, place, compiled)
     model = build(flags, spaces, place.device)
     order = data.Order(dataset, flags.tokens, flags.seed, registers=model.config.registers)
-    forward = torch.compile(model) if compiled else model
+    run = torch.compile(forward) if compiled else forward
     optimizer = make_optimizer(model, flags)
     streak = torch.zeros(2, dtype=torch.int64, device=place.device)
     batches = iter(data.loader(order, data.Position(), workers=flags.workers))
@@ -485,7 +502,7 @@ def bench(flags, place, compiled, repeats=20, warmup=3):
     def seconds(batch):
         began = time.perf_counter()
         packs = [on_device(batch, place, compiled, teachers, spaces)]
-        measured, load = gradients(model, packs, spaces, flags, place, forward)
+        measured, load = gradients(model, packs, spaces, flags, place, run)
         update(model, optimizer, {}, measured, load, streak, 0, flags)
         if place.device.type == "cuda":
             torch.cuda.synchronize()
@@ -542,15 +559,21 @@ def bench(flags, place, compiled, repeats=20, warmup=3):
 
 
 def on_device(batch, place, compiled, teachers, spaces):
-    """(the batch on the device, attention's groups): for FlexAttention a BlockMask made on the host, else None.
+    """(the batch on the device, attention's groups), both made on the host: a BlockMask for FlexAttention, or runs.
 
     Training without a cache, this is where the teachers are asked.
     """
-    flex = compiled and place.device.type == "cuda"
-    groups = block_mask(batch.starts, batch.n_tokens, place.device) if flex else None
+    if compiled and place.device.type == "cuda":
+        groups = block_mask(batch.starts, batch.n_tokens, place.device)
+    else:
+        groups = runs(batch.starts, batch.n_tokens)
     batch = batch.to(place.device)
     if teachers:
         batch.targets = targets.targets(teachers, spaces, batch)
+    if compiled:  # a pack's number of images: one graph from the start, where the second number would make another
+        per_image = [t for target in batch.targets.values() for kind, t in target.items() if kind != "patch"]
+        for t in [batch.starts, batch.shapes, batch.ids, *per_image]:
+            torch._dynamo.maybe_mark_dynamic(t, 0)
     return batch, groups
 
 
@@ -659,7 +682,7 @@ def train(flags, place, compiled):
     subset = np.load(flags.subset) if flags.subset else None
     order = data.Order(dataset, flags.tokens, flags.seed, subset, model.config.registers)
     wrapped = wrap(model, flags, place)
-    forward = torch.compile(wrapped) if compiled else wrapped
+    run = torch.compile(forward) if compiled else forward
     optimizer = make_optimizer(model, flags)
     average = {name: p.detach().clone() for name, p in model.named_parameters()} if flags.ema else {}
     streak = torch.zeros(2, dtype=torch.int64, device=place.device)
@@ -692,7 +715,7 @@ def train(flags, place, compiled):
             recent.append(batch.ids.tolist())
             tokens += int(batch.starts[-1])
             packs.append(on_device(batch, place, compiled, teachers, spaces))
-        measured, load = gradients(wrapped, packs, spaces, flags, place, forward)
+        measured, load = gradients(wrapped, packs, spaces, flags, place, run)
         norm = update(model, optimizer, average, measured, load, streak, step, flags)
         step += 1
         bar.update()

@@ -67,19 +67,25 @@ def over_mean(d_BB):
 def median_cut(teacher_BD, seed=0):
     """Below this a distance is under the lower median over i != j, with equal distances on one side of it.
 
-    Exact up to MEDIAN_EXACT images; then from seeded pairs, the same for every implementation: neighbours at
-    MEDIAN_SHIFTS random shifts of one random order, so that each image is drawn equally often and nothing is gathered
-    twice.
+    Exact up to MEDIAN_EXACT images (where the strips have `strip_median`); then from seeded pairs, the same for every
+    implementation: neighbours at MEDIAN_SHIFTS random shifts of one random order, so that each image is drawn equally
+    often and nothing is gathered twice.
     """
     B = len(teacher_BD)
     if B <= MEDIAN_EXACT:
         d = F.pdist(teacher_BD)  # each pair once: the same median
     else:
         generator = torch.Generator().manual_seed(seed)
-        z_BD = teacher_BD[torch.randperm(B, generator=generator).to(teacher_BD.device)]
+        # Drawn on the host, so that every device draws the same; the copy does not wait for the device's work.
+        z_BD = teacher_BD[torch.randperm(B, generator=generator).to(teacher_BD.device, non_blocking=True)]
         shifts = torch.randint(1, B, (MEDIAN_SHIFTS,), generator=generator).tolist()
         d = torch.cat([torch.linalg.vector_norm(z_BD - z_BD.roll(shift, 0), dim=1) for shift in shifts])
-    return d.median() * (1 - TIE * torch.finfo(d.dtype).eps)
+    return under(d.median())
+
+
+def under(median):
+    """Just under it, by more than any form's rounding of the same distance."""
+    return median * (1 - TIE * torch.finfo(median.dtype).eps)
 
 
 # ---- strips of rows, in plain torch ----
@@ -157,13 +163,27 @@ if triton is not None:
         return tl.where(pair, tl.sqrt(tl.maximum(squared, 0.0)), 0.0)
 
     @triton.jit
-    def distance_sum_kernel(
-        z_ptr, square_ptr, sum_ptr, start, stop, B, D, CLOSE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
+    def distance_kernel(
+        z_ptr,
+        square_ptr,
+        out_ptr,  # SUMS: a number a tile; else [R, B]
+        start,
+        stop,
+        B,
+        D,
+        SUMS: tl.constexpr,
+        CLOSE: tl.constexpr,
+        BLOCK: tl.constexpr,
+        BLOCK_D: tl.constexpr,
     ):
         i = start + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         d = tile_distances(z_ptr, square_ptr, i, j, stop, B, D, CLOSE, BLOCK_D)
-        tl.store(sum_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.sum(d, 1), 0))
+        if SUMS:
+            tl.store(out_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.sum(d, 1), 0))
+        else:
+            at = (i - start).to(tl.int64)[:, None] * B + j[None, :]
+            tl.store(out_ptr + at, d, mask=(i < stop)[:, None] & (j < B)[None, :])
 
     @triton.jit
     def pair_kernel(
@@ -209,13 +229,17 @@ def tiles(start, stop, B):
     return triton.cdiv(stop - start, BLOCK["BLOCK"]), triton.cdiv(B, BLOCK["BLOCK"])
 
 
-def triton_distance_sum(z, start, stop):
+def triton_distances(z, start, stop, sums=False):
     B, D = z[0].shape
     grid = tiles(start, stop, B)
+    out = z[0].new_empty(grid if sums else (stop - start, B))
+    distance_kernel[grid](*z, out, start, stop, B, D, SUMS=sums, CLOSE=CLOSE, **BLOCK)
+    return out
+
+
+def triton_distance_sum(*arguments):
     # A sum per tile and no atomics: the order of addition, and so the result, is the same every time.
-    sum_IJ = z[0].new_empty(grid)
-    distance_sum_kernel[grid](*z, sum_IJ, start, stop, B, D, CLOSE=CLOSE, **BLOCK)
-    return sum_IJ.sum(dtype=torch.float64)
+    return triton_distances(*arguments, sums=True).sum(dtype=torch.float64)
 
 
 def triton_pairs(student, teacher, scalars, mode, start, stop, weights):
@@ -237,8 +261,8 @@ def triton_weights(*arguments):
 
 
 FORMS = {
-    "chunked": (chunked_distance_sum, chunked_pair_sums, chunked_weights),
-    "triton": (triton_distance_sum, triton_pair_sums, triton_weights),
+    "chunked": (strip_distances, chunked_distance_sum, chunked_pair_sums, chunked_weights),
+    "triton": (triton_distances, triton_distance_sum, triton_pair_sums, triton_weights),
 }
 
 
@@ -262,7 +286,7 @@ class Relational(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, student_BD, teacher_BD, mode, impl, rows, group):
-        distance_sum, pair_sums, _ = FORMS[impl]
+        distances, distance_sum, pair_sums, _ = FORMS[impl]
         B, dtype = len(student_BD), student_BD.dtype
         span = rows if group is not None else (0, B)  # the rows whose sums this rank contributes
         with full_float32():
@@ -274,7 +298,8 @@ class Relational(torch.autograd.Function):
 
             sums_2 = torch.stack([total(distance_sum, student), total(distance_sum, teacher)])
             means_2 = (over_ranks(sums_2, group) / (B * (B - 1))).to(dtype).clamp(min=torch.finfo(dtype).tiny)
-            scalars = torch.cat([means_2, median_cut(teacher_BD)[None]])
+            cut = median_cut(teacher_BD) if B > MEDIAN_EXACT else under(strip_median(distances, teacher, span, group))
+            scalars = torch.cat([means_2, cut[None]])
             sums_2 = total(pair_sums, student, teacher, scalars, mode).expand(2).clone()
             own = sums_2[0].clone()
             if span != rows:
@@ -292,9 +317,29 @@ class Relational(torch.autograd.Function):
         out_BD = torch.zeros_like(z_BD)
         with full_float32():
             for start, stop in strips(*ctx.rows):
-                weight_RB = FORMS[ctx.impl][2](student, teacher, scalars, ctx.mode, start, stop)
+                weight_RB = FORMS[ctx.impl][3](student, teacher, scalars, ctx.mode, start, stop)
                 out_BD[start:stop] = z_BD[start:stop] * weight_RB.sum(1, keepdim=True) - weight_RB @ z_BD
         return out_BD * (grad * 2 / (B * (B - 1)) / scalars[0]), None, None, None, None, None
+
+
+def strip_median(distances, z, rows, group):
+    """The lower median over i != j, exactly, of distances that are neither kept nor sorted; `rows` are this rank's.
+
+    Floats that are not negative sort like their bits. A histogram of the leading 16 bits, summed over ranks, finds the
+    bin of the median; those of the next 16 bits, among the distances of that bin, narrow it down to one number.
+    """
+    z_BD, B = z[0], len(z[0])
+    as_bits = {torch.float32: torch.int32, torch.float64: torch.int64}[z_BD.dtype]
+    found, below = torch.zeros((), dtype=torch.int64, device=z_BD.device), (B * (B - 1) - 1) // 2 + B  # B: the diagonal
+    for shift in range(8 * as_bits.itemsize - 16, -1, -16):
+        count = torch.zeros(1 << 16, dtype=torch.int64, device=z_BD.device)
+        for strip in strips(*rows):
+            bits = distances(z, *strip).view(as_bits).flatten().long() >> shift
+            count.scatter_add_(0, bits & 0xFFFF, (bits >> 16 == found).long())
+        through = over_ranks(count, group).cumsum(0)
+        digit = torch.searchsorted(through, below + torch.zeros_like(found), right=True)
+        below, found = below - (through[digit] - count[digit]), found << 16 | digit
+    return found.to(as_bits).view(z_BD.dtype)
 
 
 def centred(z_BD):
@@ -370,6 +415,8 @@ def arkd(student_BD, teacher_BD, mode="arkd", impl="auto", rows=None, group=None
         raise ValueError("arkd was given a group without rows: say which rows are this rank's, rows=(start, stop)")
     dtype = torch.promote_types(torch.promote_types(student_BD.dtype, teacher_BD.dtype), torch.float32)
     student_BD, teacher_BD = student_BD.to(dtype), teacher_BD.detach().to(dtype)
+    if group is None and rows is not None and tuple(rows) == (0, B):
+        rows = None  # a world of one
     impl = choose(impl, student_BD.device, dtype, B, rows)
     if B < 2:
         return student_BD.sum() * 0  # a zero that stays in the graph

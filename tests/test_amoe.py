@@ -190,32 +190,6 @@ def test_encode_takes_images_as_well_as_rows(random_images):
         assert torch.equal(from_rows["patch"]["a"], from_image["patch"]["a"])
 
 
-def test_the_student_is_one_graph_whatever_the_pack_holds(cache, monkeypatch):
-    """Catches a graph break, and a graph guarded by the images of a pack (their number turns dynamic at its change)."""
-    import torch._dynamo.testing
-
-    import data
-    import kernels.moe
-
-    # What CUDA would choose: the loop over experts reads their counts on the host.
-    monkeypatch.setattr(kernels.moe, "choose", lambda *_: "grouped")
-    model = small(cache.spaces)
-    order = data.Order(cache, 512).packs(data.Position())
-    counter = torch._dynamo.testing.CompileCounter()
-    compiled = torch.compile(model, backend=counter, fullgraph=True)
-    sizes = set()
-    with torch.no_grad():
-        for _ in range(6):
-            batch = cache.read(next(order)[0], 512)
-            sizes.add(batch.n_images)
-            got, load = compiled(batch, block_mask(batch.starts, 512))
-            want, want_load = model(batch)
-            difference = got["dense"]["summary"] - want["dense"]["summary"]
-            assert difference.abs().max() < 0.05 * want["dense"]["summary"].std()
-            assert torch.equal(load, want_load)
-    assert len(sizes) > 2 and counter.frame_count <= 2
-
-
 # ---- experts ----
 
 

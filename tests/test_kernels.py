@@ -357,7 +357,7 @@ def test_every_kernel_compiles_for_hopper(tmp_path):
     )
     assert run.returncode == 0, run.stderr[-2000:]
     lines = [line.split() for line in run.stdout.splitlines()]
-    assert len(lines) == 13
+    assert len(lines) == 14
     for name, dtype, shared, matrix_instructions in lines:
         assert int(shared) <= 227 * 1024, name
         assert (int(matrix_instructions) > 0) == (dtype == "bf16"), name
@@ -392,7 +392,8 @@ def compile_kernels():
         build(moe_file.down_kernel, dtype, {}, options | {"BACKWARD": True, "w_stride_D": 1}, **launch)
         build(moe_file.outer_kernel, dtype, {"out_ptr": "*fp32"}, options | {"out_stride_D": 1}, **launch)
     constants = arkd_file.BLOCK | {"CLOSE": arkd_file.CLOSE, "GATED": True}
-    build(arkd_file.distance_sum_kernel, "fp32", {}, constants)
+    for sums in (False, True):
+        build(arkd_file.distance_kernel, "fp32", {}, constants | {"SUMS": sums})
     for weights in (False, True):
         build(arkd_file.pair_kernel, "fp32", {}, constants | {"WEIGHTS": weights})
 
