@@ -273,7 +273,7 @@ def test_wrong_words_get_one_line(cache, tmp_path):
         (["--model", "huge"], "huge"),
         (["--images", str(tmp_path)], "--teacher"),
         (["--steps", "0"], "--steps"),
-        (["--cache", str(tmp_path)], "cache.json"),
+        (["--cache", str(tmp_path), "--out", str(tmp_path / "a")], "cache.json"),
         (["--cache", str(cache.path), "--out", str(tmp_path / "run")], "--overwrite"),
         (["--cache", str(cache.path), "--tokens", "10", "--out", str(tmp_path / "b")], "--tokens 10"),
         (["--device", "cuda"], "no GPU") if not torch.cuda.is_available() else (["--model", "x"], "x"),
