@@ -376,9 +376,10 @@ def folder(path, args, budget):
     """(the Images of a folder at a token budget, all of them that can be used as [(shard number, index)])."""
     sizes = {"min_tokens": budget if args.enlarge else args.min_tokens, "max_tokens": budget}
     dataset = Images(find_sources(path), path, **sizes, draft=False, max_skipped=args.max_skipped)
-    entries = [(n, i) for n in dataset.numbers for i, shape in enumerate(dataset.shard(n).shapes) if shape.prod()]
+    trained, held = split(dataset)
+    entries = held if getattr(args, "held_out", False) else sorted([*trained, *held])
     if not entries:
-        raise ValueError(f"{path} holds no image that can be used: {next(iter(dataset.bad.items()))}")
+        raise ValueError(f"{path} holds no image that can be used here: {len(trained) + len(held)} can be decoded")
     return dataset, entries
 
 
@@ -597,6 +598,7 @@ def parse(argv):
             add("--test", help="folder to be tested on (default: every tenth image of --train, by its name's hash)")
         else:
             add("--images", required=True, help="folder of images")
+            add("--held-out", action="store_true", help="only the tenth of them that training leaves out")
         if name in ("zeroshot", "retrieval"):
             add("--text", metavar="NAME=SPEC", help="teacher that embeds text, for the student's head of that name")
         if name == "knn":

@@ -19,9 +19,6 @@ from amoe import PhiS, Space
 from images import choose_view, image_shape, load_image, to_rows
 from packs import cut, pack
 
-OPENED = 64  # shards whose headers stay in memory: four windows of the loader's order
-
-
 # ---- images, decoded on demand ----
 
 
@@ -112,13 +109,11 @@ class Images:
             return str(error)
 
     def shard(self, number):
-        """The Headers of a shard; the newest few stay in memory."""
+        """The Headers of a shard, read once: 16 bytes an image stay in memory."""
         if number not in self.headers:
             jobs = self.jobs(number)
             shapes = self.sift(jobs, self.pool.map(self.shape, jobs), self.quiet)
             ids = np.array([job.source.id for job in jobs], np.int64)
-            while len(self.headers) >= OPENED:
-                del self.headers[next(iter(self.headers))]
             self.headers[number] = Headers(ids, np.array([s or (0, 0) for s in shapes], np.int32).reshape(-1, 2))
         return self.headers[number]
 

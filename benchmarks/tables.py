@@ -60,6 +60,44 @@ def scores(results):
     return lines
 
 
+def teachers():
+    """Packed beside padded, a line a teacher, from the lines of `python teachers.py --bench`."""
+    titles = {"dinov3": "DINOv3 ViT-L", "siglip2": "SigLIP 2 So400m, with its text tower"}
+    lines = [row("teacher (random weights, real sizes)", "parameters", "packed", "padded", "ratio", "memory")]
+    lines.append(row(*["---"] * 6))
+    found = [json.loads(line) for line in (HERE / "teachers.jsonl").read_text().splitlines()]
+    for r in found:
+        rates = [f"{r[f'{how}_tokens_per_s']:.0f} patches/s" for how in ("packed", "padded")]
+        parts = f"{r['packed_over_padded']:.2f}x", f"{r['peak_host_gib']:.1f} GiB"
+        lines.append(row(titles[r["teacher"]], f"{r['parameters_m']:.0f}M", *rates, *parts))
+    r = found[0]
+    note = (
+        f"`python teachers.py --bench all`: {r['images']} images of {r['patches']} patches in all, all padded to the "
+    )
+    note += f"largest {r['padded_patches']}; {r['device']}, {r['threads']} threads, float32, median of {r['repeats']}."
+    lines += ["", note]
+    return lines
+
+
+def evaluations():
+    """Figures of `python evaluate.py` on the photos: a line a head, a column a token budget."""
+    scores = {}
+    for path in sorted(HERE.glob("evaluate_*.json")):
+        result = json.loads(path.read_text())
+        model = path.stem.split("_")[-1]
+        for s in result["scores"]:
+            who = f"teacher `{s['head']}`" if model != "student" else f"student, `{s['head']}`"
+            for figure in ("knn", "text_recall_at_10", "image_recall_at_10"):
+                if figure in s:
+                    scores.setdefault((figure, who), {})[s["max_tokens"]] = s[figure], s["images"]
+    budgets = sorted({budget for cells in scores.values() for budget in cells})
+    lines = [row("measure", "features", *(f"{b} tokens" for b in budgets)), row(*["---"] * (2 + len(budgets)))]
+    for (figure, who), cells in sorted(scores.items(), key=lambda item: (item[0][0] != "knn", item[0])):
+        shown = [f"{cells[b][0]:.3f}" if b in cells else "" for b in budgets]
+        lines.append(row(f"{figure} ({next(iter(cells.values()))[1]} images)", who, *shown))
+    return lines
+
+
 def tables():
     seeds = [load(path.stem) for path in sorted(HERE.glob("toy_seed*.json"))]
     seconds = [r["seconds"] for r in seeds]
@@ -95,6 +133,8 @@ def tables():
         "toy": toy,
         "photos": photos,
         "bench": bench,
+        "teachers": teachers(),
+        "evaluate": evaluations(),
         "files": [row("file", "lines", "what it says"), row("---", "---", "---"), *lines],
     }
 
