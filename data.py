@@ -1,6 +1,6 @@
 """The feature cache: written by teachers, verified, read back as packs.
 
-Its format (1):
+Its format (2):
 
     cache.json                    what it was made of: format, teachers, dtype, seed, token budget, hash of the sources
     teachers/<name>.safetensors   phi_s.{mean,rotation,sigma}, summary_mean, summary_variance, register_variance, pool.*
@@ -26,10 +26,17 @@ Shape letters: T tokens of a pack, M images in it, N images, C channels of a tea
 """
 
 import argparse
+import contextlib
+import functools
 import hashlib
+import itertools
 import json
+import multiprocessing
+import multiprocessing.connection
+import os
 import sys
 import threading
+import time
 from functools import cached_property
 from pathlib import Path
 
@@ -42,34 +49,32 @@ from tqdm import tqdm
 from amoe import ROW, PhiS, Space, quantise
 from images import choose_view, find_sources
 from packs import WINDOW, Batch, Damage, Order, Packs, Position, cut, held_out, loader, pack  # noqa: F401
-from targets import Images, Job, embed_captions, fit_spaces, load_teachers, packed, targets
+from targets import Images, Job, ask, embed_captions, fit_spaces, load_teachers, packed, targets
 
-FORMAT = 1
+FORMAT = 2
 CHUNK = 64  # rows behind one checksum: an image is read without decoding much of its neighbours
 MEMORY = (
     1 << 30
 )  # bytes of arrays that a reading process keeps: two windows of small shards, or of large ones' summaries
+SHARED = ts.Context()  # what is written to memory:// is there for all who read in this process
 
 
 # ---- the cache: writing ----
 
 
-class Record:
-    """A shard's commit record, {"images", "rows", "skipped", "files": {key: [bytes, hash]}}, sealed by its own hash."""
+def seal(content, indent=None):
+    """JSON bytes of a dict that end in the hash of its other entries."""
+    return json.dumps(content | {"hash": digest(json.dumps(content, sort_keys=True).encode())}, indent=indent).encode()
 
-    @staticmethod
-    def seal(content):
-        return json.dumps(content | {"hash": digest(json.dumps(content, sort_keys=True).encode())}).encode()
 
-    @staticmethod
-    def read(raw):
-        """The content, or None where the bytes are not a sealed record."""
-        try:
-            content = json.loads(raw)
-            seal = content.pop("hash")
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return None
-        return content if seal == digest(json.dumps(content, sort_keys=True).encode()) else None
+def unseal(raw):
+    """The dict, its "hash" included, or None where the bytes are not what was sealed."""
+    try:
+        content = json.loads(raw)
+        rest = {key: value for key, value in content.items() if key != "hash"}
+        return content if content["hash"] == digest(json.dumps(rest, sort_keys=True).encode()) else None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def digest(data):
@@ -78,9 +83,8 @@ def digest(data):
 
 def open_store(path):
     """The tensorstore key-value store of a cache: a local folder or a URL such as s3://bucket/cache."""
-    if "://" in str(path):
-        return ts.KvStore.open(f"{str(path).rstrip('/')}/").result()
-    return ts.KvStore.open({"driver": "file", "path": f"{Path(path).resolve()}/"}).result()
+    url = f"{str(path).rstrip('/')}/" if "://" in str(path) else {"driver": "file", "path": f"{Path(path).resolve()}/"}
+    return ts.KvStore.open(url, context=SHARED).result()
 
 
 def open_array(store, key, context=None, create=None):
@@ -107,24 +111,51 @@ def open_array(store, key, context=None, create=None):
         "codecs": [{"name": "sharding_indexed", "configuration": codec}],
     }
     spec |= {"create": True, "store_data_equal_to_fill_value": True}
-    return ts.open(spec, context=context)
+    return ts.open(spec, context=SHARED)
 
 
-def write_shard(store, number, arrays, skipped):
+def write_shard(store, number, arrays, skipped, cache_hash):
     """Write {name: numpy array} as one shard, whole arrays at a time, then its commit record."""
     prefix = f"shards/{number:05d}/"
-    store.delete_range(ts.KvStore.KeyRange(prefix, prefix[:-1] + "0")).result()  # what a killed writer left, locks too
-    opened = {name: open_array(store, prefix + name, create=(a.shape, str(a.dtype))) for name, a in arrays.items()}
-    writes = [opened[name].result().write(a) for name, a in arrays.items() if a.size]
-    for write in writes:
-        write.result()
-    files = {}
-    for name in arrays:
-        for key in sorted(list_keys(store, f"{prefix}{name}/")):
-            raw = store.read(key).result().value
-            files[key.removeprefix(prefix)] = [len(raw), digest(raw)]
-    record = {"images": len(arrays["ids"]), "rows": len(arrays["pixels"]), "skipped": skipped, "files": files}
-    store.write(prefix + "shard.json", Record.seal(record)).result()
+    with writing(f"shard {number:05d}"):
+        store.delete_range(ts.KvStore.KeyRange(prefix, prefix[:-1] + "0")).result()  # a killed writer's, locks too
+        opened = {name: open_array(store, prefix + name, create=(a.shape, str(a.dtype))) for name, a in arrays.items()}
+        writes = [opened[name].result().write(a) for name, a in arrays.items() if a.size]
+        for write in writes:
+            write.result()
+        files = {}
+        for name, array in arrays.items():
+            for key in [f"{name}/zarr.json", *([f"{name}/c" + "/0" * array.ndim] if array.size else [])]:
+                raw = store.read(prefix + key).result().value
+                if not raw:
+                    raise ValueError(f"{key} vanished: is another process writing the same shards?")
+                files[key] = [len(raw), digest(raw)]
+        record = {"cache": cache_hash, "images": len(arrays["ids"]), "rows": len(arrays["pixels"])}
+        write_file(store, prefix + "shard.json", seal(record | {"skipped": skipped, "files": files}))
+
+
+def write_file(store, key, raw):
+    """Write a small file and look at it: a lock that a killed writer left is reused with what it held beyond our bytes.
+
+    That lock is then gone, so the second time is right.
+    """
+    for _ in range(2):
+        store.write(key, raw).result()
+        if store.read(key).result().value == raw:
+            return
+    raise ValueError(f"{key} reads back other than it was written")
+
+
+@contextlib.contextmanager
+def writing(what):
+    """A full disk, a lost mount or missing rights as one line."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        said = str(error).split("\n")[0].split(" [source locations")[0]
+        raise ValueError(
+            f"cannot write {what}: {said}; what is committed stays, and the same command goes on from there"
+        ) from error
 
 
 def list_keys(store, prefix):
@@ -132,14 +163,15 @@ def list_keys(store, prefix):
     return [key.decode() for key in keys]
 
 
-def space_bytes(space):
-    """A Space as a .safetensors file, every scalar included."""
+def space_bytes(space, probe_C):
+    """A Space as a .safetensors file, every scalar included, with the teacher's summary of one image to know it by."""
     tensors = {f"phi_s.{k}": v for k, v in space.phi_s.state_dict().items()}
     tensors |= {
         "summary_mean": space.summary_mean,
         "summary_variance": torch.tensor(space.summary_variance, dtype=torch.float64),
         "register_variance": torch.tensor(space.register_variance, dtype=torch.float64),
     }
+    tensors["probe"] = probe_C
     tensors |= {f"pool.{k}": v.contiguous() for k, v in (space.pool or {}).items()}
     scalars = {"name": space.name, "dim": space.dim, "registers": space.registers}
     scalars |= {"pool_heads": space.pool_heads, "pool_eps": space.pool_eps}
@@ -174,6 +206,7 @@ def cache(
     seed=0,
     shard_images=512,
     shard_range=(0, 1),
+    workers=0,
     calibrate=512,
     max_skipped=0.05,
     device="cpu",
@@ -181,10 +214,11 @@ def cache(
 ):
     """Decode images, run the teachers, write the cache `out`; what is committed already is kept, so a rerun continues.
 
-    images: a folder, a list file, or a list of Source. teachers: objects with name, dim and registers, called with a
-    Batch. shard_range (i, n): write every n-th shard from the i-th, so that n writers share the work without a word.
-    ValueError for an existing cache of other contents, for unreadable images beyond the share max_skipped, and for
-    teachers whose answers do not fit.
+    images: a folder, a list file, a tar, or a list of Source. teachers: objects with name, dim and registers, called
+    with a Batch; or a function of the device that makes them, which `workers` need: so many processes share the shards.
+    shard_range (i, n): write every n-th shard from the i-th, so that n machines share the work without a word.
+    ValueError for an existing cache of other contents, for unreadable images beyond the share max_skipped, for teachers
+    whose answers do not fit, and for what cannot be written.
     """
     sources = images if isinstance(images, list) else find_sources(images)
     if subset is not None:
@@ -194,28 +228,104 @@ def cache(
             raise ValueError("none of the ids of --subset is among the images")
     layout = {"min_tokens": min_tokens, "max_tokens": max_tokens, "views": views, "seed": seed}
     dataset = Images(sources, images, **layout, shard_images=shard_images)
-    store, spaces = begin(out, dataset, teachers, dtype, calibrate, device)
-    numbers = range(shard_range[0], len(dataset.numbers), shard_range[1])
-    skipped = 0
-    total = sum(len(dataset.jobs(n)) // views for n in numbers)
-    bar = tqdm(total=total, unit="image", disable=not progress)
-    for number in numbers:
-        record = read_record(store, number)
-        if record is None:
-            arrays, bad = shard_arrays(teachers, spaces, dataset, number, dtype, device)
-            write_shard(store, number, arrays, bad)
-            record = {"skipped": bad}
-        skipped += len({entry["source"] for entry in record["skipped"]})
-        bar.update(len(dataset.jobs(number)) // views)
-        if skipped > max_skipped * len(sources):
-            write_skipped(store)
-            raise ValueError(
-                f"{skipped} of {len(sources)} images are unusable, more than --max-skipped {max_skipped:g} allows; "
-                f"{out}/skipped.jsonl says which and why"
-            )
+    made = teachers(device) if callable(teachers) else teachers
+    store, _ = begin(out, dataset, made, dtype, calibrate, device)
+    numbers = list(range(shard_range[0], len(dataset.numbers), shard_range[1]))
+    records = [read_record(store, n, Cache(out).about["hash"]) for n in numbers]
+    todo = [n for n, record in zip(numbers, records, strict=True) if record is None]
+    bad = {entry["source"] for record in records if record for entry in record["skipped"]}
+    total, left = (sum(len(dataset.jobs(n)) for n in some) for some in (numbers, todo))
+    bar = tqdm(total=total, initial=total - left, unit="view" if views > 1 else "image", disable=not progress)
+    arguments = (dataset, out, dtype, device)
+    if workers and todo:
+        del made  # a worker makes its own
+        steps = in_processes(min(workers, len(todo)), teachers, todo, arguments)
+    else:
+        steps = write_shards(made, todo, *arguments)
+    with contextlib.closing(steps):
+        for images_done, skipped in steps:
+            bar.update(images_done)
+            bad |= set(skipped)
+            if len(bad) > max_skipped * len(sources):
+                write_skipped(store)
+                raise ValueError(
+                    f"{len(bad)} of {len(sources)} images are unusable, more than --max-skipped {max_skipped:g}; "
+                    f"{out}/skipped.jsonl says which and why"
+                )
     bar.close()
     write_skipped(store)
     return Cache(out)
+
+
+def write_shards(teachers, numbers, dataset, out, dtype, device):
+    """Write the shards `numbers` of Images; yields (images done, names of those skipped) as it goes.
+
+    The next shard is decoded while teachers look at this one.
+    """
+    cache = Cache(out)
+    ahead = dataset.map(dataset.jobs(numbers[0])) if numbers else None
+    for number, after in itertools.zip_longest(numbers, numbers[1:]):
+        answers = list(zip(dataset.jobs(number), ahead, strict=True))
+        ahead = after is not None and dataset.map(dataset.jobs(after))
+        bad = [{"source": job.source.name, "reason": answer} for job, answer in answers if isinstance(answer, str)]
+        decoded = [(job, *answer) for job, answer in answers if not isinstance(answer, str)]
+        arrays = described(decoded, dataset.seed)
+        for done in taught(arrays, teachers, cache.spaces, decoded, dtype, device):
+            yield done, ()
+        write_shard(cache.store, number, arrays, bad, cache.about["hash"])
+        yield len(bad), [entry["source"] for entry in bad]
+
+
+def in_processes(n, make_teachers, numbers, arguments):
+    """write_shards in n processes, each of every n-th number; what they yield as it comes, their first error raised."""
+    if not callable(make_teachers):
+        raise ValueError("workers make teachers for themselves: give a function of the device in the place of teachers")
+    context = multiprocessing.get_context("spawn")  # fork would copy tensorstore's and torch's locked threads
+    queue = context.SimpleQueue()
+    processes = []
+    try:
+        for k in range(n):
+            share = (k, n, make_teachers, numbers[k::n], arguments, queue)
+            processes.append(context.Process(target=work, args=share, daemon=True))
+            processes[-1].start()
+        running = n
+        while running:
+            while queue.empty():
+                for k, process in enumerate(processes):
+                    if process.exitcode:
+                        raise ValueError(
+                            f"worker {k} of {n} ended with code {process.exitcode} (-9: killed, often for memory); "
+                            "what is committed stays, and the same command goes on from there"
+                        )
+                time.sleep(0.05)
+            said = queue.get()
+            if isinstance(said, str):
+                raise ValueError(said)
+            running -= said is None
+            if said:
+                yield said
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join()
+
+
+def work(k, n, make_teachers, numbers, arguments, queue):
+    """One of in_processes: answers through the queue, an error as a string, the end as None; dies with its parent."""
+    parent = multiprocessing.parent_process().sentinel
+    threading.Thread(target=lambda: multiprocessing.connection.wait([parent]) and os._exit(1), daemon=True).start()
+    torch.set_num_threads(max(1, (os.cpu_count() or n) // n))
+    dataset, out, dtype, device = arguments
+    if device == "cuda":
+        device = f"cuda:{k % torch.cuda.device_count()}"
+    try:
+        for step in write_shards(make_teachers(device), numbers, dataset, out, dtype, device):
+            queue.put(step)
+        queue.put(None)
+    except ValueError as error:
+        queue.put(str(error))
+    except KeyboardInterrupt:  # the parent says so
+        queue.put("interrupted")
 
 
 def begin(out, images, teachers, dtype, calibrate, device):
@@ -237,57 +347,78 @@ def begin(out, images, teachers, dtype, calibrate, device):
         "sources_hash": digest("\n".join(s.name for s in sources).encode()),
         "shard_images": images.shard_images,
     }
-    existing = store.read("cache.json").result().value
-    if existing:
-        for key, value in about.items():
-            if (before := json.loads(existing).get(key)) != value:
-                raise ValueError(f"{out} is a cache of {key} {before!r}, not {value!r}: choose another --out")
-        return store, Cache(out).spaces
     chosen = sorted(np.random.default_rng(images.seed).permutation(len(sources))[:calibrate])
+    if store.read("cache.json").result().value:
+        before = read_about(store, out)
+        for key, value in about.items():
+            if before.get(key) != value:
+                raise ValueError(f"{out} is a cache of {key} {before.get(key)!r}, not {value!r}: choose another --out")
+        check_teachers(store, out, teachers, images, chosen, device)
+        return store, Cache(out).spaces
     jobs = [Job(sources[i], 0) for i in chosen]
     answers = zip(jobs, images.map(jobs), strict=True)
     sample = [(*answer, job.source.id) for job, answer in answers if not isinstance(answer, str)]
     if not sample:
         raise ValueError(f"none of {len(chosen)} calibration images can be decoded: is --images {images.path} right?")
-    spaces = fit_spaces(teachers, sample, device)
-    files = {space.name: space_bytes(space) for space in spaces}
-    for name, raw in files.items():
-        store.write(f"teachers/{name}.safetensors", raw).result()
-    about["teachers_hash"] = {name: digest(raw) for name, raw in files.items()}
-    store.write("cache.json", json.dumps(about, indent=1).encode()).result()
-    return store, spaces
+    spaces, probes = fit_spaces(teachers, sample, device), probe(teachers, sample[0], device)
+    files = {space.name: space_bytes(space, probes[space.name]) for space in spaces}
+    if not store.read("cache.json").result().value:  # unless another machine was faster
+        with writing(f"{out}/cache.json"):
+            for name, raw in files.items():
+                write_file(store, f"teachers/{name}.safetensors", raw)
+            about["teachers_hash"] = {name: digest(raw) for name, raw in files.items()}
+            write_file(store, "cache.json", seal(about, indent=1))
+    return store, Cache(out).spaces
 
 
-def shard_arrays(teachers, spaces, dataset, number, dtype, device):
-    """Shard `number` of Images as arrays, {name: numpy array}, and its skipped images, [{"source", "reason"}]."""
-    jobs, images, bad = [], [], []
-    for job, answer in zip(dataset.jobs(number), dataset.map(dataset.jobs(number)), strict=True):
-        if isinstance(answer, str):
-            bad.append({"source": job.source.name, "reason": answer})
-        else:
-            jobs.append(job)
-            images.append((*answer, job.source.id))
-    starts = np.concatenate([[0], np.cumsum([len(rows) for rows, _, _ in images])]).astype(np.int64)
+def probe(teachers, decoded, device):
+    """Teachers' summaries [C] of one image (rows, shape, id), on the CPU."""
+    ((_, batch),) = packed([decoded], device)
+    return {name: answer["summary"][0].cpu() for name, answer in ask(teachers, batch).items()}
+
+
+def check_teachers(store, out, teachers, images, chosen, device):
+    """ValueError where a teacher of a known name is another one, by its answer to the first calibration image."""
+    for i in chosen:
+        job = Job(images.sources[i], 0)
+        if not isinstance(answer := images.decode(job), str):
+            break
+    for name, now in probe(teachers, (*answer, job.source.id), device).items():
+        before = safetensors.load(store.read(f"teachers/{name}.safetensors").result().value)["probe"]
+        change = float((now - before).norm() / before.norm())
+        if change > 0.1:  # rounding, also that of bfloat16 on another machine, stays under 0.02
+            raise ValueError(
+                f"{out} was begun with another teacher '{name}' than this one, or other images: their summaries of "
+                f"{job.source.name} differ by {change:.0%}; give the same ones, or choose another --out"
+            )
+
+
+def described(decoded, seed):
+    """The arrays of a shard, {name: numpy array}, that need no teacher, from decoded images [(job, rows, shape)]."""
+    jobs, rows, shapes = zip(*decoded, strict=True) if decoded else ((), (), ())
     sources = [job.source for job in jobs]
+    views = [(job.number, *box, flip) for job in jobs for box, flip in [choose_view(seed, job.source.id, job.number)]]
     meta = [{"source": s.name, "caption": s.caption, "category": s.category} for s in sources]
-    views = [
-        (job.number, *box, flip) for job in jobs for box, flip in [choose_view(dataset.seed, job.source.id, job.number)]
-    ]
-    arrays = {
-        "pixels": torch.cat([rows for rows, _, _ in images]).numpy() if images else np.zeros((0, ROW), np.uint8),
-        "starts": starts,
-        "shapes": np.array([shape for _, shape, _ in images], np.int32).reshape(-1, 2),
-        "ids": np.array([i for _, _, i in images], np.int64),
+    return {
+        "pixels": torch.cat(rows).numpy() if rows else np.zeros((0, ROW), np.uint8),
+        "starts": np.concatenate([[0], np.cumsum([len(r) for r in rows])]).astype(np.int64),
+        "shapes": np.array(shapes, np.int32).reshape(-1, 2),
+        "ids": np.array([s.id for s in sources], np.int64),
         "views": np.array(views, np.float32).reshape(-1, 6),
         "meta": np.frombuffer("\n".join(json.dumps(m, ensure_ascii=False) for m in meta).encode(), np.uint8),
     }
-    feature_type = {"int8": np.int8, "bf16": ts.bfloat16.numpy_dtype}[dtype]
+
+
+def taught(arrays, teachers, spaces, decoded, dtype, device):
+    """Add to a shard's arrays what teachers say; yields the number of images after each pack."""
+    images = [(rows, shape, job.source.id) for job, rows, shape in decoded]
+    starts, feature_type = arrays["starts"], {"int8": np.int8, "bf16": ts.bfloat16.numpy_dtype}[dtype]
     for t in teachers:
         arrays[f"patch.{t.name}"] = np.empty((starts[-1], t.dim), feature_type)
         arrays[f"summary.{t.name}"] = np.empty((len(images), t.dim), np.float32)
         if t.registers:
             arrays[f"registers.{t.name}"] = np.empty((len(images), t.registers * t.dim), np.float32)
-        text = embed_captions(t, [s.caption for s in sources])
+        text = embed_captions(t, [job.source.caption for job, _, _ in decoded])
         if text is not None:
             arrays[f"text.{t.name}"] = text
     for part, batch in packed(images, device):
@@ -299,23 +430,48 @@ def shard_arrays(teachers, spaces, dataset, number, dtype, device):
             arrays[f"summary.{name}"][part] = target["summary"].cpu().numpy()
             if "registers" in target:
                 arrays[f"registers.{name}"][part] = target["registers"].flatten(1).cpu().numpy()
-    return arrays, bad
+        yield part.stop - part.start
 
 
-def read_record(store, number):
-    """The commit record of a shard, or None where it is not committed."""
-    return Record.read(store.read(f"shards/{number:05d}/shard.json").result().value)
+def read_about(store, path):
+    """cache.json; ValueError where there is none, or it is of another format or damaged."""
+    raw = store.read("cache.json").result().value
+    if not raw:
+        raise ValueError(f"{path} is not a feature cache: it has no cache.json (python data.py cache makes one)")
+    try:
+        about = json.loads(raw)
+    except ValueError as error:
+        raise ValueError(f"{path}/cache.json is damaged: {error}") from error
+    if about.get("format") != FORMAT:
+        raise ValueError(f"{path} has cache format {about.get('format')} and this code reads {FORMAT}: cache it anew")
+    if unseal(raw) is None:
+        raise ValueError(f"{path}/cache.json is damaged: its contents are not those that its hash was made of")
+    return about
+
+
+def read_record(store, number, cache_hash):
+    """The commit record of a shard, or None where it is not committed, or to another cache."""
+    record = unseal(store.read(f"shards/{number:05d}/shard.json").result().value)
+    return record if record and record["cache"] == cache_hash else None
+
+
+def skipped_lines(store):
+    """What skipped.jsonl has to say, by the commit records."""
+    cache_hash = read_about(store, "the cache")["hash"]
+    records = (read_record(store, number, cache_hash) for number in committed(store))
+    lines = [json.dumps(entry, ensure_ascii=False) for record in records if record for entry in record["skipped"]]
+    return "".join(f"{line}\n" for line in lines).encode()
 
 
 def write_skipped(store):
-    """skipped.jsonl, anew from every commit record: writers on many machines need not append to one file."""
-    lines = []
-    for number in committed(store):
-        lines += [
-            json.dumps(entry, ensure_ascii=False)
-            for entry in (read_record(store, number) or {"skipped": []})["skipped"]
-        ]
-    store.write("skipped.jsonl", "".join(f"{line}\n" for line in lines).encode()).result()
+    """skipped.jsonl, anew from every commit record, again where other writers have committed meanwhile."""
+    with writing("skipped.jsonl"):
+        lines = skipped_lines(store)
+        while True:
+            store.write("skipped.jsonl", lines).result()
+            before, lines = store.read("skipped.jsonl").result().value, skipped_lines(store)
+            if before == lines:
+                return
 
 
 def committed(store):
@@ -329,12 +485,12 @@ def committed(store):
 class Shard:
     """One committed shard; its arrays open on first use and its small ones stay in memory."""
 
-    def __init__(self, store, number, context):
+    def __init__(self, store, number, context, cache_hash):
         self.store, self.number, self.context = store, number, context
         self.arrays = {}
-        self.record = read_record(store, number)
+        self.record = read_record(store, number, cache_hash)
         if self.record is None:
-            raise Damage(number, ": shard.json is damaged")
+            raise Damage(number, ": shard.json is damaged, or belongs to another cache")
         self.size = sum(size for size, _ in self.record["files"].values())
 
     def array(self, name):
@@ -385,17 +541,7 @@ class Cache:
     def __init__(self, path):
         self.path = path
         self.store = open_store(path)
-        raw = self.store.read("cache.json").result().value
-        if not raw:
-            raise ValueError(f"{path} is not a feature cache: it has no cache.json (python data.py cache makes one)")
-        try:
-            self.about = json.loads(raw)
-        except ValueError as error:
-            raise ValueError(f"{path}/cache.json is damaged: {error}") from error
-        if self.about.get("format") != FORMAT:
-            raise ValueError(
-                f"{path} has cache format {self.about.get('format')} and this code reads {FORMAT}: cache it anew"
-            )
+        self.about = read_about(self.store, path)
         self.spaces = []
         for name in self.about["teachers"]:
             raw = self.store.read(f"teachers/{name}.safetensors").result().value
@@ -403,13 +549,14 @@ class Cache:
                 raise ValueError(f"{path}/teachers/{name}.safetensors (its PHI-S) is missing or damaged: cache it anew")
             self.spaces.append(space_from(raw))
         # memory-mapped reads: twice the bandwidth of copied ones on a local disk
-        self.context = ts.Context({"file_io_mode": {"mode": "memmap"}, "cache_pool": {"total_bytes_limit": 1 << 26}})
+        own = {"file_io_mode": {"mode": "memmap"}, "cache_pool": {"total_bytes_limit": 1 << 26}}
+        self.context = ts.Context(own, SHARED)
         self.numbers = committed(self.store)
         self.opened, self.held, self.lock = {}, {}, threading.Lock()
 
     def shard(self, number):
         if number not in self.opened:
-            self.opened[number] = Shard(self.store, number, self.context)
+            self.opened[number] = Shard(self.store, number, self.context, self.about["hash"])
         return self.opened[number]
 
     @property
@@ -523,28 +670,28 @@ def as_tensor(array):
 def verify(cache):
     """Every file of every shard against its commit record: a list of complaints, which name shard and array."""
     complaints = []
-    expected = -(-cache.about["sources"] // cache.about["shard_images"])
-    for number in range(expected):
+    for number in range(-(-cache.about["sources"] // cache.about["shard_images"])):
         prefix = f"shards/{number:05d}/"
-        record = read_record(cache.store, number)
+        record = read_record(cache.store, number, cache.about["hash"])
         if record is None:
-            there = list_keys(cache.store, prefix)
-            state = (
-                "shard.json is damaged"
-                if prefix + "shard.json" in there
-                else "not committed (writing it was cut short)"
-            )
-            complaints.append(f"shard {number:05d}: {state if there else 'missing'}; rerun the caching command")
+            state = "missing"
+            if there := list_keys(cache.store, prefix):
+                state = "not committed (writing it was cut short)"
+                if prefix + "shard.json" in there:
+                    state = "shard.json is damaged, or belongs to another cache"
+            complaints.append(f"shard {number:05d}: {state}; rerun the caching command")
             continue
         for key, (size, value) in record["files"].items():
             raw = cache.store.read(prefix + key).result().value
+            state = f"is {len(raw)} bytes of {size}" if len(raw) != size else "has changed bytes"
             if len(raw) != size or digest(raw) != value:
-                state = (
-                    "missing" if not raw else f"{len(raw)} bytes of {size}" if len(raw) != size else "has changed bytes"
-                )
+                state = state if raw else "is missing"
                 complaints.append(
-                    f"shard {number:05d}, array {key.split('/')[0]}: {key} is {state}".replace("is has", "has")
+                    f"shard {number:05d}, array {key.split('/')[0]}: {key} {state}; remove shards/{number:05d} and "
+                    f"rerun the caching command"
                 )
+    if not complaints and cache.store.read("skipped.jsonl").result().value != skipped_lines(cache.store):
+        complaints.append("skipped.jsonl is not what the shards say: rerun the caching command")
     return complaints
 
 
@@ -594,7 +741,7 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
     write = commands.add_parser("cache", help="run teachers over images and write a cache", allow_abbrev=False)
     add = write.add_argument
-    add("--images", required=True, help="folder of images, or a .txt list of them")
+    add("--images", required=True, help="folder of images or tars, a tar, or a .txt list of them")
     add(
         "--teacher",
         action="append",
@@ -611,6 +758,7 @@ def main(argv=None):
     add("--seed", type=int, default=0, help="of the calibration sample and the views")
     add("--shard-images", type=int, default=512, help="sources in a shard")
     add("--shard-range", default="0/1", metavar="I/N", help="write every N-th shard from the I-th")
+    add("--workers", type=int, default=0, help="processes that share the shards, each with its own teachers")
     add("--calibrate", type=int, default=512, help="images that PHI-S is fitted on")
     add("--max-skipped", type=float, default=0.05, help="share of unusable images that is put up with")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where teachers run")
@@ -618,10 +766,13 @@ def main(argv=None):
         commands.add_parser(name, help=text, allow_abbrev=False).add_argument("cache")
     args = parser.parse_args(argv)
     if args.command == "cache":
-        i, n = (int(x) for x in args.shard_range.split("/"))
+        i, _, n = args.shard_range.partition("/")
+        i, n = (int(x) if x.isdigit() else -1 for x in (i, n))
+        if not 0 <= i < n:
+            raise ValueError(f"--shard-range {args.shard_range} is not I/N with 0 <= I < N")
         result = cache(
             args.images,
-            load_teachers(args.teacher, args.images, args.device),
+            functools.partial(load_teachers, args.teacher, args.images),
             args.out,
             min_tokens=args.min_tokens,
             max_tokens=args.max_tokens,
@@ -631,6 +782,7 @@ def main(argv=None):
             seed=args.seed,
             shard_images=args.shard_images,
             shard_range=(i, n),
+            workers=args.workers,
             calibrate=args.calibrate,
             max_skipped=args.max_skipped,
             device=args.device,

@@ -1,13 +1,14 @@
 """Packs, the cache, and the loader's order."""
 
+import functools
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
+import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from PIL import Image
 import amoe
 import data
 import toy
-from images import find_sources
+from images import find_sources, load_image
+from targets import load_teachers
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -124,106 +126,84 @@ def test_bad_images_are_skipped_counted_and_named(world, oracles, tmp_path):
         data.cache(folder, oracles, tmp_path / "d", max_tokens=64, shard_images=20, progress=False)
 
 
-def test_another_cache_in_the_way_is_an_error_naming_both(cache, world, oracles):
-    """Catches a rerun with other teachers or settings that mixes two caches."""
+def test_views_are_what_teachers_saw(world, oracles, tmp_path):
+    """Catches a view drawn anew for the teacher, or stored other than it was cut: the stored box gives the pixels."""
     images = world.folder / "images"
-    with pytest.raises(ValueError, match=r"dtype 'int8', not 'bf16'"):
-        data.cache(images, oracles, cache.path, max_tokens=64, shard_images=20, dtype="bf16", progress=False)
-    with pytest.raises(ValueError, match="teachers"):
-        data.cache(images, oracles[:1], cache.path, max_tokens=64, shard_images=20, progress=False)
-    about = cache.about | {"format": 99}
-    other = Path(cache.path).with_name("other")
-    other.mkdir(exist_ok=True)
-    (other / "cache.json").write_text(json.dumps(about))
-    with pytest.raises(ValueError, match=r"format 99.*reads 1"):
-        data.Cache(other)
-    with pytest.raises(ValueError, match=r"no cache\.json"):
-        data.Cache(world.folder)
+    cache = data.cache(images, oracles, tmp_path, max_tokens=64, views=3, shard_images=20, progress=False)
+    shard = cache.shard(1)
+    assert len(shard.ids) == 60 and len(set(shard.ids.tolist())) == 20
+    views = shard.all("views")
+    assert views[:6, 0].tolist() == [0, 1, 2, 0, 1, 2] and 0 < views[:, 5].sum() < 40
+    sources = {s.id: s for s in find_sources(images)}
+    for i in range(60):
+        box, flip = tuple(views[i, 1:5].tolist()), bool(views[i, 5])
+        seen = load_image(sources[int(shard.ids[i])], max_tokens=64, box=box, flip=flip, draft=True)
+        batch = cache.read([(1, i)])
+        assert torch.equal(seen, batch.images()[0])
+        said = oracles[0](batch)  # the oracles read scenes by id and shape
+        assert torch.allclose(batch.targets["text"]["summary"], said["summary"], atol=1e-5)
 
 
-def copy_of(cache, tmp_path):
-    return Path(shutil.copytree(cache.path, tmp_path / "copy"))
+def test_a_plug_in_sees_the_stored_pixels(plug_in, tmp_path):
+    """Catches features of one view beside the pixels of another: this teacher's features are its pixels."""
+    for i in range(6):
+        Image.effect_noise((60 + 9 * i, 64), 90).convert("RGB").save(tmp_path / f"{i}.jpg")
+    run = load_teachers([plug_in], tmp_path, "cpu")
+    cache = data.cache(tmp_path, run, tmp_path / "c", views=4, dtype="bf16", progress=False)
+    batch = cache.read([(0, i) for i in range(24)])
+    for i in range(24):
+        at = batch.patch_rows(i)
+        patch = cache.spaces[0].phi_s.invert(batch.targets["t"]["patch"][at].float())
+        assert (patch - batch.rows[at, :12].float()).abs().max() < 3  # bfloat16's rounding, of 255
+        assert torch.equal(batch.targets["t"]["summary"][i], batch.rows[at][0, :12].float())
 
 
-def test_verify_names_shard_and_array_of_any_flipped_byte(cache, tmp_path):
-    """Catches a check of counts in the place of contents."""
-    path = copy_of(cache, tmp_path)
-    assert data.verify(data.Cache(path)) == []
-    random = np.random.default_rng(0)
-    files = sorted(p for p in path.glob("shards/*/**/*") if p.is_file())
-    for _ in range(30):
-        file = files[random.integers(len(files))]
-        raw = bytearray(file.read_bytes())
-        at = random.integers(len(raw))
-        raw[at] ^= 1 << random.integers(8)
-        good = file.read_bytes()
-        file.write_bytes(raw)
-        (complaint,) = data.verify(data.Cache(path))
-        parts = file.relative_to(path / "shards").parts
-        assert parts[0] in complaint and parts[1] in complaint
-        file.write_bytes(good)
-    shutil.rmtree(path / "shards" / "00001")
-    (complaint,) = data.verify(data.Cache(path))
-    assert "00001" in complaint
+def test_tars_captions_and_labels_go_into_the_cache(plug_in, tmp_path):
+    """Catches a tar whose members all decode as its first, and captions that stay behind."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for i in range(8):
+            Image.effect_noise((32 + 16 * i, 64), 90).convert("RGB").save(tmp_path / "x.png")
+            (tmp_path / "x.txt").write_text(f"the {i}th")
+            (tmp_path / "x.cls").write_text(str(i % 3))
+            for suffix in ("png", "txt", "cls"):
+                tar.add(tmp_path / f"x.{suffix}", f"{i}.{suffix}")
+    cache = data.cache(tmp_path / "a.tar", load_teachers([plug_in], tmp_path, "cpu"), tmp_path / "c", progress=False)
+    want = [{"source": f"a.tar/{i}.png", "caption": f"the {i}th", "category": str(i % 3)} for i in range(8)]
+    assert [cache.meta((0, i)) for i in range(8)] == want
+    assert cache.shard(0).shapes.tolist() == [[4, 2 + i] for i in range(8)]
 
 
-def test_damage_is_never_trained_on(cache, tmp_path, capsys):
-    """Catches fill_missing_data_reads, under which a deleted chunk reads as zeros."""
-    path = copy_of(cache, tmp_path)
-    pixels = path / "shards/00001/pixels/c/0/0"
-    raw = bytearray(pixels.read_bytes())
-    raw[2000] ^= 4
-    pixels.write_bytes(raw)
-    (path / "shards/00002/patch.dense/c/0/0").unlink()
-    damaged = data.Cache(path)
-    with pytest.raises(data.Damage, match="shard 00001, array pixels"):
-        damaged.read([(1, 0)])
-    with pytest.raises(data.Damage, match=r"shard 00002, array patch.dense"):
-        damaged.read([(2, 5)])
-    batch, _ = data.Packs(damaged, 400, on_corrupt="skip")[[(1, 0), (0, 3), (2, 5)], None]
-    assert batch.ids.tolist() == [int(damaged.shard(0).ids[3])]
-    assert "shard 00001" in capsys.readouterr().err
+def test_a_subset_is_cached_alone(world, oracles, tmp_path):
+    """Catches a subset taken as indices, and one that changes the ids."""
+    ids = [s.id for s in find_sources(world.folder / "images")][10:15]
+    cache = data.cache(world.folder / "images", oracles, tmp_path, max_tokens=64, subset=ids, progress=False)
+    assert cache.shard(0).ids.tolist() == ids
+    with pytest.raises(ValueError, match="--subset"):
+        data.cache(world.folder / "images", oracles, tmp_path / "b", subset=[5], progress=False)
 
 
-def test_a_killed_writer_leaves_nothing_half_read_and_a_rerun_finishes(cache, world, tmp_path):
-    """Catches a commit record written before the data, and locks that a killed writer left."""
-    out = tmp_path / "cache"
-    script = (
-        f"import toy, data\nworld = toy.World('.', 80)\nprint('begin', flush=True)\n"
-        f"data.cache({str(world.folder / 'images')!r}, [toy.TextOracle(world), toy.DenseOracle(world)], {str(out)!r}, "
-        f"max_tokens=64, shard_images=20, progress=False)\nprint('done')\n"
-    )
-    moments = np.random.default_rng(1).uniform(0.02, 0.3, 5)
-    for moment in moments:
-        process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE)
-        assert process.stdout.readline() == b"begin\n"
-        time.sleep(moment)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        for shard in data.Cache(out).shards if (out / "cache.json").exists() else ():
-            assert len(shard.all("pixels")) == shard.record["rows"]
-    (out / "shards/00003").mkdir(parents=True, exist_ok=True)
-    (out / "shards/00003/pixels.__lock").write_bytes(b"stale")
-    assert (
-        b"done" in subprocess.run([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout
-    )
-    finished = data.Cache(out)
-    assert data.verify(finished) == []
-    for a, b in zip(cache.shards, finished.shards, strict=True):
-        assert a.record == b.record
+def test_a_cache_in_memory_is_read_back(cache, world, oracles):
+    """Catches a store that every open begins anew, and paths that are taken for folders."""
+    url = "memory://bucket/cache"
+    made = data.cache(world.folder / "images", oracles, url, max_tokens=64, shard_images=20, progress=False)
+    assert data.verify(data.Cache(url)) == []
+    entries = [(3, 7), (0, 2)]
+    a, b = made.read(entries), cache.read(entries)
+    assert torch.equal(a.rows, b.rows) and torch.equal(a.targets["dense"]["patch"], b.targets["dense"]["patch"])
+    assert [s.record for s in made.shards] == [s.record for s in cache.shards]
 
 
-def test_a_missing_or_damaged_shard_is_not_passed_over_in_silence(cache, tmp_path, capsys):
-    """Catches a cache that is whatever its folder happens to hold."""
-    path = copy_of(cache, tmp_path)
-    shutil.rmtree(path / "shards/00001")
-    (path / "shards/00003/shard.json").write_bytes(b"{}")
-    with pytest.raises(ValueError, match=r"shard 00001: missing.*--on-corrupt skip"):
-        data.Cache(path).sound()
-    assert data.Cache(path).sound("skip").numbers == [0, 2]
-    said = capsys.readouterr().err
-    assert "shard 00001" in said and "shard 00003" in said
-    assert data.Cache(cache.path).sound().numbers == [0, 1, 2, 3]
+def test_large_shards_are_read_by_image(cache, monkeypatch):
+    """Catches the two ways of reading, whole arrays and rows, that disagree."""
+    entries = [(3, 7), (0, 2), (0, 3)]
+    whole = data.Cache(cache.path).read(entries, 400)
+    monkeypatch.setattr(data, "MEMORY", 1000)
+    by_image = data.Cache(cache.path)
+    read = by_image.read(entries, 400)
+    assert sum(a.nbytes for a in by_image.held.values()) <= 1000
+    assert torch.equal(whole.rows, read.rows) and torch.equal(whole.yx, read.yx)
+    for name, target in whole.targets.items():
+        assert all(torch.equal(value, read.targets[name][kind]) for kind, value in target.items())
 
 
 # ---- the order ----
@@ -250,6 +230,27 @@ def test_packs_are_full(cache):
     """Catches a pack closed at the first image that does not fit."""
     order = data.Order(cache, 1000)
     fills = [sum(5 + int(cache.shard(n).shapes[i].prod()) for n, i in pack) / 1000 for pack, _ in walk(order, 40)]
+    assert np.mean(fills) > 0.97 and max(fills) <= 1
+
+
+class Synthetic:
+    """A dataset of shapes alone."""
+
+    path, numbers = "synthetic", list(range(40))
+
+    def shard(self, number):
+        random = np.random.default_rng(number)
+        shapes = random.integers(8, 33, (256, 2)).astype(np.int32)  # 64 to 1024 patches
+        return SimpleNamespace(ids=np.arange(256) * 10 + 1, shapes=shapes)
+
+
+@pytest.mark.parametrize("n_tokens", [4096, 16384])
+def test_packs_of_mixed_resolutions_are_full(n_tokens):
+    """Catches next-fit, which leaves a tenth of a pack of 4096 tokens empty."""
+    dataset = Synthetic()
+    dataset.shard = functools.cache(dataset.shard)
+    order = data.Order(dataset, n_tokens)
+    fills = [sum(map(order.length, pack)) / n_tokens for pack, _ in walk(order, 500)]
     assert np.mean(fills) > 0.97 and max(fills) <= 1
 
 
