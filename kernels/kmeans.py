@@ -1,12 +1,12 @@
 """k-means assignment: the best centroids of every point, without an N x K tensor.
 
-Used by curate.py. The score of point n and centroid k is
+Used by kmeans.py. The score of point n and centroid k is
 
     s_nk = x_n . c_k + bias_k        with bias_k = -|c_k|^2 / 2,   so that   |x_n - c_k|^2 = |x_n|^2 - 2 s_nk
 
 and the nearest centroid is the one of the largest score. The second and third best are returned as well, because the
 lead of the first is what makes a low-precision product useful: where it exceeds the error bound of the product the
-answer is proven, and where only the second is that close two centroids are left to compare (`curate.Nearest`).
+answer is proven, and where only the second is that close two centroids are left to compare (`kmeans.Nearest`).
 
 dtypes: float32, or bfloat16 (products exact, sums in float32); any N, K and D. The reference runs wherever torch does,
 the Triton kernel on CUDA devices that have bfloat16 (compute capability 8.0 on), or under TRITON_INTERPRET=1.
@@ -16,8 +16,6 @@ Shape letters: N points, K centroids, D channels, B rows of one tile.
 
 import os
 import threading
-from contextlib import contextmanager
-from functools import cache
 
 import torch
 
@@ -70,29 +68,6 @@ def top3_ref(x_ND, c_KD, bias_K):
             score_BK.scatter_(1, index_B[:, None], -torch.inf)
         score_N3[at, 2] = score_BK.amax(1) if score_BK.is_cuda else torch.from_numpy(score_BK.numpy().max(1))
     return label_N2, score_N3
-
-
-@cache
-def cpu_has_fast_bf16():
-    """Whether this CPU multiplies bfloat16 in tiles (AMX). Elsewhere the detour through bfloat16 costs time."""
-    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)  # private, hence the care
-    return bool(probe and probe()) and torch.backends.mkldnn.is_available()
-
-
-@contextmanager
-def cpu_bf16_products(enabled=True):
-    """Within it, oneDNN may round the inputs of float32 matmuls to bfloat16: lossless where they already are rounded.
-
-    The switch belongs to the process, not to the thread: enter it once, around all threads of a pass.
-    """
-    matmul = torch.backends.mkldnn.matmul
-    before = matmul.fp32_precision
-    if enabled:
-        matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
 
 
 # ------------------------------------------------------------------------------------------------------------- Triton

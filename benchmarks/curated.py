@@ -1,0 +1,135 @@
+"""Does curation pay? Students trained on curated against random subsets of one size, on the toy world.
+
+    python benchmarks/curated.py --out FOLDER        # writes benchmarks/curated.json; what FOLDER holds is reused
+
+A pool of long-tailed toy images (48 concepts, Zipf), held-out images apart. Each seed draws a random subset and curates
+one of the same size from the text teacher's summaries, then `train.py --subset` trains a student on each. Both are
+measured on the same held-out images with the same bank of pool images for kNN: on all, on the images of the rarer half
+of the concepts, and as a mean over concepts.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import amoe
+import curate
+import data
+import evaluate
+import toy
+
+IMAGES, KEEP, LEVELS, TAIL = 10_000, 1000, (500, 50), len(toy.CLASSES) // 2
+TEACHER = "text"
+
+
+def make_cache(folder):
+    """(cache, world), written once."""
+    world = toy.World(folder / "world", IMAGES)
+    if not (folder / "cache" / "done").exists():
+        oracles = [toy.TextOracle(world), toy.DenseOracle(world)]
+        data.cache(world.write(), oracles, folder / "cache", max_tokens=64)
+        (folder / "cache" / "done").touch()
+    return data.Cache(folder / "cache"), world
+
+
+def make_subsets(cache, world, seed):
+    """{way: ids int64 [KEEP]} of pool images, held-out ones excluded before anything is chosen."""
+    ids, x_ND = data.summaries(cache.path, TEACHER)
+    pool = np.flatnonzero(~np.asarray(data.held_out(ids)))
+    random = np.random.default_rng(seed).choice(len(pool), KEEP, replace=False)
+    curated = curate.curate(x_ND[pool], LEVELS, KEEP, seed)
+    return {"random": np.sort(ids[pool[random]]), "curated": np.sort(ids[pool[curated]])}
+
+
+def train(cache, subset, folder, seed, steps):
+    """The student's model after `steps` on the images of a subset."""
+    if not (folder / "student.safetensors").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        np.save(folder / "subset.npy", subset)
+        flags = {"cache": cache.path, "subset": folder / "subset.npy", "out": folder, "steps": steps, "seed": seed}
+        flags = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+        subprocess.run([sys.executable, ROOT / "train.py", *flags, "--overwrite"], check=True, cwd=ROOT)
+    return amoe.load(folder / "student.safetensors")
+
+
+def hits(model, cache, world):
+    """{measure: bool [N]} and the concepts [N] of the held-out images: whether each was recognised."""
+    pool, held = evaluate.split(cache)
+    bank = pool[:: max(1, len(pool) // 1500)]
+    known, asked = (evaluate.student_features(model, cache, entries) for entries in (bank, held))
+    concept = (
+        lambda entries: torch.tensor(  # noqa: E731
+            [world.scenes[int(cache.shard(n).meta[i]["source"][:6])].label for n, i in entries]
+        )
+    )
+    bank_N, truth_N = concept(bank), concept(held)
+    oracle = toy.TextOracle(world)
+    text = torch.stack([oracle.encode_text([f"a {c} {s}" for s in toy.SHAPES]).mean(0) for c in toy.CLASSES])
+    each = lambda score, *rest: torch.tensor([score(*(x[n : n + 1] for x in rest)) > 0 for n in range(len(held))])  # noqa: E731
+    return {
+        "zeroshot": each(
+            lambda x, t: evaluate.zeroshot(x, text, t), F.normalize(asked["text"]["summary"], dim=1), truth_N
+        ),
+        "knn": each(
+            lambda x, t: evaluate.knn(known["dense"]["summary"], bank_N, x, t), asked["dense"]["summary"], truth_N
+        ),
+    }, truth_N
+
+
+def scores(hit, truth_N, tail):
+    """Of one measure: on all images, on those of the rare concepts, and the mean over concepts."""
+    hit, rare = hit.double(), torch.isin(truth_N, tail)
+    by_concept = [hit[truth_N == k].mean().item() for k in truth_N.unique()]
+    return {"all": hit.mean().item(), "tail": hit[rare].mean().item(), "concepts": statistics.mean(by_concept)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the world, its cache and the runs")
+    parser.add_argument("--steps", type=int, default=400, help="of training (default: 400)")
+    parser.add_argument("--seeds", type=int, default=3, help="how many (default: 3)")
+    args = parser.parse_args()
+    cache, world = make_cache(args.out)
+    tail = torch.from_numpy(np.argsort(world.frequency)[:TAIL].copy())
+    concept = {id: world.scenes[i].label for id, i in world.index.items()}
+    runs = []
+    for seed in range(args.seeds):
+        for way, subset in make_subsets(cache, world, seed).items():
+            model = train(cache, subset, args.out / f"{way}{seed}", seed, args.steps)
+            hit, truth_N = hits(model, cache, world)
+            count = np.bincount([concept[i] for i in subset.tolist()], minlength=len(toy.CLASSES))
+            runs.append(
+                {
+                    "seed": seed,
+                    "way": way,
+                    "entropy_over_concepts": curate.entropy(count),
+                    "tail_images": int(count[tail].sum()),
+                    **{measure: scores(h, truth_N, tail) for measure, h in hit.items()},
+                }
+            )
+            print(json.dumps(runs[-1]), flush=True)
+    result = {
+        "images": IMAGES,
+        "pool": len(evaluate.split(cache)[0]),
+        "held_out": len(truth_N),
+        "held_out_tail": int(torch.isin(truth_N, tail).sum()),
+        "keep": KEEP,
+        "levels": LEVELS,
+        "steps": args.steps,
+        "runs": runs,
+    }
+    (ROOT / "benchmarks" / "curated.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
