@@ -1,8 +1,8 @@
 """Mixture-of-Experts feed-forward: y_t = sum_k weight_tk * w2_e (silu(w1_e x_t) * w3_e x_t) with e = expert_tk.
 
 `ref` loops over the experts: any device, any float dtype, and the definition. It needs the counts on the host.
-`grouped` is torch's grouped GEMM on a gathered copy of x: CUDA, bfloat16, no host synchronisation, so it compiles
-without a break.
+`grouped` is torch's grouped GEMM on one gathered copy of x: CUDA, bfloat16, no host synchronisation and no atomics, so
+it compiles without a break.
 `triton` reads x's rows through the sorted token index instead of gathering them, forward and backward: CUDA GPUs
 (written for Hopper, sm_90), float32, float16 and bfloat16 with float32 accumulation, no host synchronisation either.
 The idea of fusing gather and scatter into the grouped product is ScatterMoE's (arXiv 2403.08245).
@@ -36,23 +36,55 @@ def by_expert(expert_TK, n_experts):
     return order_N, count_E
 
 
-def experts_ref(x_ND, count_E, w1_EFD, w2_EDF, w3_EFD):
-    """Rows sorted by expert, `count_E` of them each, through their experts. One without rows stays in the graph."""
-    groups = x_ND.split(count_E.tolist())
-    return torch.cat(
+def moe_ref(x_TD, expert_TK, weight_TK, w1_EFD, w2_EDF, w3_EFD):
+    """One expert after the other, on its rows. One without rows stays in the graph."""
+    order_N, count_E = by_expert(expert_TK, len(w1_EFD))
+    token_N = order_N // expert_TK.shape[1]
+    groups = x_TD.index_select(0, token_N).split(count_E.tolist())
+    y_ND = torch.cat(
         [
             F.linear(F.silu(F.linear(x, w1)) * F.linear(x, w3), w2)
             for x, w1, w2, w3 in zip(groups, w1_EFD, w2_EDF, w3_EFD, strict=True)
         ]
     )
+    y_ND = y_ND * weight_TK.flatten()[order_N, None].to(y_ND.dtype)
+    return torch.zeros_like(x_TD).index_add(0, token_N, y_ND.to(x_TD.dtype))
 
 
-def experts_grouped(x_ND, count_E, w1_EFD, w2_EDF, w3_EFD):
-    """The same through torch's grouped GEMM, which takes bfloat16 operands and the groups' ends."""
+class Rows(torch.autograd.Function):
+    """x's rows at `index`, where `back` says which rows of the result come from each row of x, K of them in a row.
+
+    index_select's own gradient adds into x's rows. CUDA cannot add bfloat16 in place without sorting the indices first;
+    a permutation's inverse is known, so here the gradient is gathered and summed too.
+    """
+
+    @staticmethod
+    def forward(ctx, x, index, back, K):
+        ctx.save_for_backward(back)
+        ctx.K = K
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (back,) = ctx.saved_tensors
+        return gradient.index_select(0, back).unflatten(0, (-1, ctx.K)).sum(1), None, None, None
+
+
+def moe_grouped(x_TD, expert_TK, weight_TK, w1_EFD, w2_EDF, w3_EFD):
+    """The same through torch's grouped GEMM, which takes bfloat16 operands, int32 ends and widths in multiples of 8.
+
+    w1 and w3 are one product, so that the gathered rows are read once and their gradient is written once.
+    """
+    K = expert_TK.shape[1]
+    order_N, count_E = by_expert(expert_TK, len(w1_EFD))
+    inverse_N = torch.empty_like(order_N).scatter(0, order_N, torch.arange(len(order_N), device=order_N.device))
     end_E = count_E.cumsum(0).int()
-    x_ND, w1, w2, w3 = (t.bfloat16() for t in (x_ND, w1_EFD, w2_EDF, w3_EFD))
-    hidden_NF = F.silu(F.grouped_mm(x_ND, w1.mT, offs=end_E)) * F.grouped_mm(x_ND, w3.mT, offs=end_E)
-    return F.grouped_mm(hidden_NF, w2.mT, offs=end_E)
+    x_ND = Rows.apply(x_TD.bfloat16(), order_N // K, inverse_N, K)
+    w13 = torch.cat([w1_EFD, w3_EFD], dim=1).bfloat16()
+    h1_NF, h3_NF = F.grouped_mm(x_ND, w13.mT, offs=end_E).chunk(2, dim=1)
+    y_ND = F.grouped_mm(F.silu(h1_NF) * h3_NF, w2_EDF.bfloat16().mT, offs=end_E)
+    y_TKD = Rows.apply(y_ND, inverse_N, order_N, 1).unflatten(0, (-1, K))
+    return (y_TKD * weight_TK[..., None]).sum(1).to(x_TD.dtype)
 
 
 # ---- the Triton kernels ----
@@ -377,16 +409,12 @@ def why_not_triton(device, dtype):
 def moe(x_TD, expert_TK, weight_TK, w1_EFD, w2_EDF, w3_EFD, impl="auto"):
     """Every token through its K experts, weighted after the expert; no token is dropped. Returns [T, D] in x's dtype.
 
-    expert_TK: int64 expert indices; weight_TK: float32 routing weights. ref and grouped accumulate the K results in x's
-    dtype, triton in float32. Raises ValueError where an explicit impl cannot run here.
+    expert_TK: int64 expert indices; weight_TK: float32 routing weights. ref accumulates the K results in x's dtype,
+    grouped and triton in float32. Raises ValueError where an explicit impl cannot run here.
     """
     dtype = compute_dtype(x_TD)
     impl = choose(impl, x_TD.device, dtype)
     if impl == "triton":
         return GroupedExperts.apply(x_TD, expert_TK, weight_TK, w1_EFD, w2_EDF, w3_EFD, dtype)
-    order_N, count_E = by_expert(expert_TK, len(w1_EFD))
-    token_N = order_N // expert_TK.shape[1]
-    experts = experts_grouped if impl == "grouped" else experts_ref
-    y_ND = experts(x_TD.index_select(0, token_N), count_E, w1_EFD, w2_EDF, w3_EFD)
-    y_ND = y_ND * weight_TK.flatten()[order_N, None].to(y_ND.dtype)
-    return torch.zeros_like(x_TD).index_add(0, token_N, y_ND.to(x_TD.dtype))
+    form = moe_grouped if impl == "grouped" else moe_ref
+    return form(x_TD, expert_TK, weight_TK, w1_EFD, w2_EDF, w3_EFD)

@@ -119,16 +119,14 @@ def test_moe_under_autocast_computes_in_half_and_gives_masters_float32_gradients
 
 
 @pytest.mark.skipif(not hasattr(torch.nn.functional, "grouped_mm"), reason="this torch has no grouped_mm")
-def test_grouped_mm_form_matches_the_loop():
-    """Catches: the groups' starts passed for their ends; w1 and w3 exchanged."""
-    x_ND, *weights = (moe_inputs(30, 16, 4, 24, 1)[i] for i in (0, 3, 4, 5))
-    count_E = torch.tensor([7, 0, 12, 11])
-    inputs = x_ND, *weights
-    expected = values_and_gradients(lambda *a: moe_file.experts_ref(a[0], count_E, *a[1:]), inputs, torch.float64)
-    out = values_and_gradients(
-        lambda *a: moe_file.experts_grouped(a[0], count_E.to(DEVICE), *a[1:]), inputs, torch.bfloat16
-    )
-    assert max(error(a, b) for a, b in zip(out, expected, strict=True)) < 2e-2
+def test_grouped_mm_form_matches_the_dense_definition():
+    """Catches: the groups' starts passed for their ends; w1 and w3 exchanged; a gradient gathered through the order in
+    the place of its inverse; K neighbours summed that belong to different tokens."""
+    for shape in (dict(T=30, D=16, E=4, F=24, K=1), dict(T=37, D=40, E=5, F=24, K=3, empty=(1, 4), padding=5)):
+        inputs = moe_inputs(**shape)
+        expected = values_and_gradients(moe_dense, inputs, torch.float64)
+        out = values_and_gradients(moe_file.moe_grouped, inputs, torch.bfloat16)
+        assert max(error(a, b) for a, b in zip(out, expected, strict=True)) < 2e-2
 
 
 @pytest.mark.parametrize("counts", [[0, 0, 0], [1, 0, 129], [128, 128, 128], [0, 300, 1], [5]])
