@@ -26,10 +26,11 @@ SAYS = {
     "data": "the feature cache (its format in the docstring): write, read, verify",
     "amoe": "the student, PHI-S, teacher heads, the losses (E1) to (E5)",
     "train": "flags, a step's gradient, checkpoints, the loop",
-    "evaluate": "kNN, zero-shot, retrieval, linear segmentation, PCA maps",
+    "evaluate": "kNN, zero-shot, retrieval, linear segmentation, PCA maps, speed",
     "toy": "the procedural world and its two oracle teachers",
     "teachers": "DINOv3 and SigLIP 2, packed; plug-in teachers",
-    "curate": "hierarchical k-means and balanced sampling",
+    "kmeans": "k-means: seeds, Lloyd with bounds, any number of ranks",
+    "curate": "the hierarchy with resampling, and balanced sampling",
 }
 
 
@@ -71,10 +72,8 @@ def teachers():
         parts = f"{r['packed_over_padded']:.2f}x", f"{r['peak_host_gib']:.1f} GiB"
         lines.append(row(titles[r["teacher"]], f"{r['parameters_m']:.0f}M", *rates, *parts))
     r = found[0]
-    note = (
-        f"`python teachers.py --bench all`: {r['images']} images of {r['patches']} patches in all, all padded to the "
-    )
-    note += f"largest {r['padded_patches']}; {r['device']}, {r['threads']} threads, float32, median of {r['repeats']}."
+    note = f"`python teachers.py --bench all`: {r['images']} images of {r['patches']} patches in all, all padded to the largest: "
+    note += f"{r['padded_patches']}; {r['device']}, {r['threads']} threads, float32, median of {r['repeats']}."
     lines += ["", note]
     return lines
 
@@ -144,7 +143,7 @@ def main():
     for name, lines in tables().items():
         body = "\n".join(lines)
         text, n = re.subn(
-            rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", lambda m, body=body: m[1] + body + m[2], text, flags=re.S
+            rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, body=body: f"{m[1]}{body}\n{m[2]}", text, flags=re.S
         )
         if n != 1:
             raise ValueError(f"README.md has {n} places for the table '{name}'")
