@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import amoe
 import data
+import evaluate
 import targets
 import teachers
 import train
@@ -376,11 +377,15 @@ def test_a_student_begins_with_the_weights_of_another(cache, tmp_path):
         train.build(flags_for(cache, *begin, "--model", "dense-30m"), cache.spaces, torch.device("cpu"))
 
 
-def test_a_siglino_checkpoint_is_fine_tuned(shared, cache, tmp_path, capsys):
-    """Catches heads of other teachers taken over by position, and a released model that --init cannot read."""
+def test_a_siglino_checkpoint_is_evaluated_and_fine_tuned(shared, cache, world, tmp_path, capsys):
+    """Catches heads of other teachers taken over by position, and a released model that evaluate.py or --init refuses."""
     state = load_file(shared / "golden" / "siglino_moe.safetensors")
     state = {key.removeprefix("state/"): value for key, value in state.items() if key.startswith("state/")}
     save_file(state, tmp_path / "siglino.safetensors")
+    words = ["--model", str(tmp_path / "siglino.safetensors"), "--top-k", "2", "--max-tokens", "16"]
+    evaluate.main(["knn", "--train", str(world.folder / "images"), *words, "--out", str(tmp_path / "knn.json")])
+    scores = json.loads((tmp_path / "knn.json").read_text())["scores"]
+    assert [s["head"] for s in scores] == ["dinov3", "siglip2", "amoe"]
     flags = flags_for(cache, "--init", str(tmp_path / "siglino.safetensors"))
     model = train.build(flags, cache.spaces, torch.device("cpu"))
     assert "heads of text, dense begin afresh" in capsys.readouterr().out and model.config.top_k == 2
