@@ -580,17 +580,24 @@ def normalise(rows):
 
 
 def read_state(path):
-    """A state dict of tensors from .safetensors, .pth or .pt; ValueError names the file when it holds anything else."""
+    """A state dict of tensors from .safetensors, .pth or .pt, or from the parts that a .safetensors.index.json names.
+
+    ValueError names the file when it holds anything else.
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no weights at {path}")
     try:
+        if path.suffix == ".json":
+            parts = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+            return {key: value for part in parts for key, value in read_state(path.with_name(part)).items()}
         if path.suffix == ".safetensors":
             state = safetensors.torch.load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a reader's own error names no file
-        raise ValueError(f"{path} is not a readable weights file: {str(error).splitlines()[0]}") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is not a readable weights file: {reason}") from error
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise ValueError(f"{path} holds no state dict of tensors")
     return state

@@ -539,7 +539,8 @@ def read_siglip2(reader, n_heads):
 
 
 def load(spec, device="cpu"):
-    """A teacher from NAME=FILE (.safetensors or .pth, DINOv3 or SigLIP 2 by its keys) or NAME=FILE.py:FACTORY.
+    """A teacher from NAME=FILE (.safetensors, the .index.json of several, or .pth; its keys say what it is) or
+    NAME=FILE.py:FACTORY.
 
     A plug-in's factory is called with the device; what it returns needs `name`, `dim` and `registers`, and is called
     NAME from then on. tokenizer.json is looked for beside a file of weights. Every error is a ValueError of one line.

@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
 import amoe
@@ -78,6 +78,20 @@ def test_a_file_that_is_no_state_dict_is_named(tmp_path):
     for name in ("broken.pth", "list.pth", "missing.safetensors"):
         with pytest.raises(ValueError, match=name):
             amoe.load_siglino(tmp_path / name)
+
+
+def test_weights_in_parts_are_read_through_their_index(tmp_path):
+    """Catches parts that are looked for in the working folder, and one of them alone being read."""
+    state = {"a": torch.ones(2), "b": torch.zeros(3)}
+    for n, key in enumerate(state):
+        save_file({key: state[key]}, tmp_path / f"part-{n}.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {key: f"part-{n}.safetensors" for n, key in enumerate(state)}}))
+    read = amoe.read_state(index)
+    assert set(read) == {"a", "b"} and torch.equal(read["b"], state["b"])
+    (tmp_path / "part-1.safetensors").unlink()
+    with pytest.raises(ValueError, match="part-1"):
+        amoe.read_state(index)
 
 
 # ---- attention and positions ----

@@ -378,7 +378,7 @@ def test_a_student_begins_with_the_weights_of_another(cache, tmp_path):
 
 
 def test_a_siglino_checkpoint_is_evaluated_and_fine_tuned(shared, cache, world, tmp_path, capsys):
-    """Catches heads of other teachers taken over by position, and a released model that evaluate.py or --init refuses."""
+    """Catches heads of other teachers taken over by position, and a released model that one of the two refuses."""
     state = load_file(shared / "golden" / "siglino_moe.safetensors")
     state = {key.removeprefix("state/"): value for key, value in state.items() if key.startswith("state/")}
     save_file(state, tmp_path / "siglino.safetensors")
