@@ -129,9 +129,6 @@ def cut(lengths, n_tokens):
 # ---- the loader ----
 
 
-# ---- the loader ----
-
-
 def held_out(ids):
     """The fixed tenth of the images, by id, that is never trained on. Boolean, one an id."""
     return np.asarray(ids) % 10 == 0

@@ -17,6 +17,7 @@ from PIL import Image
 
 import amoe
 import data
+import shards
 import toy
 from images import find_sources, load_image
 from targets import load_teachers
@@ -97,6 +98,19 @@ def test_bfloat16_features_come_back(world, oracles, tmp_path):
     assert got.dtype == torch.bfloat16
     want = cache.spaces[1].phi_s.apply(said)
     assert (got[batch.patch_rows(0)].float() - want).abs().max() < 0.02 * want.abs().max()
+
+
+def test_the_noise_of_rounding_is_what_was_measured(cache, oracles):
+    """Catches noise reckoned from the stored integers alone, which hold neither clipping nor what was rounded away."""
+    said, (_, dense) = data.signal_to_noise(cache), cache.spaces
+    signal = noise = 0.0
+    for number in cache.numbers:
+        batch = cache.read([(number, i) for i in range(20)])
+        y = dense.phi_s.apply(oracles[1](batch)["patch"])[batch.all_patch_rows()].double()
+        stored = amoe.dequantise(batch.targets["dense"]["patch"])[batch.all_patch_rows()]
+        signal, noise = signal + y.square().sum(), noise + (y - stored).square().sum()
+    assert said["dense"] == pytest.approx(10 * float((signal / noise).log10()), abs=1e-3)
+    assert 30 < said["dense"] < 50
 
 
 def test_tensorstore_alone_opens_a_shard(cache):
@@ -197,7 +211,7 @@ def test_large_shards_are_read_by_image(cache, monkeypatch):
     """Catches the two ways of reading, whole arrays and rows, that disagree."""
     entries = [(3, 7), (0, 2), (0, 3)]
     whole = data.Cache(cache.path).read(entries, 400)
-    monkeypatch.setattr(data, "MEMORY", 1000)
+    monkeypatch.setattr(shards, "MEMORY", 1000)
     by_image = data.Cache(cache.path)
     read = by_image.read(entries, 400)
     assert sum(a.nbytes for a in by_image.held.values()) <= 1000

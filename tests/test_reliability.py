@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 import data
+import shards
 from targets import load_teachers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -114,8 +115,8 @@ def test_packs_leave_damage_out_only_when_told_to(cache, tmp_path, capsys, monke
     raw[2000] ^= 4
     pixels.write_bytes(raw)
     (path / "shards/00002/patch.dense/c/0/0").unlink()
-    for memory in (data.MEMORY, 1000):  # whole arrays, rows
-        monkeypatch.setattr(data, "MEMORY", memory)
+    for memory in (shards.MEMORY, 1000):  # whole arrays, rows
+        monkeypatch.setattr(shards, "MEMORY", memory)
         damaged = data.Cache(path)
         item = [(1, 0), (0, 3), (2, 5)], None
         with pytest.raises(data.Damage, match="shard 00001, array pixels"):
