@@ -29,7 +29,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from kmeans import PRODUCTS, Points, kmeans, lloyd, product_for, rank_in_group, start, uniform
+from kernels.kmeans import PRODUCTS, product_for
+from kmeans import Points, kmeans, lloyd, rank_in_group, start, uniform
 
 __all__ = ["curate", "kmeans"]
 
@@ -111,10 +112,11 @@ def closest(points, c_KD, label_N, r):
 
 
 def in_two_steps(points, k, config, seed):
-    """k centroids by k-means into sqrt(k) coarse cells, then k-means inside each: 2 N sqrt(k) products, not N k.
+    """k clusters by k-means into sqrt(k) coarse cells, then k-means inside each: 2 N sqrt(k) products, not N k.
 
-    Every cell gets the same number of clusters as far as it has points for them, whatever its size, as the paper's
-    first level does (100k cells of 100 clusters). Cells are shared out over ranks; one cell's points fit in memory.
+    Returns centroids and labels as `lloyd` does, a point's centroid being the nearest of its cell. Every cell gets the
+    same number of clusters as far as it has points for them, whatever its size, as the paper's first level does (100k
+    cells of 100 clusters). Cells are shared out over ranks; one cell's points fit in memory.
     """
     coarse = round(k**0.5)
     _, label_N = lloyd(points, start(points, coarse, seed), config.iterations, seed)
@@ -123,12 +125,16 @@ def in_two_steps(points, k, config, seed):
     cells, quota = np.split(order, np.cumsum(size)[:-1]), even_shares(k, size, seed)
     mine = {}
     for cell in range(points.rank, coarse, points.ranks):
-        if quota[cell]:
+        if quota[cell]:  # none only where there are no points
             members = points.part(cells[cell], alone=True)
-            c_MD, _ = lloyd(members, start(members, int(quota[cell]), seed), config.iterations, seed)
-            mine[cell] = members.uncentre(c_MD)
-    centroids = {cell: c_MD for part in points.all_gather(mine) for cell, c_MD in part.items()}
-    return points.centre(np.concatenate([centroids[cell] for cell in sorted(centroids)]))
+            c_MD, label_M = lloyd(members, start(members, int(quota[cell]), seed), config.iterations, seed)
+            mine[cell] = members.uncentre(c_MD), label_M.cpu().numpy()
+    split = {cell: result for part in points.all_gather(mine) for cell, result in part.items()}
+    first = np.cumsum(quota) - quota
+    for cell, (_, label_M) in split.items():
+        label_N[cells[cell]] = first[cell] + label_M
+    c_KD = points.centre(np.concatenate([split[cell][0] for cell in sorted(split)]))
+    return c_KD, torch.from_numpy(label_N[points.lo : points.hi]).to(points.device)
 
 
 def level(points, k, config, seed, log=lambda line: None):
@@ -137,7 +143,7 @@ def level(points, k, config, seed, log=lambda line: None):
     Each resampling starts afresh from D^2 seeds of the pool (warm or random starts lose most of the gain).
     """
     if k > config.split_above:
-        return lloyd(points, in_two_steps(points, k, config, seed), 0)
+        return in_two_steps(points, k, config, seed)
     c_KD, label_N = lloyd(points, start(points, k, seed), config.iterations, seed)
     r = max(2, min(config.nearest, int(config.share * points.n / k)))
     for step in range(config.resamplings):
@@ -383,17 +389,11 @@ def main(argv=None):
         kind = {"type": int, "nargs": "+"} if f.name == "levels" else {"type": f.type}
         flag = "--" + f.name.replace("_", "-")
         parser.add_argument(flag, default=f.default, help=f"{f.metadata['help']} (default: {f.default})", **kind)
-    parser.add_argument("--bench", metavar="JSON", help="measure speed and balance instead, and write them there")
-    flags = vars(parser.parse_args(argv))
-    bench = flags.pop("bench")
-    if bench:
-        from benchmarks.curation import main as measure
-
-        return measure(Path(bench))
+    config = Config(**vars(parser.parse_args(argv)))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         dist.init_process_group("gloo")  # what travels are sums, counts and ids in CPU memory
     try:
-        run(Config(**flags))
+        run(config)
     except ValueError as e:
         parser.exit(2, f"curate.py: error: {e}\n")
     finally:

@@ -1,6 +1,6 @@
 """Does curation pay? Students trained on curated against random subsets of one size, on the toy world.
 
-    python benchmarks/curated.py --out FOLDER        # writes benchmarks/curated.json; what FOLDER holds is reused
+    python -m benchmarks.curated --out FOLDER        # writes benchmarks/curated.json; what FOLDER holds is reused
 
 A pool of long-tailed toy images (48 concepts, Zipf), held-out images apart. Each seed draws a random subset and curates
 one of the same size from the text teacher's summaries, then `train.py --subset` trains a student on each. Both are
@@ -19,15 +19,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
 import amoe
 import curate
 import data
 import evaluate
 import toy
 
+ROOT = Path(__file__).parent.parent
 IMAGES, KEEP, LEVELS, TAIL = 10_000, 1000, (500, 50), len(toy.CLASSES) // 2
 TEACHER = "text"
 
@@ -67,11 +65,10 @@ def hits(model, cache, world):
     pool, held = evaluate.split(cache)
     bank = pool[:: max(1, len(pool) // 1500)]
     known, asked = (evaluate.student_features(model, cache, entries) for entries in (bank, held))
-    concept = (
-        lambda entries: torch.tensor(  # noqa: E731
-            [world.scenes[int(cache.shard(n).meta[i]["source"][:6])].label for n, i in entries]
-        )
-    )
+
+    def concept(entries):
+        return torch.tensor([world.scenes[int(cache.shard(n).meta[i]["source"][:6])].label for n, i in entries])
+
     bank_N, truth_N = concept(bank), concept(held)
     oracle = toy.TextOracle(world)
     text = torch.stack([oracle.encode_text([f"a {c} {s}" for s in toy.SHAPES]).mean(0) for c in toy.CLASSES])
