@@ -306,38 +306,46 @@ def report(tree, kept, config):
 
 
 def contact_sheet(tree, kept, thumbnails, path, clusters=8, across=12, side=72):
-    """A PNG of the top level's largest and smallest clusters: a row each, kept images first, then a few left out."""
-    from PIL import Image, ImageDraw
+    """A PNG of the top level's largest and smallest clusters: a row each, kept images framed, then a few left out.
+
+    The bars beside a row are the cluster's share of the pool (grey) and of the subset (green).
+    """
+    from PIL import Image, ImageDraw, ImageFont
 
     node_N = tree[0]["parent"]
     for node in tree[1:]:
         node_N = node["parent"][node_N]
     size = np.bincount(node_N, minlength=len(tree[-1]["centroids"]))
+    n_kept = np.bincount(node_N[kept], minlength=len(size))
     order = np.argsort(-size, kind="stable")
     order = order[size[order] > 0]
-    shown = order if len(order) <= 2 * clusters else np.r_[order[:clusters], order[-clusters:]]
+    hidden = max(0, len(order) - 2 * clusters)
+    shown = np.r_[order[:clusters], order[clusters + hidden :]]
     is_kept = np.isin(np.arange(len(node_N)), kept)
-    margin = 150
-    sheet = Image.new("RGB", (margin + across * side, len(shown) * side), "white")
-    draw = ImageDraw.Draw(sheet)
+    margin, head, gap, grey, green = 190, 34, 26 * (hidden > 0), (150, 150, 150), (0, 130, 70)
+    sheet = Image.new("RGB", (margin + across * side + 8, head + gap + len(shown) * side + 8), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
+    title = f"{len(kept)} of {len(node_N)} images kept (framed); {len(order)} clusters of the top level, by size"
+    draw.text((8, 8), title, fill="black", font=font)
+    if hidden:
+        draw.text((8, head + clusters * side + 4), f"({hidden} clusters between)", fill=grey, font=font)
+    most = max((size / size.sum()).max(), (n_kept / n_kept.sum()).max())
     for row, k in enumerate(shown):
+        top = head + row * side + gap * (row >= clusters)
         members = np.flatnonzero(node_N == k)
         members = members[np.lexsort((uniform(members, 5), ~is_kept[members]))]
-        n_kept = int(is_kept[members].sum())
-        in_, out = members[:n_kept], members[n_kept:]
+        in_, out = np.split(members, [n_kept[k]])
         pick = np.r_[in_[: max(across - min(len(out), across // 3), 0)], out][:across]
-        draw.text(
-            (6, row * side + side // 2 - 12),
-            f"{len(members)} image{'s' * (len(members) > 1)}\n{n_kept} kept (framed)",
-            fill="black",
-        )
+        draw.text((8, top + 10), f"{n_kept[k]} of {size[k]}", fill="black", font=font)
+        for y, share, colour in ((32, size[k] / size.sum(), grey), (42, n_kept[k] / n_kept.sum(), green)):
+            draw.rectangle((8, top + y, 8 + round(160 * share / most), top + y + 6), fill=colour)
         for column, (i, image) in enumerate(zip(pick, thumbnails(pick), strict=True)):
             image = Image.fromarray(np.asarray(image))
-            image.thumbnail((side - 6, side - 6))
-            x, y = margin + column * side, row * side
+            image.thumbnail((side - 12, side - 12))
+            x = margin + column * side
             if is_kept[i]:
-                draw.rectangle((x, y, x + side - 1, y + side - 1), outline=(0, 120, 60), width=2)
-            sheet.paste(image, (x + (side - image.width) // 2, y + (side - image.height) // 2))
+                draw.rectangle((x + 2, top + 2, x + side - 3, top + side - 3), outline=green, width=2)
+            sheet.paste(image, (x + (side - image.width) // 2, top + (side - image.height) // 2))
     write(path, lambda f: sheet.save(f, "PNG"))
 
 
