@@ -7,7 +7,7 @@ point n and centroid k is
 
 and the nearest centroid is the one of the largest score. The second and third best are returned as well, because the
 lead of the first is what makes a low-precision product useful: where it exceeds the error bound of the product the
-answer is proven, and where only the second is that close two centroids are left to compare (`kmeans.Nearest`).
+answer is proven, and where only the second is that close two centroids are left to compare.
 
 dtypes: float32, or bfloat16 (products exact, sums in float32); any N, K and D. The reference runs wherever torch does,
 the Triton kernel on CUDA devices that have bfloat16 (compute capability 8.0 on), or under TRITON_INTERPRET=1.
@@ -283,14 +283,14 @@ class Nearest:
         self.square_K = self.exact_KD.square().sum(1)
         length_K = self.square_K.sqrt().float()
         self.longest = length_K.max().item()
-        self.screen_above = 0.5 if product == "float32" else 0.125  # share of groups open; times in benchmarks/
+        # With a larger share of the groups open, one product with all centroids is cheaper than comparing them apart.
+        self.screen_above = 0.5 if product == "float32" else 0.125
         # The first sieve's factor, places P = S x G so that the maximum by group runs along memory.
         self.place_P = group_GS.T.reshape(-1)
         self.bias_P = (-self.square_K / 2).float()[self.place_P].masked_fill_(self.place_P < 0, -3e38)
         self.kind = torch.float32 if product == "float32" else torch.bfloat16
         if product == "float32":  # h is so small that one bound for all will do, and it need not be in the product
-            self.rounding, self.output_error, self.e = 0.0, 0.0, c_KD.shape[1]
-            self.bound_K = torch.full_like(length_K, self.longest)
+            self.e = c_KD.shape[1]
             self.factor_EP = c_KD[self.place_P].T.contiguous()
         else:
             rounded_KD = c_KD.bfloat16().float()
@@ -304,7 +304,7 @@ class Nearest:
                 factor_PE[:, channel] = rest_P
                 rest_P -= factor_PE[:, channel].float()
             factor_PE[:, c_KD.shape[1] + 3] = self.bound_K[self.place_P]
-            self.factor_PE, self.factor_EP = factor_PE, factor_PE.T.contiguous()
+            self.factor_EP = factor_PE.T if self.fused else factor_PE.T.contiguous()
         # The second sieve's, by group: ids, middle, centroids about it, their squares, the longest.
         self.group_K = torch.empty(len(c_KD), dtype=torch.int64, device=c_KD.device)
         self.groups = []
@@ -364,7 +364,7 @@ class Nearest:
 
     def screen_fused(self, x_BD, x_BE, norm_B, h_B):
         """The same with the scores kept on the chip: one group. Where two centroids are left, differences decide."""
-        place_B2, upper_B3 = top3(x_BE, self.factor_PE, torch.zeros(len(self.factor_PE), device=x_BE.device))
+        place_B2, upper_B3 = top3(x_BE, self.factor_EP.T, torch.zeros(len(self.place_P), device=x_BE.device))
         label_B2 = self.place_P[place_B2]
         lower_B2 = upper_B3[:, :2] - 2 * h_B[:, None] * self.bound_K[label_B2]
         two = ((lower_B2[:, 0] <= upper_B3[:, 1]) & (lower_B2.amax(1) > upper_B3[:, 2])).nonzero()[:, 0]
