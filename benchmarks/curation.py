@@ -333,19 +333,30 @@ def check_table(scaled):
 
 
 def pays_table():
-    """Of benchmarks/curated.json: means over seeds, and the paired difference."""
+    """Of benchmarks/curated.json: means over seeds, and the differences from the random subset of the same seed."""
     about = json.loads((ROOT / "benchmarks" / "curated.json").read_text())
-    by_way = {w: [r for r in about["runs"] if r["way"] == w] for w in ("random", "curated")}
-    spread = lambda v, form: f"{statistics.mean(v):{form}} ± {statistics.stdev(v):{form}}"  # noqa: E731
-    rows = [["", "random", "curated", "difference, by seed"]]
+    by_way = {}
+    for run in about["runs"]:
+        by_way.setdefault(run["way"], []).append(run)
+
+    def row(what, value, form):
+        cells = []
+        for way, runs in by_way.items():
+            values = [value(r) for r in runs]
+            cells.append(f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form}}")
+            if way != "random":
+                gains = [v - value(r) for v, r in zip(values, by_way["random"], strict=True)]
+                cells.append(f"{statistics.mean(gains):+{form}} ± {statistics.stdev(gains):{form}}")
+        return [what, *cells]
+
+    heads = ([w] if w == "random" else [f"curated from `{w}`", "less random"] for w in by_way)
+    rows = [["", *(h for head in heads for h in head)]]
     for measure in ("zeroshot", "knn"):
         for where, what in (("tail", "rarer half of the concepts"), ("concepts", "mean over concepts"), ("all", "all")):
-            values = {w: [r[measure][where] for r in runs] for w, runs in by_way.items()}
-            gain = [c - r for r, c in zip(values["random"], values["curated"], strict=True)]
-            rows.append([f"{measure}, {what}", *(spread(values[w], ".3f") for w in values), spread(gain, "+.3f")])
-    for key, what in (("entropy_over_concepts", "entropy of the subset over concepts"), ("tail_images", "tail images")):
-        form = ".3f" if "entropy" in key else ".0f"
-        rows.append([what, *(spread([r[key] for r in runs], form) for runs in by_way.values()), ""])
+            rows.append(row(f"{measure}, {what}", lambda r, m=measure, w=where: r[m][w], ".3f"))
+    rows.append(row("subset: entropy over concepts", lambda r: r["entropy_over_concepts"], ".3f"))
+    rows.append(row("subset: images of the rarer half", lambda r: r["tail_images"], ".0f"))
+    rows.append(row("subset: share of scenes with two things", lambda r: r["two_things"], ".3f"))
     return table(rows)
 
 
