@@ -140,7 +140,8 @@ def in_two_steps(points, k, config, seed):
 def level(points, k, config, seed, log=lambda line: None):
     """One level of the hierarchy: k-means, then resampling. Returns centred centroids and this rank's labels.
 
-    Each resampling starts afresh from D^2 seeds of the pool (warm or random starts lose most of the gain).
+    Each resampling starts afresh from D^2 seeds of the pool (warm or random starts lose most of the gain). A level made
+    in two steps is not resampled: equal quotas for its cells take some of the density out already.
     """
     if k > config.split_above:
         return in_two_steps(points, k, config, seed)
@@ -222,9 +223,9 @@ def curate(x_ND, levels, keep, seed=0):
 
     x_ND: as for `kmeans`. levels: clusters per level, from the points up, decreasing. Raises ValueError for bad input.
     """
-    check_levels(len(x_ND), levels, keep)
-    config = Config(levels=list(levels), keep=keep, seed=seed)
-    return sample(grow(Points(x_ND), config), keep, seed)
+    points = Points(x_ND)
+    check_levels(points.n, levels, keep)
+    return sample(grow(points, Config(levels=list(levels), keep=keep, seed=seed)), keep, seed)
 
 
 # ------------------------------------------------------------------------------------------------------------- command
@@ -360,7 +361,8 @@ def run(config):
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: torch sees no GPU here")
     points = Points(x_ND, device, config.features)
-    log, how = print if points.rank == 0 else lambda line: None, PRODUCTS[product_for(points.device)]
+    how = PRODUCTS[product_for(points.device)]
+    log = print if points.rank == 0 else lambda line: None
     log(f"{points.n} points of {points.d} channels, {points.ranks} rank(s), {device}: {how}")
     out = Path(config.out)
     # A tree belongs to its features and to the flags that change it; --keep may change, and reuses it.

@@ -174,7 +174,7 @@ class Points:
 
     def each_block(self, work):
         """[work(lo, hi)] of this rank's blocks in order, on one Python thread a core."""
-        step = BLOCK if self.device.type == "cpu" else 32 * BLOCK
+        step = BLOCK if self.device.type == "cpu" else 8 * BLOCK
         blocks = [(lo, min(lo + step, self.hi)) for lo in range(self.lo, self.hi, step)]
         with single_threaded():
             if self.threads == 1 or len(blocks) < 2 or self.device.type == "cuda":
