@@ -386,8 +386,8 @@ def write_tables(results):
 PARTS = {
     "speed, K = 1000, Gaussian": lambda: speed(100_000, 384, 1000, "Gaussian"),
     "speed, K = 1000, mixture": lambda: speed(100_000, 384, 1000, "mixture"),
-    "speed, K = 4096, Gaussian": lambda: speed(200_000, 256, 4096, "Gaussian"),
-    "speed, K = 4096, mixture": lambda: speed(200_000, 256, 4096, "mixture"),
+    "speed, K = 4096, Gaussian": lambda: speed(200_000, 256, 4096, "Gaussian", repeats=2),
+    "speed, K = 4096, mixture": lambda: speed(200_000, 256, 4096, "mixture", repeats=2),
     "balance 1.0": lambda: balance(1.0, range(5)),
     "balance 0.5": lambda: balance(0.5, range(5)),
     "unequal widths": unequal_widths,
