@@ -8,11 +8,11 @@ faiss-cpu and scikit-learn are measured if installed (`pip install faiss-cpu sci
 import json
 import platform
 import re
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -21,7 +21,7 @@ import torch
 
 import curate
 import kmeans as km
-from kernels.kmeans import GROUPS
+from kernels.kmeans import GROUPS, TILE_BYTES
 
 ROOT = Path(__file__).parent.parent
 
@@ -177,10 +177,12 @@ def plan(n, d, levels, split_above, rates, machines=1, cores=1, iterations=10, r
     """What every level costs, from rates = (CPU-s per product and channel, CPU-s per reading and channel, B/s of disk).
 
     Memory a machine, in bytes: labels of all points and their order (8 B each), of its own points the bounds, norms and
-    label (8 + 4 GROUPS + 12 B) and of the largest pool or cell the rows.
+    label (4 GROUPS + 20 B), of the largest pool or cell the rows, and a core's temporaries: scores in float32 and
+    bfloat16, and some twenty blocks of rows (float64 counts twice, and the allocator keeps what threads have freed).
     """
     out = []
     for depth, k in enumerate(levels):
+        temporaries = min(cores, -(-n // km.BLOCK)) * (20 * min(n, km.BLOCK) * 4 * d + 1.5 * TILE_BYTES)
         if k > split_above:
             coarse = round(k**0.5)
             cost = 2 * np.array(kmeans_cost(n, coarse, iterations)) + (0, n)
@@ -199,30 +201,32 @@ def plan(n, d, levels, split_above, rates, machines=1, cores=1, iterations=10, r
                 "flop": 2 * products,
                 "core_hours": cpu_s / 3600,
                 "hours": (cpu_s / cores + from_disk) / machines / 3600,
-                "bytes_a_machine": 16 * n + (20 + 4 * GROUPS) * n / machines + 4 * d * rows,
+                "bytes_a_machine": 16 * n + (20 + 4 * GROUPS) * n / machines + 4 * d * rows + temporaries,
             }
         )
         n = k
     return out
 
 
-def scaled_down(path, n, d, levels, split_above):
-    """Run in a process of its own: measured CPU seconds of every level, and bytes by which the process grew."""
-    seconds = []
-    x = np.load(path, mmap_mode="r")
-    config = curate.Config(levels=levels, split_above=split_above, seed=0)
-    curate.grow(km.Points(x[: 2 * km.BLOCK]), curate.Config(levels=[32], resamplings=0))  # libraries and threads
-    before, last = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+def scaled_down(path, levels, split_above):
+    """Run in a process of its own: measured CPU seconds of every level, and the bytes by which it grew at most."""
+    seconds, held, done = [], [], threading.Event()
+
+    def watch():
+        while not done.wait(0.01):
+            status = Path("/proc/self/status").read_text()  # Linux; without the file's own pages
+            held.append(1024 * int(re.search(r"RssAnon:\s+(\d+)", status)[1]))
 
     def log(line):
-        nonlocal last
-        now = time.process_time()
-        seconds.append(now - last)
-        last = now
+        seconds.append(time.process_time())
 
-    curate.grow(km.Points(x), config, log=log)
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    print(json.dumps({"cpu_s": seconds, "bytes": 1024 * grown}))
+    x = np.load(path, mmap_mode="r")
+    curate.kmeans(x[: 2 * km.BLOCK], k=32)  # libraries and threads
+    threading.Thread(target=watch).start()
+    log("start")
+    curate.grow(km.Points(x), curate.Config(levels=levels, split_above=split_above), log=log)
+    done.set()
+    print(json.dumps({"cpu_s": np.diff(seconds).tolist(), "bytes": max(held) - held[0]}))
 
 
 def billion(n=400_000, d=128, levels=(4000, 200, 20), split_above=100, disk=2e9):
@@ -238,14 +242,14 @@ def billion(n=400_000, d=128, levels=(4000, 200, 20), split_above=100, disk=2e9)
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/x.npy"
         np.save(path, x)
-        call = f"from benchmarks.curation import scaled_down; scaled_down({path!r}, {n}, {d}, {levels}, {split_above})"
+        call = f"from benchmarks.curation import scaled_down; scaled_down({path!r}, {levels}, {split_above})"
         done = subprocess.run([sys.executable, "-c", call], cwd=ROOT, capture_output=True, text=True, check=True)
     return {
         "cpu_s_per_product": rates[0],
         "cpu_s_per_reading": rates[1],
         "disk_assumed": disk,
         "scaled_down": {
-            "planned": plan(n, d, levels, split_above, rates),
+            "planned": plan(n, d, levels, split_above, rates, cores=torch.get_num_threads()),
             "measured": json.loads(done.stdout.splitlines()[-1]),
         },
         "planned": plan(1e9, 1152, (10**7, 500_000, 50_000, 10_000), 50_000, rates, machines=8, cores=64),
