@@ -29,7 +29,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from kmeans import PRODUCTS, Points, kmeans, lloyd, product_for, rank_in_group, start, uniform
+from kernels.kmeans import PRODUCTS, product_for
+from kmeans import Points, kmeans, lloyd, rank_in_group, start, uniform
 
 __all__ = ["curate", "kmeans"]
 
@@ -111,10 +112,11 @@ def closest(points, c_KD, label_N, r):
 
 
 def in_two_steps(points, k, config, seed):
-    """k centroids by k-means into sqrt(k) coarse cells, then k-means inside each: 2 N sqrt(k) products, not N k.
+    """k clusters by k-means into sqrt(k) coarse cells, then k-means inside each: 2 N sqrt(k) products, not N k.
 
-    Every cell gets the same number of clusters as far as it has points for them, whatever its size, as the paper's
-    first level does (100k cells of 100 clusters). Cells are shared out over ranks; one cell's points fit in memory.
+    Returns centroids and labels as `lloyd` does, a point's centroid being the nearest of its cell. Every cell gets the
+    same number of clusters as far as it has points for them, whatever its size, as the paper's first level does (100k
+    cells of 100 clusters). Cells are shared out over ranks; one cell's points fit in memory.
     """
     coarse = round(k**0.5)
     _, label_N = lloyd(points, start(points, coarse, seed), config.iterations, seed)
@@ -123,21 +125,26 @@ def in_two_steps(points, k, config, seed):
     cells, quota = np.split(order, np.cumsum(size)[:-1]), even_shares(k, size, seed)
     mine = {}
     for cell in range(points.rank, coarse, points.ranks):
-        if quota[cell]:
+        if quota[cell]:  # none only where there are no points
             members = points.part(cells[cell], alone=True)
-            c_MD, _ = lloyd(members, start(members, int(quota[cell]), seed), config.iterations, seed)
-            mine[cell] = members.uncentre(c_MD)
-    centroids = {cell: c_MD for part in points.all_gather(mine) for cell, c_MD in part.items()}
-    return points.centre(np.concatenate([centroids[cell] for cell in sorted(centroids)]))
+            c_MD, label_M = lloyd(members, start(members, int(quota[cell]), seed), config.iterations, seed)
+            mine[cell] = members.uncentre(c_MD), label_M.cpu().numpy()
+    split = {cell: result for part in points.all_gather(mine) for cell, result in part.items()}
+    first = np.cumsum(quota) - quota
+    for cell, (_, label_M) in split.items():
+        label_N[cells[cell]] = first[cell] + label_M
+    c_KD = points.centre(np.concatenate([split[cell][0] for cell in sorted(split)]))
+    return c_KD, torch.from_numpy(label_N[points.lo : points.hi]).to(points.device)
 
 
 def level(points, k, config, seed, log=lambda line: None):
     """One level of the hierarchy: k-means, then resampling. Returns centred centroids and this rank's labels.
 
-    Each resampling starts afresh from D^2 seeds of the pool (warm or random starts lose most of the gain).
+    Each resampling starts afresh from D^2 seeds of the pool (warm or random starts lose most of the gain). A level made
+    in two steps is not resampled: equal quotas for its cells take some of the density out already.
     """
     if k > config.split_above:
-        return lloyd(points, in_two_steps(points, k, config, seed), 0)
+        return in_two_steps(points, k, config, seed)
     c_KD, label_N = lloyd(points, start(points, k, seed), config.iterations, seed)
     r = max(2, min(config.nearest, int(config.share * points.n / k)))
     for step in range(config.resamplings):
@@ -216,9 +223,9 @@ def curate(x_ND, levels, keep, seed=0):
 
     x_ND: as for `kmeans`. levels: clusters per level, from the points up, decreasing. Raises ValueError for bad input.
     """
-    check_levels(len(x_ND), levels, keep)
-    config = Config(levels=list(levels), keep=keep, seed=seed)
-    return sample(grow(Points(x_ND), config), keep, seed)
+    points = Points(x_ND)
+    check_levels(points.n, levels, keep)
+    return sample(grow(points, Config(levels=list(levels), keep=keep, seed=seed)), keep, seed)
 
 
 # ------------------------------------------------------------------------------------------------------------- command
@@ -300,38 +307,46 @@ def report(tree, kept, config):
 
 
 def contact_sheet(tree, kept, thumbnails, path, clusters=8, across=12, side=72):
-    """A PNG of the top level's largest and smallest clusters: a row each, kept images first, then a few left out."""
-    from PIL import Image, ImageDraw
+    """A PNG of the top level's largest and smallest clusters: a row each, kept images framed, then a few left out.
+
+    The bars beside a row are the cluster's share of the pool (grey) and of the subset (green).
+    """
+    from PIL import Image, ImageDraw, ImageFont
 
     node_N = tree[0]["parent"]
     for node in tree[1:]:
         node_N = node["parent"][node_N]
     size = np.bincount(node_N, minlength=len(tree[-1]["centroids"]))
+    n_kept = np.bincount(node_N[kept], minlength=len(size))
     order = np.argsort(-size, kind="stable")
     order = order[size[order] > 0]
-    shown = order if len(order) <= 2 * clusters else np.r_[order[:clusters], order[-clusters:]]
+    hidden = max(0, len(order) - 2 * clusters)
+    shown = np.r_[order[:clusters], order[clusters + hidden :]]
     is_kept = np.isin(np.arange(len(node_N)), kept)
-    margin = 150
-    sheet = Image.new("RGB", (margin + across * side, len(shown) * side), "white")
-    draw = ImageDraw.Draw(sheet)
+    margin, head, gap, grey, green = 190, 34, 26 * (hidden > 0), (150, 150, 150), (0, 130, 70)
+    sheet = Image.new("RGB", (margin + across * side + 8, head + gap + len(shown) * side + 8), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
+    title = f"{len(kept)} of {len(node_N)} images kept (framed); {len(order)} clusters of the top level, by size"
+    draw.text((8, 8), title, fill="black", font=font)
+    if hidden:
+        draw.text((8, head + clusters * side + 4), f"({hidden} clusters between)", fill=grey, font=font)
+    most = max((size / size.sum()).max(), (n_kept / n_kept.sum()).max())
     for row, k in enumerate(shown):
+        top = head + row * side + gap * (row >= clusters)
         members = np.flatnonzero(node_N == k)
         members = members[np.lexsort((uniform(members, 5), ~is_kept[members]))]
-        n_kept = int(is_kept[members].sum())
-        in_, out = members[:n_kept], members[n_kept:]
+        in_, out = np.split(members, [n_kept[k]])
         pick = np.r_[in_[: max(across - min(len(out), across // 3), 0)], out][:across]
-        draw.text(
-            (6, row * side + side // 2 - 12),
-            f"{len(members)} image{'s' * (len(members) > 1)}\n{n_kept} kept (framed)",
-            fill="black",
-        )
+        draw.text((8, top + 10), f"{n_kept[k]} of {size[k]}", fill="black", font=font)
+        for y, share, colour in ((32, size[k] / size.sum(), grey), (42, n_kept[k] / n_kept.sum(), green)):
+            draw.rectangle((8, top + y, 8 + round(160 * share / most), top + y + 6), fill=colour)
         for column, (i, image) in enumerate(zip(pick, thumbnails(pick), strict=True)):
             image = Image.fromarray(np.asarray(image))
-            image.thumbnail((side - 6, side - 6))
-            x, y = margin + column * side, row * side
+            image.thumbnail((side - 12, side - 12))
+            x = margin + column * side
             if is_kept[i]:
-                draw.rectangle((x, y, x + side - 1, y + side - 1), outline=(0, 120, 60), width=2)
-            sheet.paste(image, (x + (side - image.width) // 2, y + (side - image.height) // 2))
+                draw.rectangle((x + 2, top + 2, x + side - 3, top + side - 3), outline=green, width=2)
+            sheet.paste(image, (x + (side - image.width) // 2, top + (side - image.height) // 2))
     write(path, lambda f: sheet.save(f, "PNG"))
 
 
@@ -346,7 +361,8 @@ def run(config):
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: torch sees no GPU here")
     points = Points(x_ND, device, config.features)
-    log, how = print if points.rank == 0 else lambda line: None, PRODUCTS[product_for(points.device)]
+    how = PRODUCTS[product_for(points.device)]
+    log = print if points.rank == 0 else lambda line: None
     log(f"{points.n} points of {points.d} channels, {points.ranks} rank(s), {device}: {how}")
     out = Path(config.out)
     # A tree belongs to its features and to the flags that change it; --keep may change, and reuses it.
@@ -383,17 +399,11 @@ def main(argv=None):
         kind = {"type": int, "nargs": "+"} if f.name == "levels" else {"type": f.type}
         flag = "--" + f.name.replace("_", "-")
         parser.add_argument(flag, default=f.default, help=f"{f.metadata['help']} (default: {f.default})", **kind)
-    parser.add_argument("--bench", metavar="JSON", help="measure speed and balance instead, and write them there")
-    flags = vars(parser.parse_args(argv))
-    bench = flags.pop("bench")
-    if bench:
-        from benchmarks.curation import main as measure
-
-        return measure(Path(bench))
+    config = Config(**vars(parser.parse_args(argv)))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         dist.init_process_group("gloo")  # what travels are sums, counts and ids in CPU memory
     try:
-        run(Config(**flags))
+        run(config)
     except ValueError as e:
         parser.exit(2, f"curate.py: error: {e}\n")
     finally:

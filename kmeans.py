@@ -2,7 +2,7 @@
 
     centroids_KD, label_N = kmeans(x_ND, k=1000)
 
-Reads bottom-up: points, nearest centroid, seeding, Lloyd. Three ideas carry it.
+Reads bottom-up: points, seeding, Lloyd; what finds the nearest centroid is in kernels/kmeans.py. Three ideas carry it.
 
 - `Points` is the only way to the data: read in blocks, centred, summed without rounding.
 - `Nearest` proves each assignment by the cheapest arithmetic that can: bfloat16 products rule out groups of centroids,
@@ -13,27 +13,38 @@ Reads bottom-up: points, nearest centroid, seeding, Lloyd. Three ideas carry it.
 Nothing here depends on how many processes share the work: points live in fixed blocks and a rank owns whole blocks,
 labels are those of float64, sums are exact, random numbers are a hash of (seed, id).
 
-Shape letters: N points, K centroids, D channels, G groups of S centroids, B points of a block, M points of a selection,
-E channels of an extended product.
+Shape letters: N points, K centroids, D channels, G groups of S centroids, B points of a block, M points of a selection.
 """
 
 import heapq
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from contextlib import contextmanager
 from itertools import count
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from kernels.kmeans import top3
+from kernels.kmeans import GROUPS, Nearest, group, product_for, top3
 
 BLOCK = 8192  # points; ranks own whole blocks, so a block's arithmetic is the same for any number of ranks
-GROUPS = 32  # of centroids; a point keeps one float for each
 GREEDY_UP_TO = 1 << 20  # points times clusters for which greedy seeding is affordable
-UNIT = 2.0**-24  # half a unit in the last place of float32, relative
-TILE = 1 << 22  # scores at a time
+
+
+@contextmanager
+def single_threaded():
+    """Within it (or in a function it decorates) torch leaves all threading to `Points.each_block`.
+
+    GEMM and numpy release the GIL, so one Python thread a core does; OpenMP's threads, which spin while one of them
+    works alone, cost 1.3x the CPU time, and on small problems beside another busy process 30x.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def uniform(ids, *salt):
@@ -75,6 +86,7 @@ class Points:
         self.device = torch.device(device or (x_ND.device if isinstance(x_ND, torch.Tensor) else "cpu"))
         self.shared = dist.is_initialized() and not alone
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if self.shared else (0, 1)
+        self.threads = torch.get_num_threads()
         n_blocks = -(-self.n // BLOCK)
         first, last = n_blocks * self.rank // self.ranks, n_blocks * (self.rank + 1) // self.ranks
         self.lo, self.hi = first * BLOCK, min(last * BLOCK, self.n)
@@ -161,23 +173,15 @@ class Points:
         return values
 
     def each_block(self, work):
-        """[work(lo, hi)] of this rank's blocks in order, on one Python thread a core.
-
-        Each thread runs torch single-threaded: GEMM and numpy release the GIL, and OpenMP's threads, which spin while
-        one of them searches the scores, cost 1.3x the CPU time.
-        """
-        step = BLOCK if self.device.type == "cpu" else 32 * BLOCK
+        """[work(lo, hi)] of this rank's blocks in order, on one Python thread a core."""
+        step = BLOCK if self.device.type == "cpu" else 8 * BLOCK
         blocks = [(lo, min(lo + step, self.hi)) for lo in range(self.lo, self.hi, step)]
-        threads = torch.get_num_threads()
-        if threads == 1 or len(blocks) < 2 or self.device.type == "cuda":
-            return [work(lo, hi) for lo, hi in blocks]
-        try:
-            torch.set_num_threads(1)
+        with single_threaded():
+            if self.threads == 1 or len(blocks) < 2 or self.device.type == "cuda":
+                return [work(lo, hi) for lo, hi in blocks]
             first = work(*blocks[0])  # on this thread, so that libraries set themselves up in one place
-            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            with ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
                 return [first, *pool.map(lambda block: work(*block), blocks[1:])]
-        finally:
-            torch.set_num_threads(threads)
 
     def own_distance2(self, c_KD, label_N):
         """This rank's squared distances to the own centroid, float32 numpy, by differences: no cancellation."""
@@ -189,232 +193,10 @@ class Points:
         return np.concatenate([np.zeros(0, np.float32), *self.each_block(work)])
 
 
-# ---------------------------------------------------------------------------------------------------- nearest centroid
-
-
-@cache
-def cpu_has_fast_bf16():
-    """Whether this CPU multiplies bfloat16 in tiles (AMX). Elsewhere the detour through bfloat16 costs time."""
-    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)  # private, hence the care
-    return bool(probe and probe()) and torch.backends.mkldnn.is_available()
-
-
-PRODUCTS = {  # how the first sieve multiplies
-    "fused": "bfloat16 on the GPU, search fused (Triton)",
-    "bfloat16": "bfloat16 in the CPU's tiles (AMX)",
-    "float32": "float32 (this CPU has no bfloat16 tiles)",
-}
-
-
-def product_for(device):
-    """The fastest of PRODUCTS that a device has."""
-    return "fused" if device.type == "cuda" else "bfloat16" if cpu_has_fast_bf16() else "float32"
-
-
-def argmax(x_MK):
-    """Of each row. numpy's added 3% to the product's time where torch's added 15 to 25%."""
-    return x_MK.argmax(1) if x_MK.is_cuda else torch.from_numpy(x_MK.numpy().argmax(1))
-
-
-def group(c_KD, at_most=GROUPS):
-    """Centroids in equal groups of neighbours: ids int64 [G, S], -1 where one is short. G is a power of two.
-
-    Halved again and again across the direction of largest variance (power iteration). Any partition is correct; one
-    that follows the data lets more groups be ruled out together.
-    """
-    groups = [torch.arange(len(c_KD), device=c_KD.device)]
-    while 2 * len(groups) <= at_most and len(c_KD) >= 16 * len(groups):
-        halves = []
-        for ids in groups:
-            x_MD = c_KD[ids] - c_KD[ids].mean(0)
-            direction_D = x_MD[x_MD.square().sum(1).argmax()]
-            for _ in range(10):
-                direction_D = torch.nn.functional.normalize((x_MD @ direction_D) @ x_MD, dim=0)
-            halves += ids[(x_MD @ direction_D).argsort()].tensor_split(2)
-        groups = halves
-    return torch.nn.utils.rnn.pad_sequence(groups, batch_first=True, padding_value=-1)
-
-
-_scratch = threading.local()
-
-
-def scratch(name, rows, columns, dtype):
-    """An uninitialised CPU matrix, a thread's own, kept: fresh memory costs a page fault every 4 KiB."""
-    held = getattr(_scratch, name, None)
-    if held is None or len(held) < rows * columns or held.dtype != dtype:
-        held = torch.empty(rows * columns, dtype=dtype)
-        setattr(_scratch, name, held)
-    return held[: rows * columns].view(rows, columns)
-
-
-class Nearest:
-    """Finds nearest centroids, proven: three sieves, each dearer and finer than the one before.
-
-    A point keeps `near`, at least the distance to its own centroid, and for each group of centroids `far`, at most the
-    distance to any other centroid of the group. A group is *open* for the point while far <= near; with no group open
-    the label is proven.
-
-    1. `screen`: one product with all centroids, in bfloat16 where that is fast. s_k = x.c_k - |c_k|^2 / 2 is largest
-       for the nearest centroid, and rounded x', c' change it by at most
-
-           |x - x'| |c_k| + |x'| |c_k - c'_k| + E 2^-24 (|x| |c_k| + |c_k|^2)          (Cauchy-Schwarz; float32 sums)
-
-       which is at most h |c_k| with one h a point: rank one, so an extra channel (h beside x', |c_k| beside c') makes
-       the product return upper bounds of s themselves. (One bound for all will not do: a cluster of one point in 384-d
-       can be 8 times as long as its neighbours of 100.) Largest bounds by group give `far`, the best's lower bound
-       gives `near`. It runs only if so many groups are open that the next sieve would be dearer.
-    2. `compare`: float32, only a point's open groups and its own, about the middle of the group, where both are short.
-    3. `double`: float64 for near ties. Equal to its last bit, the lower index wins.
-    Which sieves ran never shows in the labels.
-
-    Bounds by groups of centroids that outlive a pass: Ding et al., "Yinyang K-Means" (2015).
-    """
-
-    def __init__(self, c_KD, group_GS, product):
-        self.c_KD, self.exact_KD, self.fused = c_KD, c_KD.double(), product == "fused"
-        self.square_K = self.exact_KD.square().sum(1)
-        length_K = self.square_K.sqrt().float()
-        self.longest = length_K.max().item()
-        self.screen_above = 0.5 if product == "float32" else 0.125  # share of groups open; times in benchmarks/
-        # The first sieve's factor [E, P], places P = S x G so that the maximum by group runs along memory.
-        self.kind = torch.float32 if product == "float32" else torch.bfloat16
-        self.output_error = 0.0 if product != "bfloat16" else 1.02 * 2.0**-8  # what the product is rounded to
-        rounded_KD = c_KD.to(self.kind).float()
-        self.rounding = ((c_KD - rounded_KD).norm(dim=1) / length_K.clamp(min=1e-30)).max().item()
-        rest_K, bias = -self.square_K / 2, []
-        for _ in range(1 if product == "float32" else 3):  # |c|^2 / 2 to 24 bits in bfloat16 channels
-            bias.append(rest_K.to(self.kind).double())
-            rest_K = rest_K - bias[-1]
-        self.bound_K = (1.01 * length_K).to(self.kind).float()
-        rows_KE = torch.cat([rounded_KD, *(b.float()[:, None] for b in bias), self.bound_K[:, None]], 1)
-        self.n_bias, self.e = len(bias), -(-rows_KE.shape[1] // 32) * 32  # rows of whole cache lines
-        self.place_P = group_GS.T.reshape(-1)
-        used_P = self.place_P >= 0
-        factor_PE = torch.zeros(len(self.place_P), self.e, device=c_KD.device)
-        factor_PE[used_P, : rows_KE.shape[1]] = rows_KE[self.place_P[used_P]]
-        factor_PE[~used_P, c_KD.shape[1]] = -3e38
-        self.factor_PE = factor_PE.to(self.kind)
-        self.factor_EP = None if self.fused else self.factor_PE.T.contiguous()
-        # The second sieve's, by group: ids, middle, centroids about it, their squares, the longest.
-        self.group_K = torch.empty(len(c_KD), dtype=torch.int64, device=c_KD.device)
-        self.groups = []
-        for g, ids in enumerate(group_GS):
-            ids = ids[ids >= 0].sort().values
-            self.group_K[ids] = g
-            middle_D = self.exact_KD[ids].mean(0).float()
-            local_SD = c_KD[ids] - middle_D
-            square_S = local_SD.double().square().sum(1).float()
-            self.groups.append((ids, middle_D, local_SD.T.contiguous(), -square_S, square_S.max().sqrt()))
-
-    def bounds(self, norm_B, lower_B, upper_BG):
-        """near_B and far_BG from bounds of scores, |x - c|^2 = |x|^2 - 2 s; float32's rounding on the safe side."""
-        square_B, error_B = norm_B.square(), (len(self.c_KD[0]) + 16) * UNIT * (norm_B + self.longest).square()
-        near_B = (square_B - 2 * lower_B).add_(error_B).clamp_(min=0).sqrt_()
-        far_BG = torch.sub((square_B - error_B)[:, None], upper_BG, alpha=2).clamp_(min=0).sqrt_()
-        return near_B, far_BG
-
-    def screen(self, x_BD, norm_B, rounding_B):
-        """label_B, near_B, far_BG, open_BG by one product with all centroids."""
-        (b, d), n_groups = x_BD.shape, len(self.groups)
-        rounding_B = rounding_B if self.kind == torch.bfloat16 else 0
-        h_B = 1.02 * (rounding_B + 1.01 * norm_B * self.rounding + 2 * self.e * UNIT * (norm_B + self.longest))
-        h_B = h_B.to(self.kind).float()  # 1.02: for rounding h itself
-        make = torch.empty if x_BD.is_cuda else lambda *shape, dtype, device: scratch("x", *shape, dtype)
-        x_BE = make(b, self.e, dtype=self.kind, device=x_BD.device)
-        x_BE[:, :d], x_BE[:, d:] = x_BD, 0
-        x_BE[:, d : d + self.n_bias], x_BE[:, d + self.n_bias] = 1, h_B
-        if self.fused:
-            return self.screen_fused(x_BD, x_BE, norm_B, h_B)
-        place_B, best_B, upper_BG = torch.empty(b, dtype=torch.int64), torch.empty(b), torch.empty(b, n_groups)
-        for rows in torch.arange(b).split(max(64, TILE // len(self.place_P))):
-            at, m = slice(int(rows[0]), int(rows[-1]) + 1), len(rows)
-            score_MP = scratch("product", m, len(self.place_P), self.kind)
-            torch.mm(x_BE[at], self.factor_EP, out=score_MP)
-            if self.kind != torch.float32:
-                score_MP = scratch("score", m, len(self.place_P), torch.float32).copy_(score_MP)
-            score_MSG = score_MP.view(m, -1, n_groups)
-            top_MG = score_MSG.amax(1)
-            g_M = argmax(top_MG)
-            own_MS = score_MSG[rows - at.start, :, g_M]
-            s_M = argmax(own_MS)
-            best_B[at] = own_MS.gather(1, s_M[:, None])[:, 0]
-            top_MG[rows - at.start, g_M] = own_MS.scatter_(1, s_M[:, None], -3e38).amax(1)
-            place_B[at], upper_BG[at] = s_M * n_groups + g_M, top_MG
-        label_B = self.place_P[place_B]
-        lower_B = best_B - self.output_error * best_B.abs() - 2 * h_B * self.bound_K[label_B]
-        upper_BG += self.output_error * upper_BG.abs() if self.output_error else 0
-        near_B, far_BG = self.bounds(norm_B, lower_B, upper_BG)
-        return label_B, near_B, far_BG, far_BG <= near_B[:, None]
-
-    def screen_fused(self, x_BD, x_BE, norm_B, h_B):
-        """The same with the scores kept on the chip: one group. Where two centroids are left, differences decide."""
-        place_B2, upper_B3 = top3(x_BE, self.factor_PE, torch.zeros(len(self.factor_PE), device=x_BE.device))
-        label_B2 = self.place_P[place_B2]
-        lower_B2 = upper_B3[:, :2] - 2 * h_B[:, None] * self.bound_K[label_B2]
-        two = ((lower_B2[:, 0] <= upper_B3[:, 1]) & (lower_B2.amax(1) > upper_B3[:, 2])).nonzero()[:, 0]
-        x_MD = x_BD[two].double()
-        first_M, second_M = ((x_MD - self.exact_KD[label_B2[two, i]]).square_().sum(1) for i in (0, 1))
-        tie_M = (first_M == second_M) & (label_B2[two, 1] < label_B2[two, 0])
-        swap = two[(second_M < first_M) | tie_M]
-        chosen_B = torch.zeros_like(h_B, dtype=torch.int64)
-        chosen_B[swap] = 1
-        label_B, lower_B = (t.gather(1, chosen_B[:, None])[:, 0] for t in (label_B2, lower_B2))
-        near_B, far_B1 = self.bounds(norm_B, lower_B, upper_B3.gather(1, 1 - chosen_B[:, None]))
-        open_B1 = far_B1 <= near_B[:, None]
-        open_B1[two] = False
-        return label_B, near_B, far_B1, open_B1
-
-    def compare(self, x_BD, wanted_BG):
-        """label_B, near_B, far_BG from the wanted groups alone; far is infinite for the others."""
-        best_BG = torch.full(wanted_BG.shape, torch.inf, device=x_BD.device)  # squared distances
-        next_BG, error_BG, label_BG = best_BG.clone(), torch.zeros_like(best_BG), torch.zeros_like(wanted_BG, dtype=int)
-        g_M, row_M = wanted_BG.T.nonzero(as_tuple=True)
-        for g, rows in enumerate(row_M.split(torch.bincount(g_M, minlength=len(self.groups)).tolist())):
-            if len(rows):
-                ids, middle_D, local_DS, minus_square_S, longest = self.groups[g]
-                x_MD = x_BD.index_select(0, rows).sub_(middle_D)  # twice as fast as x_BD[rows]
-                square_M = torch.linalg.vecdot(x_MD, x_MD)
-                score_MS = torch.addmm(minus_square_S, x_MD, local_DS, alpha=2)
-                s_M = argmax(score_MS)[:, None]
-                label_BG[rows, g], best_BG[rows, g] = ids[s_M[:, 0]], square_M - score_MS.gather(1, s_M)[:, 0]
-                next_BG[rows, g] = square_M - score_MS.scatter_(1, s_M, -torch.inf).amax(1)
-                error_BG[rows, g] = (len(middle_D) + 16) * UNIT * (square_M.sqrt() + longest).square()
-        g_B = best_BG.argmin(1)[:, None]
-        near_B = (best_BG.gather(1, g_B) + error_BG.gather(1, g_B))[:, 0].clamp_(min=0).sqrt_()
-        best_BG.scatter_(1, g_B, next_BG.gather(1, g_B))
-        return label_BG.gather(1, g_B)[:, 0], near_B, (best_BG - error_BG).clamp_(min=0).sqrt_()
-
-    def double(self, x_MD):
-        """label_M of near ties."""
-        label_M = torch.empty(len(x_MD), dtype=torch.int64, device=x_MD.device)
-        for at in torch.arange(len(x_MD), device=x_MD.device).split(max(1, TILE // len(self.c_KD))):
-            label_M[at] = argmax(torch.addmm(-self.square_K / 2, x_MD[at].double(), self.exact_KD.T))
-        return label_M
-
-    def __call__(self, x_BD, norm_B, rounding_B, label_B, near_B, far_BG):
-        """New label_B, near_B, far_BG of points whose old ones are given (-1, inf and -inf know nothing)."""
-        open_BG = far_BG <= near_B[:, None]
-        if open_BG.float().mean() > self.screen_above:
-            label_B, near_B, far_BG, open_BG = self.screen(x_BD, norm_B, rounding_B)
-        else:
-            label_B, near_B, far_BG = label_B.clone(), near_B.clone(), far_BG.clone()
-        left = open_BG.any(1).nonzero()[:, 0]
-        if len(left):
-            wanted_MG = open_BG[left].scatter_(1, self.group_K[label_B[left]][:, None], True)
-            x_MD = x_BD if len(left) == len(x_BD) else x_BD.index_select(0, left)
-            label_B[left], near_M, far_MG = self.compare(x_MD, wanted_MG)
-            far_MG = torch.where(wanted_MG, far_MG, far_BG[left])
-            ties = (far_MG <= near_M[:, None]).any(1).nonzero()[:, 0]
-            if len(ties):
-                label_B[left[ties]] = self.double(x_MD[ties])
-                far_MG[ties] = 0  # either of the tied may have become a stranger
-            near_B[left], far_BG[left] = near_M, far_MG
-        return label_B, near_B, far_BG
-
-
 # ------------------------------------------------------------------------------------------------------------- seeding
 
 
+@single_threaded()
 def seeds(points, k, seed):
     """k-means++ (Arthur & Vassilvitskii, 2007): each seed is drawn with probability ~ D^2, its squared distance to the
     seeds before it. Returns ids int64 [k], distinct.
@@ -544,6 +326,7 @@ def refill(points, count_K, label_N, seed):
     return np.array([k for d in donors.tolist() for k in gifts[d]], np.int64), ids[draw(ids, of)]
 
 
+@single_threaded()
 def lloyd(points, c_KD, n_iter, seed=0, stats=None):
     """n_iter times (assign every point, move every centroid to the mean of its points), then assign once more.
 
@@ -620,7 +403,7 @@ def lloyd(points, c_KD, n_iter, seed=0, stats=None):
         # 1 + 1e-6 and the last bits of near and far, which are at most the data's extent, cover float32's rounding.
         extent = points.norm_N.max().item() if n else 0.0
         extent += nearest.longest
-        step_K = (new_KD.double() - c_KD.double()).norm(dim=1).float() * (1 + 1e-6) + 4 * UNIT * extent
+        step_K = (new_KD.double() - c_KD.double()).norm(dim=1).float() * (1 + 1e-6) + 2.0**-22 * extent
         step_G = torch.stack([step_K[ids].max() for ids, *_ in nearest.groups])
         c_KD = new_KD
 

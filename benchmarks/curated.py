@@ -1,9 +1,9 @@
 """Does curation pay? Students trained on curated against random subsets of one size, on the toy world.
 
-    python benchmarks/curated.py --out FOLDER        # writes benchmarks/curated.json; what FOLDER holds is reused
+    python -m benchmarks.curated --out FOLDER        # writes benchmarks/curated.json; what FOLDER holds is reused
 
 A pool of long-tailed toy images (48 concepts, Zipf), held-out images apart. Each seed draws a random subset and curates
-one of the same size from the text teacher's summaries, then `train.py --subset` trains a student on each. Both are
+one of the same size from either teacher's summaries, then `train.py --subset` trains a student on each. All are
 measured on the same held-out images with the same bank of pool images for kNN: on all, on the images of the rarer half
 of the concepts, and as a mean over concepts.
 """
@@ -13,14 +13,12 @@ import json
 import statistics
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
 
 import amoe
 import curate
@@ -28,8 +26,9 @@ import data
 import evaluate
 import toy
 
+ROOT = Path(__file__).parent.parent
 IMAGES, KEEP, LEVELS, TAIL = 10_000, 1000, (500, 50), len(toy.CLASSES) // 2
-TEACHER = "text"
+WAYS = ("random", "text", "dense")  # the last two: curated from that teacher's summaries
 
 
 def make_cache(folder):
@@ -42,20 +41,24 @@ def make_cache(folder):
     return data.Cache(folder / "cache"), world
 
 
-def make_subsets(cache, world, seed):
-    """{way: ids int64 [KEEP]} of pool images, held-out ones excluded before anything is chosen."""
-    ids, x_ND = data.summaries(cache.path, TEACHER)
-    pool = np.flatnonzero(~np.asarray(data.held_out(ids)))
-    random = np.random.default_rng(seed).choice(len(pool), KEEP, replace=False)
-    curated = curate.curate(x_ND[pool], LEVELS, KEEP, seed)
-    return {"random": np.sort(ids[pool[random]]), "curated": np.sort(ids[pool[curated]])}
-
-
-def train(cache, subset, folder, seed, steps):
-    """The student's model after `steps` on the images of a subset."""
-    if not (folder / "student.safetensors").exists():
+def make_subset(cache, way, seed, folder):
+    """Ids int64 [KEEP] of pool images; held-out ones are excluded before anything is chosen."""
+    path = folder / "subset.npy"
+    if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        np.save(folder / "subset.npy", subset)
+        ids, x_ND = data.summaries(cache.path, WAYS[1] if way == "random" else way)
+        pool = np.flatnonzero(~np.asarray(data.held_out(ids)))
+        if way == "random":
+            rows = np.random.default_rng(seed).choice(len(pool), KEEP, replace=False)
+        else:
+            rows = curate.curate(x_ND[pool], LEVELS, KEEP, seed)
+        np.save(path, np.sort(ids[pool[rows]]))
+    return np.load(path)
+
+
+def train(cache, folder, seed, steps):
+    """The student after `steps` on the images of folder/subset.npy."""
+    if not (folder / "student.safetensors").exists():
         flags = {"cache": cache.path, "subset": folder / "subset.npy", "out": folder, "steps": steps, "seed": seed}
         flags = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
         subprocess.run([sys.executable, ROOT / "train.py", *flags, "--overwrite"], check=True, cwd=ROOT)
@@ -67,11 +70,10 @@ def hits(model, cache, world):
     pool, held = evaluate.split(cache)
     bank = pool[:: max(1, len(pool) // 1500)]
     known, asked = (evaluate.student_features(model, cache, entries) for entries in (bank, held))
-    concept = (
-        lambda entries: torch.tensor(  # noqa: E731
-            [world.scenes[int(cache.shard(n).meta[i]["source"][:6])].label for n, i in entries]
-        )
-    )
+
+    def concept(entries):
+        return torch.tensor([world.scenes[int(cache.shard(n).meta[i]["source"][:6])].label for n, i in entries])
+
     bank_N, truth_N = concept(bank), concept(held)
     oracle = toy.TextOracle(world)
     text = torch.stack([oracle.encode_text([f"a {c} {s}" for s in toy.SHAPES]).mean(0) for c in toy.CLASSES])
@@ -101,23 +103,24 @@ def main():
     args = parser.parse_args()
     cache, world = make_cache(args.out)
     tail = torch.from_numpy(np.argsort(world.frequency)[:TAIL].copy())
-    concept = {id: world.scenes[i].label for id, i in world.index.items()}
+    scene = {id: world.scenes[i] for id, i in world.index.items()}
     runs = []
-    for seed in range(args.seeds):
-        for way, subset in make_subsets(cache, world, seed).items():
-            model = train(cache, subset, args.out / f"{way}{seed}", seed, args.steps)
-            hit, truth_N = hits(model, cache, world)
-            count = np.bincount([concept[i] for i in subset.tolist()], minlength=len(toy.CLASSES))
-            runs.append(
-                {
-                    "seed": seed,
-                    "way": way,
-                    "entropy_over_concepts": curate.entropy(count),
-                    "tail_images": int(count[tail].sum()),
-                    **{measure: scores(h, truth_N, tail) for measure, h in hit.items()},
-                }
-            )
-            print(json.dumps(runs[-1]), flush=True)
+    for seed, way in product(range(args.seeds), WAYS):
+        folder = args.out / f"{way}{seed}"
+        subset = make_subset(cache, way, seed, folder).tolist()
+        hit, truth_N = hits(train(cache, folder, seed, args.steps), cache, world)
+        count = np.bincount([scene[i].label for i in subset], minlength=len(toy.CLASSES))
+        runs.append(
+            {
+                "seed": seed,
+                "way": way,
+                "entropy_over_concepts": curate.entropy(count),
+                "tail_images": int(count[tail].sum()),
+                "two_things": statistics.mean(len(scene[i].things) > 1 for i in subset),
+                **{measure: scores(h, truth_N, tail) for measure, h in hit.items()},
+            }
+        )
+        print(json.dumps(runs[-1]), flush=True)
     result = {
         "images": IMAGES,
         "pool": len(evaluate.split(cache)[0]),

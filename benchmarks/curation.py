@@ -1,11 +1,18 @@
-"""Measures curate.py beside its peers: `python curate.py --bench benchmarks/curation.json`.
+"""Measures k-means and curation beside their peers: `python -m benchmarks.curation [PART ...]` (all parts by default).
 
+Each part replaces its figures in benchmarks/curation.json, and docs/curation.md's tables are written anew from it.
 CPU seconds (all threads), because the machine may be shared; every ratio is of runs that alternate in one process.
 faiss-cpu and scikit-learn are measured if installed (`pip install faiss-cpu scikit-learn`; nothing else uses them).
 """
 
+import json
 import platform
+import re
 import statistics
+import subprocess
+import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -13,6 +20,10 @@ import numpy as np
 import torch
 
 import curate
+import kmeans as km
+from kernels.kmeans import GROUPS, TILE_BYTES
+
+ROOT = Path(__file__).parent.parent
 
 
 def cpu(f):
@@ -48,21 +59,13 @@ def peers(n_iter):
         return curate.kmeans(x, init_KD=init, n_iter=n_iter)[0]
 
     def float32(x, init):
-        fast, curate.cpu_has_fast_bf16 = curate.cpu_has_fast_bf16, lambda: False
+        fast, km.product_for = km.product_for, lambda device: "float32"
         try:
             return ours(x, init)
         finally:
-            curate.cpu_has_fast_bf16 = fast
+            km.product_for = fast
 
-    def plain_torch(x, init):
-        x, c = torch.from_numpy(x), torch.from_numpy(init)
-        for _ in range(n_iter):
-            label = torch.cat([(b @ c.T - c.square().sum(1) / 2).argmax(1) for b in x.split(2048)])
-            total = torch.zeros_like(c).index_add_(0, label, x)
-            c = total / torch.bincount(label, minlength=len(c)).clamp(min=1)[:, None]
-        return c.numpy()
-
-    runs = {"curate.kmeans": ours, "curate.kmeans, float32 products only": float32, "plain torch": plain_torch}
+    runs = {"curate.kmeans": ours, "curate.kmeans, float32 products only": float32}
     try:
         import faiss
 
@@ -87,8 +90,8 @@ def peers(n_iter):
     return runs
 
 
-def speed(n, d, k, kind, n_iter, repeats):
-    """CPU seconds of n_iter iterations over those of n_iter bare products x @ c.T, medians; inertia from one start."""
+def speed(n, d, k, kind, n_iter=10, repeats=3):
+    """CPU seconds of n_iter iterations over those of n_iter bare products x @ c.T; inertia from one start."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((n, d), dtype=np.float32)
     if kind == "mixture":
@@ -99,22 +102,17 @@ def speed(n, d, k, kind, n_iter, repeats):
     for _ in range(repeats):
         for name, run in peers(n_iter).items():
             products.append(min(cpu(lambda: x_ND @ c_KD.T)[0] for _ in range(2)))
-            seconds, c = cpu(lambda run=run: run(x, init))
+            seconds, rows[name] = cpu(lambda run=run: run(x, init))
             times.setdefault(name, []).append(seconds / n_iter / products[-1])
-            rows[name] = c
             print(f"{n} x {d}, K = {k}, {kind}: {name} {times[name][-1]:.3f} of the GEMM", flush=True)
     seeding = cpu(lambda: curate.kmeans(x, k=k, n_iter=0))[0] / statistics.median(products)
     return {
-        "n": n,
-        "d": d,
-        "k": k,
-        "data": kind,
+        "data": f"{n // 1000}k x {d}, K = {k}, {kind}",
         "iterations": n_iter,
-        "repeats": repeats,
         "gemm_cpu_s": statistics.median(products),
         "seeding_and_one_assignment_over_gemm": seeding,
         "ratio_to_gemm": {
-            name: {"median": statistics.median(t), "min": min(t), "max": max(t), "inertia": inertia(x, rows[name])}
+            name: {"median": statistics.median(t), "all": t, "inertia": inertia(x, rows[name])}
             for name, t in times.items()
         },
     }
@@ -137,10 +135,10 @@ def balance(distance, seeds):
         ways = {
             "curate": lambda x, seed: curate.curate(x, [1000, 100], 2000, seed),
             "no resampling": lambda x, seed: curate.sample(
-                curate.grow(curate.Points(x), curate.Config(levels=[1000, 100], resamplings=0, seed=seed)), 2000, seed
+                curate.grow(km.Points(x), curate.Config(levels=[1000, 100], resamplings=0, seed=seed)), 2000, seed
             ),
             "flat k-means, 1000 clusters": lambda x, seed: curate.sample(
-                curate.grow(curate.Points(x), curate.Config(levels=[1000], resamplings=0, seed=seed)), 2000, seed
+                curate.grow(km.Points(x), curate.Config(levels=[1000], resamplings=0, seed=seed)), 2000, seed
             ),
             "random": lambda x, seed: np.random.default_rng(seed).choice(len(x), 2000, replace=False),
         }
@@ -166,25 +164,252 @@ def unequal_widths():
     return {"share_of_the_wide_one": float(y[kept].mean()), "share_in_the_data": float(y.mean())}
 
 
-def main(path):
-    parts = {
-        "balance": lambda: [balance(1.0, range(5)), balance(0.5, range(5))],
-        "unequal_widths": unequal_widths,
-        "speed": lambda: [
-            speed(100_000, 384, 1000, "gaussian", 10, 3),
-            speed(100_000, 384, 1000, "mixture", 10, 3),
-            speed(200_000, 256, 4096, "gaussian", 10, 1),
-        ],
+# ---- a billion images ----
+
+
+def kmeans_cost(n, k, iterations):
+    """(products of a point and a centroid, readings of a point) of one k-means with its seeding."""
+    rounds = np.log2(k) + k / 1024
+    return n * k * (iterations + 2), n * (iterations + 1 + rounds)
+
+
+def plan(n, d, levels, split_above, rates, machines=1, cores=1, iterations=10, resamplings=10, r=32, share=0.3):
+    """What every level costs, from rates = (CPU-s per product and channel, CPU-s per reading and channel, B/s of disk).
+
+    Memory a machine, in bytes: labels of all points and their order (8 B each), of its own points the bounds, norms and
+    label (4 GROUPS + 20 B), of the largest pool or cell the rows, and a core's temporaries: scores in float32 and
+    bfloat16, and some twenty blocks of rows (float64 counts twice, and the allocator keeps what threads have freed).
+    """
+    out = []
+    for depth, k in enumerate(levels):
+        temporaries = min(cores, -(-n // km.BLOCK)) * (20 * min(n, km.BLOCK) * 4 * d + 1.5 * TILE_BYTES)
+        if k > split_above:
+            coarse = round(k**0.5)
+            cost = 2 * np.array(kmeans_cost(n, coarse, iterations)) + (0, n)
+            rows = 2 * n / coarse
+        else:
+            rows = k * max(2, min(r, int(share * n / k)))
+            again = np.add(kmeans_cost(rows, k, iterations), (n * k, 2 * n))
+            cost = np.add(kmeans_cost(n, k, iterations), resamplings * again + (0, n))
+        products, readings = cost * d
+        from_disk = readings * 2 / rates[2] if depth == 0 else 0  # float16
+        cpu_s = products * rates[0] + readings * rates[1]
+        out.append(
+            {
+                "points": n,
+                "clusters": k,
+                "flop": 2 * products,
+                "core_hours": cpu_s / 3600,
+                "hours": (cpu_s / cores + from_disk) / machines / 3600,
+                "bytes_a_machine": 16 * n + (20 + 4 * GROUPS) * n / machines + 4 * d * rows + temporaries,
+            }
+        )
+        n = k
+    return out
+
+
+def scaled_down(path, levels, split_above):
+    """Run in a process of its own: measured CPU seconds of every level, and the bytes by which it grew at most."""
+    seconds, held, done = [], [], threading.Event()
+
+    def watch():
+        while not done.wait(0.01):
+            status = Path("/proc/self/status").read_text()  # Linux; without the file's own pages
+            held.append(1024 * int(re.search(r"RssAnon:\s+(\d+)", status)[1]))
+
+    def log(line):
+        seconds.append(time.process_time())
+
+    x = np.load(path, mmap_mode="r")
+    curate.kmeans(x[: 2 * km.BLOCK], k=32)  # libraries and threads
+    threading.Thread(target=watch).start()
+    log("start")
+    curate.grow(km.Points(x), curate.Config(levels=levels, split_above=split_above), log=log)
+    done.set()
+    print(json.dumps({"cpu_s": np.diff(seconds).tolist(), "bytes": max(held) - held[0]}))
+
+
+def billion(n=400_000, d=128, levels=(4000, 200, 20), split_above=100, disk=2e9):
+    """Rates from two flat k-means, the plan of a scaled-down tree beside what it really took, and the plan at 1e9."""
+    rng = np.random.default_rng(0)
+    centre = rng.standard_normal((2000, d), dtype=np.float32)
+    x = (centre[rng.integers(0, 2000, n)] + rng.standard_normal((n, d), dtype=np.float32)).astype(np.float16)
+    part, costs, seconds = x[: n // 4], [], []
+    for k in (32, 1000):
+        seconds.append(cpu(lambda k=k: curate.kmeans(part, k=k))[0])
+        costs.append([d * c for c in kmeans_cost(len(part), k, 10)])
+    rates = (*(float(v) for v in np.linalg.solve(costs, seconds)), disk)
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/x.npy"
+        np.save(path, x)
+        call = f"from benchmarks.curation import scaled_down; scaled_down({path!r}, {levels}, {split_above})"
+        done = subprocess.run([sys.executable, "-c", call], cwd=ROOT, capture_output=True, text=True, check=True)
+    return {
+        "cpu_s_per_product": rates[0],
+        "cpu_s_per_reading": rates[1],
+        "disk_assumed": disk,
+        "scaled_down": {
+            "planned": plan(n, d, levels, split_above, rates, cores=torch.get_num_threads()),
+            "measured": json.loads(done.stdout.splitlines()[-1]),
+        },
+        "planned": plan(1e9, 1152, (10**7, 500_000, 50_000, 10_000), 50_000, rates, machines=8, cores=64),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    results = {
-        "machine": processor(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "bfloat16_tiles": curate.cpu_has_fast_bf16(),
-        "command": f"python curate.py --bench {path}",
+
+
+# ---- tables ----
+
+
+def table(rows):
+    lines = ["| " + " | ".join(str(c) for c in row) + " |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+
+
+def speed_table(results):
+    runs = [results[name] for name in PARTS if name.startswith("speed") and name in results]
+    if not runs:
+        return ""
+    rows = [["", *(r["data"] for r in runs)]]
+    for name in runs[0]["ratio_to_gemm"]:
+        cells = [r["ratio_to_gemm"][name] for r in runs]
+        rows.append(
+            [name, *(f"{c['median']:.2f} ({min(c['all']):.2f}-{max(c['all']):.2f}); {c['inertia']:.1f}" for c in cells)]
+        )
+    rows.append(["n", *(len(r["ratio_to_gemm"]["curate.kmeans"]["all"]) for r in runs)])
+    rows.append(["bare product, CPU-s", *(f"{r['gemm_cpu_s']:.2f}" for r in runs)])
+    rows.append(
+        ["D^2 seeds and one assignment, in products"]
+        + [f"{r['seeding_and_one_assignment_over_gemm']:.2f}" for r in runs]
+    )
+    return table(rows)
+
+
+def balance_table(results):
+    both = [results[name]["ways"] for name in ("balance 1.0", "balance 0.5")]
+    rows = [["", "centres 1.0 apart: entropy", "CPU-s", "0.5 apart: entropy", "CPU-s"]]
+    for way in both[0]:
+        row = [way]
+        for ways in both:
+            e = ways[way]["entropy"]
+            row += [
+                f"{statistics.mean(e):.3f} ± {statistics.stdev(e):.3f} (least {min(e):.3f})",
+                f"{statistics.median(ways[way]['cpu_s']):.1f}",
+            ]
+        rows.append(row)
+    return table(rows)
+
+
+def plan_table(rows):
+    return table(
+        [["level", "points", "clusters", "flop", "core-hours", "hours, 8 machines of 64 cores", "GB a machine"]]
+        + [
+            [
+                i + 1,
+                f"{r['points']:.3g}",
+                f"{r['clusters']:.3g}",
+                f"{r['flop']:.1e}",
+                f"{r['core_hours']:.3g}",
+                f"{r['hours']:.2g}",
+                f"{r['bytes_a_machine'] / 1e9:.2g}",
+            ]
+            for i, r in enumerate(rows)
+        ]
+    )
+
+
+def check_table(scaled):
+    planned, measured = scaled["planned"], scaled["measured"]
+    return table(
+        [["level", "points", "clusters", "planned, CPU-s", "measured, CPU-s"]]
+        + [
+            [i + 1, p["points"], p["clusters"], f"{3600 * p['core_hours']:.1f}", f"{m:.1f}"]
+            for i, (p, m) in enumerate(zip(planned, measured["cpu_s"], strict=True))
+        ]
+        + [
+            [
+                "memory",
+                "",
+                "",
+                f"{max(p['bytes_a_machine'] for p in planned) / 2**20:.0f} MiB",
+                f"{measured['bytes'] / 2**20:.0f} MiB",
+            ]
+        ]
+    )
+
+
+def pays_table():
+    """Of benchmarks/curated.json: means over seeds, and the differences from the random subset of the same seed."""
+    about = json.loads((ROOT / "benchmarks" / "curated.json").read_text())
+    by_way = {}
+    for run in about["runs"]:
+        by_way.setdefault(run["way"], []).append(run)
+
+    def row(what, value, form):
+        cells = []
+        for way, runs in by_way.items():
+            values = [value(r) for r in runs]
+            cells.append(f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form}}")
+            if way != "random":
+                gains = [v - value(r) for v, r in zip(values, by_way["random"], strict=True)]
+                cells.append(f"{statistics.mean(gains):+{form}} ± {statistics.stdev(gains):{form}}")
+        return [what, *cells]
+
+    heads = ([w] if w == "random" else [f"curated from `{w}`", "less random"] for w in by_way)
+    rows = [["", *(h for head in heads for h in head)]]
+    for measure in ("zeroshot", "knn"):
+        for where, what in (("tail", "rarer half of the concepts"), ("concepts", "mean over concepts"), ("all", "all")):
+            rows.append(row(f"{measure}, {what}", lambda r, m=measure, w=where: r[m][w], ".3f"))
+    rows.append(row("subset: entropy over concepts", lambda r: r["entropy_over_concepts"], ".3f"))
+    rows.append(row("subset: images of the rarer half", lambda r: r["tail_images"], ".0f"))
+    rows.append(row("subset: share of scenes with two things", lambda r: r["two_things"], ".3f"))
+    return table(rows)
+
+
+def write_tables(results):
+    """Replace what stands between <!-- name --> and <!-- end --> in docs/curation.md."""
+    page = ROOT / "docs" / "curation.md"
+    text = page.read_text()
+    made = {
+        "speed": lambda: speed_table(results),
+        "balance": lambda: balance_table(results),
+        "plan": lambda: plan_table(results["billion"]["planned"]),
+        "plan check": lambda: check_table(results["billion"]["scaled_down"]),
+        "pays": pays_table,
     }
-    for name, part in parts.items():
-        results[name] = part()
-        curate.write_json(path, results)
-    return results
+    for name, make in made.items():
+        try:
+            new = make()
+        except (KeyError, FileNotFoundError) as missing:
+            print(f"table {name}: not measured yet ({missing})")
+            continue
+        text = re.sub(
+            f"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, new=new: m[1] + new + "\n" + m[2], text, flags=re.S
+        )
+    page.write_text(text)
+
+
+PARTS = {
+    "speed, K = 1000, Gaussian": lambda: speed(100_000, 384, 1000, "Gaussian"),
+    "speed, K = 1000, mixture": lambda: speed(100_000, 384, 1000, "mixture"),
+    "speed, K = 4096, Gaussian": lambda: speed(200_000, 256, 4096, "Gaussian", repeats=2),
+    "speed, K = 4096, mixture": lambda: speed(200_000, 256, 4096, "mixture", repeats=2),
+    "balance 1.0": lambda: balance(1.0, range(5)),
+    "balance 0.5": lambda: balance(0.5, range(5)),
+    "unequal widths": unequal_widths,
+    "billion": billion,
+}
+
+
+def main(names):
+    path = ROOT / "benchmarks" / "curation.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    if unknown := set(names) - {*PARTS, "tables"}:
+        raise SystemExit(f"no part {', '.join(unknown)}; there are: {', '.join(PARTS)}, tables")
+    for name in names or PARTS:
+        if name != "tables":
+            results[name] = PARTS[name]() | {"machine": processor(), "torch": torch.__version__}
+            curate.write_json(path, results)
+    write_tables(results)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

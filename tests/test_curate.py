@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import torch
 from PIL import Image
 
 import curate
+import data
+import kernels.kmeans as nearest
 import kmeans as km
 from kmeans import kmeans
 
@@ -110,14 +113,14 @@ def hard_pairs(n=60, d=70):
 def test_bounds_of_every_sieve_hold(name):
     """Catches a term missing from h or from an error: near must lie above the own distance, far below the others'."""
     for case, x, c in hard_pairs():
-        groups = km.group(c, 1 if name == "fused" else 4)
-        nearest = km.Nearest(c, groups, name)
+        groups = nearest.group(c, 1 if name == "fused" else 4)
+        find = nearest.Nearest(c, groups, name)
         true = (x[:, None].double() - c.double()).norm(dim=2)
         norm, rest = x.norm(dim=1), (x - x.bfloat16().float()).norm(dim=1)
         everywhere = torch.ones(len(x), len(groups), dtype=torch.bool)
         nothing = torch.full((len(x),), -1), torch.full((len(x),), torch.inf), torch.full(everywhere.shape, -torch.inf)
-        screened, compared = nearest.screen(x, norm, rest)[:3], nearest.compare(x, everywhere)
-        for label, near, far in (screened, nearest(x, norm, rest, *nothing), compared):
+        screened, compared = find.screen(x, norm, rest)[:3], find.compare(x, everywhere)
+        for label, near, far in (screened, find(x, norm, rest, *nothing), compared):
             own = true.gather(1, label[:, None])[:, 0]
             assert (near >= own).all(), case
             others = true.scatter(1, label[:, None], torch.inf)
@@ -141,7 +144,7 @@ def test_bounds_outlive_a_pass():
 @pytest.mark.parametrize("k, n_groups", [(1, 1), (7, 3), (33, 4), (100, 12), (1000, 32)])
 def test_groups_partition_the_centroids(k, n_groups):
     """Catches a centroid in two groups or none: its points would never be compared with it."""
-    groups = km.group(torch.randn(k, 5, generator=torch.Generator().manual_seed(k)), n_groups)
+    groups = nearest.group(torch.randn(k, 5, generator=torch.Generator().manual_seed(k)), n_groups)
     assert groups[groups >= 0].sort().values.tolist() == list(range(k)) and len(groups) <= n_groups
     assert (groups >= 0).any(1).all()
 
@@ -334,17 +337,22 @@ def test_balance_of_section_9(distance, goal):
 
 
 def test_two_step_split_makes_k_clusters():
-    """Catches cells whose centroids come back in the wrong place (two centrings are undone on the way)."""
+    """Catches cells whose centroids come back in the wrong place (two centrings are undone on the way), labels that
+    point into another cell, and a last pass over all k, which would cost the N k products that the split is for."""
     x, _ = blobs(6000, offset := 8)
     x += np.float32(50 * offset)
     points = km.Points(x)
-    config = curate.Config(split_above=100)
-    c, label = curate.level(points, 200, config, 0)
-    assert len(c) == 200
-    np.testing.assert_array_equal(label.numpy(), distances64(x, points.uncentre(c)).argmin(1))
-    split = distances64(x, points.uncentre(c)).min(1).mean()
-    whole, _ = curate.kmeans(x, k=200)
-    assert split < 1.15 * distances64(x, whole).min(1).mean()
+    c, label = curate.level(points, 200, curate.Config(split_above=100), 0)
+    d2 = distances64(x, points.uncentre(c))
+    assert len(c) == 200 and len(label.unique()) == 200
+    assert (label.numpy() == d2.argmin(1)).mean() > 0.8  # the others' nearest lies across the border of a cell
+    own = d2[np.arange(6000), label]
+    assert own.mean() < 1.15 * kmeans_inertia(x, 200) and (own < d2.min(1) + 30).all()
+
+
+def kmeans_inertia(x, k):
+    c, label = kmeans(x, k=k)
+    return ((x - c[label]) ** 2).sum(1).mean()
 
 
 def test_levels_and_keep_are_checked():
@@ -399,26 +407,50 @@ def test_command_writes_the_subset_tree_report_and_sheet(tmp_path, features):
     assert not list(out.glob(".*"))
 
 
+KILLED = """
+import os, signal, sys
+import curate
+write = curate.write
+def killed_within_level_2(path, save):
+    if path.name == "level2.npz":
+        path.with_name(".level2.npz.partial").write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(path, save)
+curate.write = killed_within_level_2
+curate.main(sys.argv[1:])
+"""
+
+
 def test_killed_run_continues_with_the_same_result(tmp_path, features, monkeypatch):
-    """Catches a level made again after a kill, and a half-written file read as a level."""
+    """Catches a level made again after a SIGKILL, and a half-written file read as a level."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     curate.main(command(tmp_path, whole)[2:])
-    real, calls = curate.level, []
-
-    def killed_at_the_second(points, k, *rest):
-        calls.append(k)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(points, k, *rest)
-
-    monkeypatch.setattr(curate, "level", killed_at_the_second)
-    with pytest.raises(KeyboardInterrupt):
-        curate.main(command(tmp_path, cut)[2:])
-    assert (cut / "level1.npz").exists() and not (cut / "kept.npy").exists()
-    (cut / ".level2.npz.partial").write_bytes(b"half")
+    done = subprocess.run([sys.executable, "-c", KILLED, *command(tmp_path, cut)[2:]], cwd=ROOT)
+    assert done.returncode == -signal.SIGKILL
+    assert (cut / "level1.npz").exists() and not (cut / "level2.npz").exists()
+    real, made = curate.level, []
+    monkeypatch.setattr(curate, "level", lambda points, k, *rest: made.append(k) or real(points, k, *rest))
     curate.main(command(tmp_path, cut)[2:])
-    assert calls == [60, 12, 12]
+    assert made == [12]
     np.testing.assert_array_equal(np.load(cut / "kept.npy"), np.load(whole / "kept.npy"))
+    for name in ("level1.npz", "level2.npz"):
+        with np.load(cut / name) as one, np.load(whole / name) as two:
+            assert all(np.array_equal(one[key], two[key]) for key in two)
+
+
+def test_command_takes_a_cache(cache, world, tmp_path):
+    """Catches rows handed out for image ids, another teacher's summaries, and pictures that are not the rows'."""
+    ids, x = data.summaries(cache.path, "dense")
+    arguments = ["--levels", "12", "4", "--keep", "30", "--out", str(tmp_path / "out")]
+    curate.main(["--features", str(cache.path), "--teacher", "dense", *arguments])
+    kept = np.load(tmp_path / "out" / "kept.npy")
+    np.testing.assert_array_equal(kept, np.sort(ids[curate.curate(x, [12, 4], 30)]))
+    assert set(kept) <= set(world.index) and kept.max() > len(ids)  # ids are hashes, rows are small
+    sheet = np.asarray(Image.open(tmp_path / "out" / "clusters.png"))
+    assert (sheet != 255).any(2).mean() > 0.2
+    order = data.Order(cache, 512, subset=kept)  # what train.py --subset makes of it
+    trained = {int(i) for number in cache.numbers for i in np.array(cache.shard(number).ids)[order.kept(number)]}
+    assert trained and trained <= set(kept)
 
 
 def test_a_tree_of_other_flags_is_refused_but_keep_may_change(tmp_path, features, capsys):
@@ -451,8 +483,10 @@ def test_command_gives_one_line_for_bad_input(tmp_path, features, capsys, change
     assert words in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_two_ranks_keep_the_same_ids(tmp_path):
-    """Catches whatever depends on which rank holds a point: local seeds, local refills, float sums in rank order."""
+@pytest.mark.parametrize("split", [(), ("--split-above", "50")])
+def test_two_ranks_keep_the_same_ids(tmp_path, split):
+    """Catches whatever depends on which rank holds a point: local seeds, local refills, float sums in rank order, and
+    in the two-step split a cell's labels lost on the other rank."""
     x, _ = blobs(40_000, 8)  # five blocks: two on one rank, three on the other
     np.save(tmp_path / "x.npy", x)
     with socket.socket() as s:
@@ -460,11 +494,10 @@ def test_two_ranks_keep_the_same_ids(tmp_path):
         port = s.getsockname()[1]
     launch = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command(tmp_path, tmp_path / "two", before=launch), cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    two_ranks = command(tmp_path, tmp_path / "two", *split, before=launch)
+    done = subprocess.run(two_ranks, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    curate.main(command(tmp_path, tmp_path / "one")[2:])
+    curate.main(command(tmp_path, tmp_path / "one", *split)[2:])
     np.testing.assert_array_equal(np.load(tmp_path / "one" / "kept.npy"), np.load(tmp_path / "two" / "kept.npy"))
     for level in ("level1.npz", "level2.npz"):
         with np.load(tmp_path / "one" / level) as one, np.load(tmp_path / "two" / level) as two:
