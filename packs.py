@@ -66,13 +66,19 @@ class Batch:
 
     def to(self, device):
         """The same pack on `device`; copies from pinned memory do not wait."""
+        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
 
-        def move(value):
-            if isinstance(value, dict):
-                return {key: move(v) for key, v in value.items()}
-            return value.to(device, non_blocking=True)
+    def pin_memory(self):
+        """The same pack in pinned memory; the DataLoader calls it."""
+        return self.each(torch.Tensor.pin_memory)
 
-        return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})
+    def each(self, function):
+        """The pack with `function` of every tensor."""
+
+        def of(value):
+            return {key: of(v) for key, v in value.items()} if isinstance(value, dict) else function(value)
+
+        return replace(self, **{f.name: of(getattr(self, f.name)) for f in fields(self)})
 
 
 def pack(rows, shapes, n_tokens=None, registers=4, ids=None):
@@ -267,6 +273,7 @@ def loader(order, position, rank=0, world=1, per_step=1, workers=0, on_corrupt="
         sampler=Endless(steps),
         batch_size=None,
         num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
         multiprocessing_context="forkserver" if workers else None,  # fork would copy tensorstore's locked threads
         prefetch_factor=4 if workers else None,
     )

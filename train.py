@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import re
+import resource
 import signal
 import statistics
 import subprocess
@@ -97,7 +98,7 @@ class Flags:
     log_every: int = flag(20, PATHS, "steps between lines of log.jsonl")
     keep: int = flag(2, PATHS, "checkpoints that are kept")
     evaluate: bool = flag(True, PATHS, "measure the student at the end")
-    bench: bool = flag(False, PATHS, "measure speed for a few steps, print it as JSON, train nothing")
+    bench: bool = flag(False, PATHS, "measure speed for a few steps, print it and write bench.json, train nothing")
 
 
 def parse(argv=None):
@@ -490,7 +491,9 @@ def padded(batch):
 
 
 def bench(flags, place, compiled, repeats=20, warmup=3):
-    """Step on packs of the cache, each beside its padded form; prints medians as one JSON line."""
+    """Step on packs of the cache, each beside its padded form; medians as one JSON line and in --out, bench.json."""
+    from benchmarks.step import parts  # training needs no benchmark
+
     dataset, spaces, teachers, _ = open_data(flags, place, compiled)
     model = build(flags, spaces, place.device)
     order = data.Order(dataset, flags.tokens, flags.seed, registers=model.config.registers)
@@ -532,27 +535,34 @@ def bench(flags, place, compiled, repeats=20, warmup=3):
         if place.device.type == "cuda":
             torch.cuda.synchronize()
         peak.append(2 * 2048**3 / (time.perf_counter() - began))
-    flops = flops_per_token(model, statistics.mean(lengths))
-    print(
-        json.dumps(
-            {
-                "model": flags.model,
-                "device": describe(flags, place, model.config)["device"],
-                "torch": torch.__version__,
-                "n": repeats,
-                "tokens": flags.tokens,
-                "step_ms": 1e3 * statistics.median(packed_s),
-                "tokens_per_s": rate,
-                "data_wait_share": sum(wait_s) / (sum(wait_s) + sum(packed_s)),
-                "fill": sum(useful) / (flags.tokens * repeats),
-                "padded_tokens_per_s": statistics.median(u / s for u, s in zip(useful, padded_s, strict=True)),
-                "packed_over_padded": statistics.median(q / p for p, q in zip(packed_s, padded_s, strict=True)),
-                "padded_tokens_over_packed": sum(dense) / sum(useful),
-                "mflop_per_token": flops / 1e6,
-                "share_of_gemm_rate": flops * rate / statistics.median(peak[2:]),
-            }
-        )
+    cuda = place.device.type == "cuda"
+    peak_bytes = (
+        torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     )
+    flops = flops_per_token(model, statistics.mean(lengths))
+    pack = on_device(batch, place, compiled, teachers, spaces)
+    result = {
+        "model": flags.model,
+        "device": describe(flags, place, model.config)["device"],
+        "torch": torch.__version__,
+        "n": repeats,
+        "tokens": flags.tokens,
+        "step_ms": 1e3 * statistics.median(packed_s),
+        "tokens_per_s": rate,
+        "data_wait_share": sum(wait_s) / (sum(wait_s) + sum(packed_s)),
+        "peak_gib": peak_bytes / 2**30,  # of the GPU; of the whole process on a CPU
+        "fill": sum(useful) / (flags.tokens * repeats),
+        "padded_tokens_per_s": statistics.median(u / s for u, s in zip(useful, padded_s, strict=True)),
+        "packed_over_padded": statistics.median(q / p for p, q in zip(packed_s, padded_s, strict=True)),
+        "padded_tokens_over_packed": sum(dense) / sum(useful),
+        "mflop_per_token": flops / 1e6,
+        "share_of_gemm_rate": flops * rate / statistics.median(peak[2:]),
+        "parts_ms": parts(model, *pack, spaces, compiled, lambda: autocast(place.device)),
+    }
+    print(json.dumps(result))
+    path = Path(flags.out) / "bench.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 # ---- the loop ----

@@ -72,8 +72,9 @@ def teachers():
         parts = f"{r['packed_over_padded']:.2f}x", f"{r['peak_host_gib']:.1f} GiB"
         lines.append(row(titles[r["teacher"]], f"{r['parameters_m']:.0f}M", *rates, *parts))
     r = found[0]
-    note = f"`python teachers.py --bench all`: {r['images']} images of {r['patches']} patches in all, all padded to the largest: "
-    note += f"{r['padded_patches']}; {r['device']}, {r['threads']} threads, float32, median of {r['repeats']}."
+    note = f"`python teachers.py --bench all`: {r['images']} images of {r['patches']} patches in all, "
+    note += f"all padded to the largest: {r['padded_patches']}; "
+    note += f"{r['device']}, {r['threads']} threads, float32, median of {r['repeats']}."
     lines += ["", note]
     return lines
 
@@ -97,6 +98,47 @@ def evaluations():
     return lines
 
 
+def kernels():
+    """A line a form and shape from `python kernels/bench.py`, those that did not run left out."""
+    found = load("kernels")
+    lines = [row("operation", "shape", "form", "error", "forward", "and backward", "TFLOP/s", "of the floor")]
+    lines.append(row(*["---"] * 8))
+    for op in ("moe", "attention", "arkd", "kmeans"):
+        for r in found.get(op, ()):
+            if "forward_ms" in r:
+                step = f"{r['step_ms']:.2f} ms" if "step_ms" in r else ""
+                figures = f"{r['forward_ms']:.2f} ms", step, f"{r['tflops']:.3g}", f"{r['percent_of_floor']:.0f}%"
+                lines.append(row(op, r["shape"], r["form"], f"{max(map(abs, r['errors'])):.0e}", *figures))
+    m, peak = found["machine"], found["peak"]
+    note = f"`python kernels/bench.py --all`: {m['machine']} ({m['device']}), torch {m['torch']}. In the same run: "
+    note += f"matrix product {peak['matmul_flops'] / 1e12:.2f} TFLOP/s, copy {peak['copy_bytes'] / 1e9:.0f} GB/s."
+    return [*lines, "", note]
+
+
+def step():
+    """A column a form of the experts from `python benchmarks/step.py`, and the parts of the first one's step."""
+    runs = list(load("step").values())
+    lines = [row("", *(f"`{r['model']}`, experts {r['kernels']}" for r in runs)), row(*["---"] * (1 + len(runs)))]
+    for key, text, form in (
+        ("step_ms", "step, packs of 256-patch images", "{:.1f} ms"),
+        ("tokens_per_s", "tokens/s", "{:.0f}"),
+        ("mfu", "of the matrix product's rate in the same run", "{:.0%}"),
+        ("host_ms", "of it, until the host had handed out the work", "{:.1f} ms"),
+        ("peak_gib", "memory", "{:.1f} GiB"),
+        ("first_step_s", "first step, compiling included", "{:.0f} s"),
+        ("block_mask_share", "block table, share of the step", "{:.2%}"),
+        ("packed_tokens_per_s", "tokens/s, 16 to 256 patches, packed", "{:.0f}"),
+        ("padded_tokens_per_s", "tokens/s, the same lengths padded to 256", "{:.0f}"),
+        ("packed_over_padded", "packed over padded", "{:.2f}x"),
+    ):
+        if any(key in r for r in runs):
+            lines.append(row(text, *(form.format(r[key]) if key in r else "" for r in runs)))
+    for part in runs[0].get("parts_ms", ()):
+        lines.append(row(f"alone: {part}", *(f"{r['parts_ms'][part]:.2f} ms" if "parts_ms" in r else "" for r in runs)))
+    r = runs[0]
+    return [*lines, "", f"`python benchmarks/step.py`: {r['device']}, torch {r['torch']}, {r['tokens']} tokens a pack."]
+
+
 def tables():
     seeds = [load(path.stem) for path in sorted(HERE.glob("toy_seed*.json"))]
     seconds = [r["seconds"] for r in seeds]
@@ -114,12 +156,14 @@ def tables():
         ("step_ms", "step, median", "{:.0f} ms"),
         ("tokens_per_s", "tokens/s", "{:.0f}"),
         ("data_wait_share", "time waiting for data", "{:.1%}"),
+        ("peak_gib", "memory", "{:.1f} GiB"),
         ("fill", "fill of the packs", "{:.1%}"),
         ("padded_tokens_per_s", "tokens/s, the same images padded to the longest", "{:.0f}"),
         ("packed_over_padded", "packed over padded", "{:.2f}x"),
         ("share_of_gemm_rate", "of the rate of a 2048 x 2048 matrix product in the same run", "{:.0%}"),
     ):
-        bench.append(row(text, form.format(a[key]), form.format(b[key])))
+        if key in a and key in b:
+            bench.append(row(text, form.format(a[key]), form.format(b[key])))
     lines = [
         row(f"[`{n}.py`]({n}.py)", len(p.read_text().splitlines()), SAYS[n])
         for n in READ
@@ -135,7 +179,7 @@ def tables():
         "teachers": teachers(),
         "evaluate": evaluations(),
         "files": [row("file", "lines", "what it says"), row("---", "---", "---"), *lines],
-    }
+    } | {make.__name__: make() for make in (kernels, step) if (HERE / f"{make.__name__}.json").exists()}
 
 
 def main():
@@ -145,7 +189,11 @@ def main():
         text, n = re.subn(
             rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, body=body: f"{m[1]}{body}\n{m[2]}", text, flags=re.S
         )
-        if n != 1:
+        if n == 0 and name in ("kernels", "step"):  # figures of a machine that README need not show
+            print(
+                f"README.md has no place for the table '{name}': <!-- {name} --> and <!-- /{name} --> on their own lines"
+            )
+        elif n != 1:
             raise ValueError(f"README.md has {n} places for the table '{name}'")
     README.write_text(text)
 

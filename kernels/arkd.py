@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from kernels import why_not_on
+
 try:
     import triton
     import triton.language as tl
@@ -378,10 +380,8 @@ def choose(impl, device, dtype, n, rows=None):
 
 def why_not_triton(device, dtype):
     """Why the kernels cannot run here, or None."""
-    if triton is None:
-        return "needs the triton package, which is not installed (pip install triton)"
-    if device.type != "cuda" and isinstance(pair_kernel, triton.JITFunction):  # not the interpreter's
-        return f"needs a CUDA device and was asked to run on {device.type} (TRITON_INTERPRET=1 runs it there, slowly)"
+    if reason := why_not_on(device, lambda: pair_kernel):
+        return reason
     if dtype != torch.float32:
         return f"computes in float32 and was given {str(dtype).removeprefix('torch.')}"
     return None

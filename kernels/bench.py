@@ -1,8 +1,16 @@
-"""Right first, then how fast: python kernels/bench.py [--op OP] [--all] [--out DIR] [--compiled].
+"""Right first, then how fast: python kernels/bench.py [--all] [--only PART] [--out DIR] [--compiled].
 
-Each form of an operation is first compared with a float64 reference on the inputs it is timed on, values and gradients;
-one that is wrong is not timed, and the exit status is 1. Times are medians: of `triton.testing.do_bench` on CUDA (which
-clears L2 between runs), of wall time on a CPU, where shapes are small and Triton's interpreter is never timed.
+--all runs every part below in a process of its own, each within its share of nine minutes: what fails, hangs or spoils
+the GPU's context costs its own part only. Results are written after every measurement.
+
+    checks               every form of every operation at awkward sizes against float64, values and gradients
+    agree                compiled against eager losses of a small model (benchmarks/step.py)
+    step, step-triton    the whole step of amoe-0.3b, and of its parts; packed against padded (benchmarks/step.py)
+    moe, attention, arkd, kmeans      an operation's forms at real sizes
+
+Each form is first compared with a float64 reference on the inputs it is timed on; one that is wrong is not timed, and
+the exit status is 1. Without a GPU shapes are small and Triton is left out: its interpreter is no measure of speed.
+Times are medians, of `triton.testing.do_bench` on CUDA (which clears L2 between runs), of wall time on a CPU.
 
 The floor of a shape is the longer of its operations at the rate of a large bfloat16 matrix product (float32 on a CPU)
 and its fewest bytes, each input read and each output written once, at the rate of a large copy, both measured in the
@@ -13,10 +21,11 @@ global batch, H heads, d head width, L tokens of an image, N points.
 """
 
 import argparse
-import importlib.util
 import json
+import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -28,6 +37,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository, also when run as a script
 
 from kernels import arkd as arkd_file
+from kernels import kmeans as kmeans_file
 from kernels import moe as moe_file
 from kernels.arkd import arkd
 from kernels.attention import attend, block_mask, runs
@@ -36,7 +46,10 @@ from kernels.moe import moe
 if moe_file.triton is not None:
     import triton.testing
 
-OPS = ("moe", "arkd", "attention", "kmeans")
+# In the order of their worth, with the seconds each may take; what one leaves over is there for those after it.
+PARTS = {"checks": 110, "agree": 130, "step": 260, "moe": 90, "attention": 60, "arkd": 50, "kmeans": 40}
+PARTS["step-triton"] = 150
+SECONDS = 530  # of --all
 
 
 @dataclass
@@ -58,114 +71,163 @@ class Case:
 # ---- the operations ----
 
 
+def moe_case(device, compiled, dtype, shape, empty=()):
+    T, D, E, F, K = shape
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    score_TE = torch.rand(T, E, device=device)
+    score_TE[:, list(empty)] = -1
+    expert_TK = score_TE.topk(K, dim=1).indices
+    w1, w3, w2 = (torch.randn(s, device=device, dtype=dtype) * s[2] ** -0.5 for s in [(E, F, D)] * 2 + [(E, D, F)])
+    x_TD, weight_TK = torch.randn(T, D, device=device, dtype=dtype), torch.rand(T, K, device=device)
+    forms = {impl: form(moe_file.choose, moe, impl, device, dtype) for impl in moe_file.IMPLS}
+    if dtype != torch.bfloat16:
+        forms["grouped"] = "computes in bfloat16"
+    for impl in ("grouped", "triton") if device.type == "cuda" else ("ref",):
+        forms[f"compiled {impl}"] = compile_if(compiled, forms[impl])
+    flops = 2 * T * K * 3 * D * F  # three products forward; each has two in the backward
+    size = x_TD.element_size()
+    read = size * (2 * T * D + 3 * E * F * D) + 12 * T * K
+    return Case(
+        *("moe", f"T{T} D{D} E{E} F{F} K{K} {name(dtype)}", (x_TD, expert_TK, weight_TK, w1, w2, w3)),
+        *((0, 2, 3, 4, 5), forms, lambda *a: moe(*a, "ref"), (flops, 3 * flops)),
+        *((read, 3 * read), (tolerance, tolerance)),
+    )
+
+
 def moe_cases(device, compiled):
     if device.type == "cuda":
-        dtype, tolerance = torch.bfloat16, (2e-2, 2e-2)
-        shapes = [(16384, 768, 28, 384, 6), (65536, 768, 28, 384, 6), (16384, 768, 28, 384, 2)]
+        yield moe_case(device, compiled, torch.bfloat16, (16384, 768, 28, 384, 6))
+        for shape in ((16384, 768, 28, 384, 2), (65536, 768, 28, 384, 6)):  # not compiled: that is most of the time
+            yield moe_case(device, False, torch.bfloat16, shape)
     else:
-        dtype, tolerance = torch.float32, (1e-5, 1e-5)
-        shapes = [(1024, 128, 8, 128, 2)]
-    for T, D, E, F, K in shapes:
-        expert_TK = torch.rand(T, E, device=device).topk(K, dim=1).indices
-        w1, w3, w2 = (torch.randn(s, device=device, dtype=dtype) * s[2] ** -0.5 for s in [(E, F, D)] * 2 + [(E, D, F)])
-        x_TD, weight_TK = torch.randn(T, D, device=device, dtype=dtype), torch.rand(T, K, device=device)
-        forms = {impl: form(moe_file.choose, moe, impl, device, dtype) for impl in moe_file.IMPLS}
-        auto = moe_file.choose("auto", device, dtype)
-        forms[f"compiled {auto}"] = compile_if(compiled, forms[auto])
-        flops = 2 * T * K * 3 * D * F  # three products forward; each has two in the backward
-        size = x_TD.element_size()
-        read = size * (2 * T * D + 3 * E * F * D) + 12 * T * K
-        yield Case(
-            *("moe", f"T{T} D{D} E{E} F{F} K{K} {name(dtype)}", (x_TD, expert_TK, weight_TK, w1, w2, w3)),
-            *((0, 2, 3, 4, 5), forms, lambda *a: moe(*a, "ref"), (flops, 3 * flops)),
-            *((read, 3 * read), tolerance),
-        )
+        yield moe_case(device, compiled, torch.float32, (1024, 128, 8, 128, 2))
+
+
+def moe_checks(device):
+    for dtype in (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,):
+        yield moe_case(device, False, dtype, (1, 16, 3, 24, 1))  # one token, most experts empty
+        yield moe_case(device, False, dtype, (1037, 72, 6, 40, 3), empty=(0, 4))  # several tiles, the last one ragged
+        yield moe_case(device, False, dtype, (512, 768, 28, 384, 6))
+
+
+def arkd_case(device, compiled, B, D, teacher_D, spread=1.0, duplicates=0):
+    student_BD, teacher_BD = torch.randn(B, D, device=device), spread * torch.randn(B, teacher_D, device=device)
+    student_BD[:duplicates] = student_BD[0]
+    forms = {impl: form(arkd_file.choose, relational, impl, device, torch.float32, B) for impl in arkd_file.IMPLS}
+    if B > arkd_file.MEDIAN_EXACT:
+        forms["ref"] = f"its {B} x {B} tensors would take {B * B * 4 / 2**30:.0f} GiB each"
+    forms["compiled ref"] = compile_if(compiled, forms["ref"])
+    gram = 2 * B * B * D  # two for the means, two for the loss; in the backward two again and weights @ z
+    flops, read = (4 * gram, 7 * gram), 4 * 2 * B * D
+    exact = lambda s, t: arkd(s, t, impl="chunked")  # noqa: E731
+    # A gate is a step: in float32 a pair or two fall on the other side of the median, about 1 / B of the gradient.
+    return Case(
+        *("arkd", f"B{B} D{D} float32", (student_BD, teacher_BD), (0,), forms, exact, flops),
+        *((read, 2 * read), (1e-4, 2 / B)),
+    )
 
 
 def arkd_cases(device, compiled):
-    shapes = [(2048, 1152), (32768, 1152)] if device.type == "cuda" else [(512, 384)]
-    for B, D in shapes:
-        student_BD, teacher_BD = (torch.randn(B, D, device=device) for _ in range(2))
-        forms = {impl: form(arkd_file.choose, relational, impl, device, torch.float32, B) for impl in arkd_file.IMPLS}
-        if B > arkd_file.MEDIAN_EXACT:
-            forms["ref"] = f"its {B} x {B} tensors would take {B * B * 4 / 2**30:.0f} GiB each"
-        forms["compiled ref"] = compile_if(compiled, forms["ref"])
-        gram = 2 * B * B * D  # two for the means, two for the loss; in the backward two again and weights @ z
-        flops, read = (4 * gram, 7 * gram), 4 * 2 * B * D
-        exact = lambda s, t: arkd(s, t, impl="chunked")  # noqa: E731
-        # A gate is a step: in float32 a pair or two fall on the other side of the median, about 1 / B of the gradient.
-        tolerance = (1e-4, 2 / B)
-        yield Case(
-            *("arkd", f"B{B} D{D} float32", (student_BD, teacher_BD), (0,), forms, exact, flops),
-            *((read, 2 * read), tolerance),
-        )
+    for B, D in ((2048, 1152), (32768, 1152)) if device.type == "cuda" else ((512, 384),):
+        yield arkd_case(device, compiled, B, D, D)
+
+
+def arkd_checks(device):
+    yield arkd_case(device, False, 2, 3, 5)
+    yield arkd_case(device, False, 131, 33, 70, 0.1, duplicates=5)
+    if device.type == "cuda":  # several strips; then a median from a sample
+        yield arkd_case(device, False, 2500, 129, 65)
+        yield arkd_case(device, False, 5000, 64, 64)
 
 
 def relational(student_BD, teacher_BD, impl):
     return arkd(student_BD, teacher_BD, "arkd", impl)
 
 
-def attention_cases(device, compiled):
-    cuda = device.type == "cuda"
-    dtype, H, d, L = (torch.bfloat16, 8, 128, 261) if cuda else (torch.float32, 4, 32, 69)
-    T = 16384 if cuda else 1024
-    images = T // L
-    starts = torch.arange(images + 1, dtype=torch.int32) * L
+def attention_case(device, compiled, dtype, H, d, starts, T, sinks=True):
+    starts = torch.tensor(starts, dtype=torch.int32)
     groups = runs(starts, T)
     q, k, v = (torch.randn(T, H, d, device=device, dtype=dtype) for _ in range(3))
-    sinks = torch.randn(H, device=device)
     sdpa = lambda *a: attend(*a[:3], groups, a[3])  # noqa: E731
-    forms = {
-        "ref": sdpa,
-        "compiled flex": "FlexAttention has gradients on CUDA only; SDPA on runs of equal images here",
-    }
-    if cuda:
+    forms = {"ref": sdpa}
+    if device.type == "cuda":
         mask = block_mask(starts, T, device)
         forms["compiled flex"] = compile_if(compiled, lambda *a: attend(*a[:3], mask, a[3]))
-    forms["compiled ref"] = compile_if(compiled, sdpa)
-    flops = 4 * H * d * (images * L * L + (T - images * L) ** 2)
+    else:
+        forms["compiled flex"] = "FlexAttention has gradients on CUDA only; SDPA on runs of equal images here"
+    lengths = [*starts.diff().tolist(), T - int(starts[-1])]
+    flops = 4 * H * d * sum(n * n for n in lengths)
     size = 4 * T * H * d * q.element_size()
-    shape = f"T{T} H{H} d{d} L{L} {name(dtype)}"
-    tolerance = (2e-2, 2e-2) if cuda else (1e-5, 1e-5)
+    # 1e-4: some of CUDA's float32 attention splits its operands into three TF32 products
+    tolerance = (2e-2, 2e-2) if dtype == torch.bfloat16 else (1e-4, 1e-4)
     # A flash backward is 2.5 forwards: it computes the scores once more.
-    yield Case(
-        "attention",
-        shape,
-        (q, k, v, sinks),
-        (0, 1, 2, 3),
-        forms,
-        sdpa,
-        (flops, 3.5 * flops),
-        (size, 3 * size),
-        tolerance,
+    return Case(
+        *("attention", f"T{T} H{H} d{d} M{len(lengths)} {name(dtype)}"),
+        *((q, k, v, torch.randn(H, device=device)), (0, 1, 2, 3), forms, sdpa),
+        *((flops, 3.5 * flops), (size, 3 * size), tolerance),
+    )
+
+
+def attention_cases(device, compiled):
+    if device.type == "cuda":
+        equal, mixed = list(range(0, 16384, 261)), [0]
+        while mixed[-1] + 261 <= 16384:
+            mixed.append(mixed[-1] + int(torch.randint(21, 262, ())))
+        for starts in (equal, mixed):
+            yield attention_case(device, compiled, torch.bfloat16, 8, 128, starts, 16384)
+    else:
+        yield attention_case(device, compiled, torch.float32, 4, 32, list(range(0, 1024, 69)), 1024)
+
+
+def attention_checks(device):
+    """Images within a block, on its edges, over several; padding, none; an odd end."""
+    cuda = device.type == "cuda"
+    for dtype in (torch.bfloat16, torch.float32) if cuda else (torch.float32,):
+        for starts, T in (([0, 100, 230, 600], 700), ([0, 128, 256, 512], 512), ([0, 7], 384)):
+            if dtype == torch.bfloat16 or not cuda or T == 700:  # compiling is most of the time
+                yield attention_case(device, cuda, dtype, 2, 64, starts, T)
+
+
+def kmeans_case(device, compiled, N, D, K, dtype=torch.float32):
+    # bfloat16 products are exact and the sums are float32: the same tolerance
+    x_ND, c_KD = torch.randn(N, D, device=device, dtype=dtype), torch.randn(K, D, device=device, dtype=dtype)
+    bias_K = -c_KD.float().square().sum(1) / 2
+
+    def excess(answer):
+        """How much further the labelled centroids are than the nearest ones, relative; over about 4096 points."""
+        some = slice(0, N, max(N // 4096, 1))
+        x, c, label = x_ND[some].double(), c_KD.double(), answer[0][some, 0].long()
+        nearest = torch.cdist(x, c, compute_mode="donot_use_mm_for_euclid_dist").square().min(1).values.sum()
+        return float(((x - c[label]).square().sum() - nearest) / nearest)
+
+    forms = {impl: lambda *a, impl=impl: kmeans_file.top3(*a, impl=impl) for impl in ("ref", "triton")}
+    if device.type != "cuda":
+        forms["triton"] = "needs a CUDA device"
+    size = x_ND.element_size()
+    sizes = (2 * N * K * D,) * 2, (size * (N * D + K * D) + 28 * N,) * 2
+    return Case(
+        *("kmeans", f"N{N} D{D} K{K} {name(dtype)}", (x_ND, c_KD, bias_K), (), forms, None, *sizes, (1e-5,), excess),
     )
 
 
 def kmeans_cases(device, compiled):
-    if importlib.util.find_spec("kernels.kmeans") is None:
-        return
-    from kernels.kmeans import assign
+    if device.type == "cuda":
+        for dtype in (torch.bfloat16, torch.float32):
+            yield kmeans_case(device, compiled, 1_000_000, 384, 1000, dtype)
+        yield kmeans_case(device, compiled, 1_000_000, 256, 4096, torch.bfloat16)
+    else:
+        yield kmeans_case(device, compiled, 10_000, 64, 200)
 
-    first = lambda out: out[0] if isinstance(out, tuple) else out  # noqa: E731
-    shapes = [(1_000_000, 384, 1000), (1_000_000, 256, 4096)] if device.type == "cuda" else [(10_000, 64, 200)]
-    for N, D, K in shapes:
-        x_ND, c_KD = torch.randn(N, D, device=device), torch.randn(K, D, device=device)
 
-        def excess(assigned_N, x_ND=x_ND, c_KD=c_KD):
-            """How much further the assigned centroids are than the nearest ones, relative; over about 4096 points."""
-            some = slice(0, len(x_ND), max(len(x_ND) // 4096, 1))
-            x, c = x_ND[some].double(), c_KD.double()
-            nearest = torch.cdist(x, c).square().min(1).values.sum()
-            return float(((x - c[assigned_N[some].long()]).square().sum() - nearest) / nearest)
+def kmeans_checks(device):
+    for dtype in (torch.bfloat16, torch.float32):
+        yield kmeans_case(device, False, 1001, 33, 7, dtype)
+        yield kmeans_case(device, False, 1, 5, 1, dtype)
+        yield kmeans_case(device, False, 3000, 70, 300, dtype)
 
-        forms = {}
-        for impl in ("ref", "triton"):
-            forms[impl] = lambda x, c, impl=impl: first(assign(x, c, impl=impl))
-            if impl == "triton" and device.type != "cuda":
-                forms[impl] = "needs a CUDA device"
-        forms["compiled ref"] = compile_if(compiled, forms["ref"])
-        sizes = (2 * N * K * D,) * 2, (4 * (N * D + K * D + N),) * 2
-        yield Case("kmeans", f"N{N} D{D} K{K} float32", (x_ND, c_KD), (), forms, None, *sizes, (1e-5,), excess)
+
+CASES = {"moe": moe_cases, "attention": attention_cases, "arkd": arkd_cases, "kmeans": kmeans_cases}
+CHECKS = {"moe": moe_checks, "attention": attention_checks, "arkd": arkd_checks, "kmeans": kmeans_checks}
 
 
 def form(choose, function, impl, device, *arguments):
@@ -183,7 +245,7 @@ def compile_if(compiled, function):
     if isinstance(function, str):
         return function
     # A graph break is no error here: ref reads the counts on the host.
-    return torch.compile(function, dynamic=False) if compiled else "not compiled: no GPU, and --compiled was not given"
+    return torch.compile(function, dynamic=False) if compiled else "not compiled here (--compiled does on a CPU)"
 
 
 # ---- checking and timing ----
@@ -241,13 +303,10 @@ def peaks(device):
 
 
 def measure(case, peak, device):
-    """One row a form: error, milliseconds, TFLOP/s and share of the floor, or why it did not run."""
+    """One row a form: error and, given the peaks, milliseconds, TFLOP/s, share of the floor; or why it did not run."""
     if case.gradients and case.op != "arkd":
         case.cotangent = torch.randn_like(case.inputs[0])
     exacts = step(case.exact, leaves(case, torch.float64), case) if case.exact else None
-    floor = [
-        max(f / peak["matmul_flops"], b / peak["copy_bytes"]) * 1e3 for f, b in zip(case.flops, case.bytes, strict=True)
-    ]
     rows = []
     for form_name, function in case.forms.items():
         row = {"op": case.op, "shape": case.shape, "form": form_name}
@@ -256,6 +315,7 @@ def measure(case, peak, device):
             row["not_run"] = function
             continue
         try:
+            torch._dynamo.reset()  # forms share their code, and a compiler's limit is on the shapes of one code
             inputs = leaves(case)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
@@ -268,6 +328,8 @@ def measure(case, peak, device):
             if not all([value <= case.tolerance[0], *(e <= case.tolerance[1] for e in gradients)]):
                 row["wrong"] = f"errors {', '.join(f'{e:.1e}' for e in row['errors'])} against {case.tolerance}"
                 continue
+            if not peak:
+                continue
             with torch.no_grad():
                 row["forward_ms"], row["n_forward"] = median_ms(lambda f=function, i=inputs: f(*i), device)
             if case.gradients:
@@ -277,71 +339,128 @@ def measure(case, peak, device):
             continue
         ms, part = (row["step_ms"], 1) if case.gradients else (row["forward_ms"], 0)
         row |= {"tflops": case.flops[part] / ms / 1e9, "gbytes_per_s": case.bytes[part] / ms / 1e6}
-        row |= {"floor_ms": floor[part], "percent_of_floor": 100 * floor[part] / ms}
+        floor = max(case.flops[part] / peak["matmul_flops"], case.bytes[part] / peak["copy_bytes"]) * 1e3
+        row |= {"floor_ms": floor, "percent_of_floor": 100 * floor / ms}
     return rows
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument(
-        "--op", choices=OPS, action="append", help="an operation to measure, may be repeated; default all"
-    )
-    parser.add_argument("--all", action="store_true", help="every operation (the default)")
-    parser.add_argument("--out", type=Path, help="folder to write kernels.json to")
-    parser.add_argument("--compiled", action="store_true", help="torch.compile on a CPU too; always done on CUDA")
-    flags = parser.parse_args()
-    ops = OPS if flags.all or not flags.op else flags.op
+def record(folder, file, key, value):
+    """Put {key: value} into a JSON file of the folder, atomically; no folder, no file."""
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    path, temporary = folder / file, folder / f".{file}.tmp"
+    content = json.loads(path.read_text()) if path.exists() else {}
+    temporary.write_text(json.dumps(content | {key: value}, indent=1) + "\n")
+    os.replace(temporary, path)
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cuda = device.type == "cuda"
-    if cuda and moe_file.triton is None:
-        raise SystemExit("kernels/bench.py times with triton.testing on CUDA: pip install triton")
-    torch.manual_seed(0)
-    report = {
+
+# ---- the parts ----
+
+
+def machine():
+    cuda = torch.cuda.is_available()
+    return {
         "machine": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
-        "device": device.type,
+        "device": "cuda" if cuda else "cpu",
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": moe_file.triton and moe_file.triton.__version__,
-        "argv": sys.argv[1:],
     }
-    print(", ".join(f"{key} {value}" for key, value in report.items() if key != "argv"))
+
+
+HEAD = f"{'op':<10}{'shape':<38}{'form':<18}{'error':>9}{'forward ms':>12}{'step ms':>10}{'TFLOP/s':>9}{'% floor':>9}"
+
+
+def line(row):
+    head = f"{row['op']:<10}{row['shape']:<38}{row['form']:<18}"
+    if reason := row.get("not_run"):
+        return f"{head}  not run: {reason}"
+    if bad := row.get("wrong") or row.get("failed"):
+        return f"{head}  WRONG OR FAILED: {bad}"
+    text = f"{head}{max(row['errors']):>9.1e}"
+    if "forward_ms" in row:
+        step_ms = f"{row['step_ms']:.3f}" if "step_ms" in row else "-"
+        text += f"{row['forward_ms']:>12.3f}{step_ms:>10}{row['tflops']:>9.3f}{row['percent_of_floor']:>9.1f}"
+    return text
+
+
+def run_part(part, folder, compiled):
+    """The checks, or one operation's figures; written and printed row by row. Returns whether all was right."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    if part == "checks":
+        file, peak, cases = "checks.json", None, {op: make(device) for op, make in CHECKS.items()}
+    else:
+        file, peak, cases = "kernels.json", peaks(device), {part: CASES[part](device, compiled)}
+        print(f"measured: matmul {peak['matmul_flops'] / 1e12:.2f} TFLOP/s, copy {peak['copy_bytes'] / 1e9:.1f} GB/s")
+        record(folder, file, "peak", peak)
+    record(folder, file, "machine", machine())
+    print(HEAD, flush=True)
+    good = True
+    for op, made in cases.items():
+        rows = []
+        for case in made:
+            try:
+                new = measure(case, peak, device)
+            except Exception as failure:  # the reference itself: out of memory, say
+                new = [{"op": op, "shape": case.shape, "form": "reference", "failed": f"{failure}"[:500]}]
+            rows += new
+            for row in new:
+                print(line(row), flush=True)
+            record(folder, file, op, rows)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        good = good and not any("wrong" in row or "failed" in row for row in rows)
+    return good
+
+
+def run_all(folder):
+    """Every part in a process of its own, within the time there is. Returns whether all of them were right."""
+    here, until = Path(__file__).resolve(), time.monotonic() + SECONDS
+    step = [str(here.parent.parent / "benchmarks" / "step.py")]
+    commands = {"agree": [*step, "--agree"], "step": step, "step-triton": [*step, "--kernels", "triton"]}
+    out = ["--out", str(folder)] if folder else []
+    outcomes = {}
+    for part, seconds in PARTS.items():
+        if part == "step-triton" and not torch.cuda.is_available():
+            continue
+        left = until - time.monotonic()
+        began, command = time.monotonic(), commands.get(part, [str(here), "--only", part])
+        print(f"\n---- {part}, {min(seconds, left):.0f} s at most ----", flush=True)
+        if left < 15:
+            outcomes[part] = "not begun: no time was left"
+        else:
+            try:
+                done = subprocess.run([sys.executable, *command, *out], timeout=min(seconds, left))
+                outcomes[part] = "right" if done.returncode == 0 else f"exit status {done.returncode}"
+            except subprocess.TimeoutExpired:
+                outcomes[part] = "ran out of its time; what it had measured is written"
+        outcomes[part] += f", {time.monotonic() - began:.0f} s"
+        record(folder, "checks.json", "parts", outcomes)
+    for part, outcome in outcomes.items():
+        print(f"{part:<14}{outcome}")
+    return all(outcome.startswith("right") for outcome in outcomes.values())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parts = ("checks", *CASES)
+    parser.add_argument("--all", action="store_true", help="every part, within nine minutes (the default)")
+    parser.add_argument("--only", "--op", choices=parts, action="append", help="one part in this process; repeatable")
+    parser.add_argument("--out", type=Path, help="folder to write checks.json, kernels.json and step.json to")
+    parser.add_argument("--compiled", action="store_true", help="torch.compile on a CPU too; always done on CUDA")
+    flags = parser.parse_args()
+    cuda = torch.cuda.is_available()
+    if cuda and moe_file.triton is None:
+        raise SystemExit("kernels/bench.py times with triton.testing on CUDA: pip install triton")
+    print(", ".join(f"{key} {value}" for key, value in machine().items()))
     if not cuda:
         print("no GPU: small shapes, and only the forms that run on a CPU. Nothing here says how fast a GPU is.")
-    report["peak"] = peak = peaks(device)
-    print(f"measured peaks: matmul {peak['matmul_flops'] / 1e12:.2f} TFLOP/s, copy {peak['copy_bytes'] / 1e9:.1f} GB/s")
-
-    cases = {"moe": moe_cases, "arkd": arkd_cases, "attention": attention_cases, "kmeans": kmeans_cases}
-    report["rows"] = rows = []
-    for op in ops:
-        made = 0
-        for case in cases[op](device, cuda or flags.compiled):
-            made += 1
-            rows += measure(case, peak, device)
-        if not made:
-            print(f"{op}: kernels/{op}.py is not here")
-    if flags.out:
-        flags.out.mkdir(parents=True, exist_ok=True)
-        (flags.out / "kernels.json").write_text(json.dumps(report, indent=1) + "\n")
-
-    for row in rows:
-        if reason := row.get("not_run"):
-            print(f"not run: {row['op']} {row['form']} at {row['shape']}: {reason}")
-    print(
-        f"{'op':<10}{'shape':<36}{'form':<18}{'error':>9}{'forward ms':>12}{'step ms':>10}{'TFLOP/s':>9}{'% floor':>9}"
-    )
-    for row in rows:
-        head = f"{row['op']:<10}{row['shape']:<36}{row['form']:<18}"
-        if bad := row.get("wrong") or row.get("failed"):
-            print(f"{head}  WRONG OR FAILED: {bad}")
-        elif "forward_ms" in row:
-            step_ms = f"{row['step_ms']:.3f}" if "step_ms" in row else "-"
-            print(
-                f"{head}{max(row['errors']):>9.1e}{row['forward_ms']:>12.3f}{step_ms:>10}"
-                f"{row['tflops']:>9.3f}{row['percent_of_floor']:>9.1f}"
-            )
-    return any("wrong" in row or "failed" in row for row in rows)
+    if flags.all or not flags.only:
+        return not run_all(flags.out)
+    return not all([run_part(part, flags.out, cuda or flags.compiled) for part in flags.only])
 
 
 if __name__ == "__main__":

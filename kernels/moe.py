@@ -14,6 +14,8 @@ of their experts, M tiles of rows.
 import torch
 import torch.nn.functional as F
 
+from kernels import interpreted, why_not_on
+
 try:
     import triton
     import triton.language as tl
@@ -394,12 +396,9 @@ def choose(impl, device, dtype=torch.bfloat16):
 
 def why_not_triton(device, dtype):
     """Why the kernels cannot run here, or None."""
-    if triton is None:
-        return "needs the triton package, which is not installed (pip install triton)"
-    interpreted = not isinstance(up_kernel, triton.JITFunction)
-    if device.type != "cuda" and not interpreted:
-        return f"needs a CUDA device and was asked to run on {device.type} (TRITON_INTERPRET=1 runs it there, slowly)"
-    if interpreted and dtype == torch.bfloat16:  # it would multiply the bit patterns as integers
+    if reason := why_not_on(device, lambda: up_kernel):
+        return reason
+    if interpreted(up_kernel) and dtype == torch.bfloat16:  # it would multiply the bit patterns as integers
         return "cannot compute in bfloat16 under TRITON_INTERPRET=1, whose dot product knows float32 and float16"
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"computes in float32, float16 or bfloat16 and was given {str(dtype).removeprefix('torch.')}"
