@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import teachers
 from amoe import MapPool
-from data import pack, to_rows
+from images import to_rows
+from packs import pack
 
 SHARED = Path(os.environ.get("AMOE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 SHAPES = [(3, 5), (1, 4), (6, 2), (3, 5), (4, 4)]
