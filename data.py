@@ -449,12 +449,13 @@ def main(argv=None):
     bench.add_argument("cache")
     bench.add_argument("--tokens", type=int, default=4096, help="tokens in a pack")
     bench.add_argument("--images", help="folder, tar or list of images whose decoding is timed too")
+    bench.add_argument("--repeats", type=int, default=3, help="of which the best is shown")
     bench.add_argument("--out", help=".json of the figures")
     args = parser.parse_args(argv)
     if args.command == "bench":
         from benchmarks import loader as benchmark  # it imports this module
 
-        benchmark.main(args.cache, args.tokens, args.images, args.out)
+        benchmark.main(args.cache, args.tokens, args.images, args.out, args.repeats)
     elif args.command == "cache":
         i, _, n = args.shard_range.partition("/")
         i, n = (int(x) if x.isdigit() else -1 for x in (i, n))

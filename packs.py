@@ -10,8 +10,10 @@ files, decoded as one trains):
 Shape letters: T tokens of a pack, M images in it, C channels of a teacher, R registers.
 """
 
+import collections
 import functools
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
@@ -258,7 +260,8 @@ class Packs(torch.utils.data.Dataset):
 def loader(order, position, rank=0, world=1, per_step=1, workers=0, on_corrupt="stop"):
     """Batches of this rank, endless, each with the Position after the step it belongs to.
 
-    A step takes world * per_step packs of the global order; this rank's are every world-th of them.
+    A step takes world * per_step packs of the global order; this rank's are every world-th of them. What comes next is
+    read while the step runs: by `workers` processes, or by two threads of this one.
     """
 
     def steps():
@@ -268,15 +271,31 @@ def loader(order, position, rank=0, world=1, per_step=1, workers=0, on_corrupt="
             for entries, _ in step[rank::world]:
                 yield entries, step[-1][1]
 
+    packs = Packs(order.dataset, order.n_tokens, on_corrupt, order.special - 1)
+    if not workers:
+        return ahead(packs.__getitem__, steps())
     return torch.utils.data.DataLoader(
-        Packs(order.dataset, order.n_tokens, on_corrupt, order.special - 1),
+        packs,
         sampler=Endless(steps),
         batch_size=None,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
-        multiprocessing_context="forkserver" if workers else None,  # fork would copy tensorstore's locked threads
-        prefetch_factor=4 if workers else None,
+        multiprocessing_context="forkserver",  # fork would copy tensorstore's locked threads
+        prefetch_factor=4,
     )
+
+
+def ahead(read, items, packs=4):
+    """(batch, position) = read(item) for every item in order, so many under way at a time."""
+    pool, under_way = ThreadPoolExecutor(2), collections.deque()
+    try:
+        for item in items:
+            under_way.append(pool.submit(read, item))
+            if len(under_way) == packs:
+                batch, position = under_way.popleft().result()
+                yield batch.pin_memory() if torch.cuda.is_available() else batch, position
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 class Endless(torch.utils.data.Sampler):

@@ -8,6 +8,7 @@ Shape letters: T tokens of a pack, M images in it, N images or texts, C channels
 
 import json
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -66,13 +67,14 @@ class Images:
         self.skipped, self.quiet = skipped, quiet
         self.numbers = list(range(-(-len(sources) // shard_images)))
         self.seen, self.bad, self.headers = 0, {}, {}
+        self.lock = threading.Lock()
         self.pool = ThreadPoolExecutor()  # Pillow decodes and resizes outside the interpreter's lock
 
     def __getstate__(self):
-        return self.__dict__ | {"pool": None, "headers": {}}
+        return self.__dict__ | {"pool": None, "lock": None, "headers": {}}
 
     def __setstate__(self, state):
-        self.__dict__ = state | {"pool": ThreadPoolExecutor(2)}
+        self.__dict__ = state | {"pool": ThreadPoolExecutor(2), "lock": threading.Lock()}
 
     def jobs(self, number):
         """All views of a shard's sources, in order."""
@@ -119,25 +121,27 @@ class Images:
 
     def sift(self, jobs, answers, quiet=False):
         """The answers, None in the place of those that are reasons; the reasons are counted and, once each, said."""
-        good = []
-        for job, answer in zip(jobs, answers, strict=True):
-            good.append(None if isinstance(answer, str) else answer)
-            if isinstance(answer, str) and job.source.name not in self.bad:
-                self.bad[job.source.name] = answer
-                if quiet:
-                    continue
-                print(f"left out: {job.source.name}: {answer}", file=sys.stderr, flush=True)
-                if self.skipped:
-                    line = json.dumps({"source": job.source.name, "reason": answer}, ensure_ascii=False)
-                    with open(self.skipped, "a") as file:
-                        file.write(line + "\n")
-        self.seen += len(good)
-        if len(self.bad) > self.max_skipped * max(100, self.seen):
-            raise ValueError(
-                f"{len(self.bad)} of the first {self.seen} images of {self.path} are unusable, more than the share "
-                f"{self.max_skipped:g}; the last: {list(self.bad.items())[-1]}"
-            )
-        return good
+        answers = list(answers)
+        with self.lock:  # packs are read by two threads
+            good = []
+            for job, answer in zip(jobs, answers, strict=True):
+                good.append(None if isinstance(answer, str) else answer)
+                if isinstance(answer, str) and job.source.name not in self.bad:
+                    self.bad[job.source.name] = answer
+                    if quiet:
+                        continue
+                    print(f"left out: {job.source.name}: {answer}", file=sys.stderr, flush=True)
+                    if self.skipped:
+                        line = json.dumps({"source": job.source.name, "reason": answer}, ensure_ascii=False)
+                        with open(self.skipped, "a") as file:
+                            file.write(line + "\n")
+            self.seen += len(good)
+            if len(self.bad) > self.max_skipped * max(100, self.seen):
+                raise ValueError(
+                    f"{len(self.bad)} of the first {self.seen} images of {self.path} are unusable, more than the share "
+                    f"{self.max_skipped:g}; the last: {list(self.bad.items())[-1]}"
+                )
+            return good
 
     def read(self, entries, n_tokens=None, registers=4, targets=False):
         """A Batch of the images [(shard number, index)], less those that do not decode; targets are not kept here."""

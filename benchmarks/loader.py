@@ -140,21 +140,21 @@ def decoding(path, min_tokens, max_tokens, most=200):
     return rates | {"images": n}
 
 
-def main(path, n_tokens, folder, out):
+def main(path, n_tokens, folder, out, repeats):
     torch.set_num_threads(1)
     window = Window(path, n_tokens)
     mb = sum(window.bytes) / 1e6
     fill = sum(window.tokens) / (n_tokens * len(window.packs))
     print(f"{len(window.numbers)} shards, {len(window.packs)} packs of {n_tokens} tokens, {mb:.0f} MB, fill {fill:.1%}")
-    result = {"tokens": n_tokens, "packs": len(window.packs), "mb": mb, "fill": fill, "reads": {}}
+    result = {"tokens": n_tokens, "packs": len(window.packs), "mb": mb, "fill": fill, "repeats": repeats, "reads": {}}
     print(f"{'':24}{'tokens/s':>12}{'MB/s':>10}{'of plain':>10}")
     with tempfile.TemporaryDirectory(dir=path) as plain:  # on the same disk
         window.write_plain(plain)
         for cold in (False, True):
             kinds = [("plain files", lambda c=cold: window.plain(plain, c))]
             kinds += [(f"{w} workers", lambda w=w, c=cold: window.loader(w, c)) for w in (0, 1, 2)]
-            # the best of three, turn by turn: others use the machine too
-            runs = [[read() for _, read in kinds] for _ in range(3)]
+            # the best of several, turn by turn: others use the machine too
+            runs = [[read() for _, read in kinds] for _ in range(repeats)]
             best = [max(rates) for rates in zip(*runs, strict=True)]
             for (name, _), (tokens, rate) in zip(kinds, best, strict=True):
                 name = f"{'cold' if cold else 'warm'}, {name}"
