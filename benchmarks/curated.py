@@ -69,10 +69,11 @@ def hits(model, cache, world):
     """{measure: bool [N]} and the concepts [N] of the held-out images: whether each was recognised."""
     pool, held = evaluate.split(cache)
     bank = pool[:: max(1, len(pool) // 1500)]
-    known, asked = (evaluate.student_features(model, cache, entries) for entries in (bank, held))
+    student = evaluate.of_student(model)
+    known, asked = (evaluate.gather(evaluate.stream(student, cache, entries)) for entries in (bank, held))
 
     def concept(entries):
-        return torch.tensor([world.scenes[int(cache.shard(n).meta[i]["source"][:6])].label for n, i in entries])
+        return torch.tensor([world.scenes[int(cache.meta(entry)["source"][:6])].label for entry in entries])
 
     bank_N, truth_N = concept(bank), concept(held)
     oracle = toy.TextOracle(world)

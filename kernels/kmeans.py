@@ -16,17 +16,15 @@ Shape letters: N points, K centroids, D channels, G groups of S centroids, P = S
 M of a selection, E channels of an extended product.
 """
 
-import os
 import threading
 from functools import cache
 
 import torch
 
-try:
-    import triton
+from kernels import triton, why_not_on
+
+if triton is not None:
     import triton.language as tl
-except ImportError:
-    triton = None
 
 GROUPS = 32  # of centroids; a point keeps one float for each
 UNIT = 2.0**-24  # half a unit in the last place of float32, relative
@@ -171,17 +169,12 @@ def top3_triton(x_ND, c_KD, bias_K):
 # ------------------------------------------------------------------------------------------------------------- public
 
 
-def triton_obstacle(device):
+def obstacle(device):
     """Why the Triton kernel cannot run on `device`, or None."""
-    if triton is None:
-        return "triton is not installed"
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    if torch.device(device).type != "cuda":
-        return f"the tensors are on {torch.device(device).type}, not cuda (TRITON_INTERPRET=1 runs it on a CPU, slowly)"
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    reason = why_not_on(device, lambda: _top3_kernel)
+    if reason is None and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return "this GPU has no bfloat16 (compute capability below 8.0)"
-    return None
+    return reason
 
 
 def top3(x_ND, c_KD, bias_K, impl="auto"):
@@ -201,10 +194,10 @@ def top3(x_ND, c_KD, bias_K, impl="auto"):
         raise ValueError(
             f"x {x_ND.dtype}, c {c_KD.dtype}, bias {bias_K.dtype}: want float32 or bfloat16 twice, float32"
         )
-    obstacle = triton_obstacle(x_ND.device)
-    if impl == "triton" and obstacle:
-        raise ValueError(f"impl='triton' cannot run: {obstacle}")
-    if impl == "triton" or (impl == "auto" and x_ND.is_cuda and not obstacle):
+    reason = None if impl == "ref" else obstacle(x_ND.device)
+    if impl == "triton" and reason:
+        raise ValueError(f"impl='triton' cannot run: {reason}")
+    if impl == "triton" or (impl == "auto" and x_ND.is_cuda and not reason):
         return top3_triton(x_ND, c_KD, bias_K)
     return top3_ref(x_ND, c_KD, bias_K)
 
