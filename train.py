@@ -213,7 +213,8 @@ def setup(flags):
 def forward(model, spaces, batch, groups):
     """A pack's forward pass and its (E2), which torch.compile makes one graph: (summaries, losses, expert load).
 
-    ARKD stays outside: it couples the summaries of all packs and ranks, which have to be gathered first.
+    ARKD stays outside: it couples the summaries of all packs and ranks, which have to be gathered first. Under DDP the
+    model and the losses are a graph each, for a compiler does not follow the wrapper's own bookkeeping.
     """
     out, load = model(batch, groups)
     summaries = {space.name: out[space.name]["summary"].float() for space in spaces}
