@@ -21,6 +21,7 @@ import torch
 
 from amoe import ROW, grid_positions
 from images import from_rows
+from kernels.attention import block_table
 
 # ---- packs of token rows ----
 
@@ -39,6 +40,7 @@ class Batch:
     shapes: torch.Tensor  # [M, 2] int32, (h, w) in patches
     ids: torch.Tensor  # [M] int64, stable image ids
     targets: dict = field(default_factory=dict)  # {teacher: {"patch" [T, C], "summary" [M, C], "registers" [M, R, C]}}
+    blocks: torch.Tensor | None = None  # kernels.attention.block_table of the pack, which the loader makes
 
     @property
     def n_tokens(self):
@@ -78,7 +80,9 @@ class Batch:
         """The pack with `function` of every tensor."""
 
         def of(value):
-            return {key: of(v) for key, v in value.items()} if isinstance(value, dict) else function(value)
+            if isinstance(value, dict):
+                return {key: of(v) for key, v in value.items()}
+            return value if value is None else function(value)
 
         return replace(self, **{f.name: of(getattr(self, f.name)) for f in fields(self)})
 
@@ -247,7 +251,8 @@ class Packs(torch.utils.data.Dataset):
         entries, position = item
         while True:
             try:
-                return self.dataset.read(entries, self.n_tokens, self.registers), position
+                batch = self.dataset.read(entries, self.n_tokens, self.registers)
+                return replace(batch, blocks=block_table(batch.starts, batch.n_tokens)), position
             except Damage as error:
                 if self.on_corrupt == "stop":
                     raise

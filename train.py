@@ -36,7 +36,7 @@ import kernels.moe
 import targets
 import toy
 from images import find_sources
-from kernels.attention import block_mask, runs
+from kernels.attention import block_table, mask_of, runs
 from teachers import Teacher
 
 # ---- flags ----
@@ -213,7 +213,8 @@ def setup(flags):
 def forward(model, spaces, batch, groups):
     """A pack's forward pass and its (E2), which torch.compile makes one graph: (summaries, losses, expert load).
 
-    ARKD stays outside: it couples the summaries of all packs and ranks, which have to be gathered first.
+    ARKD stays outside: it couples the summaries of all packs and ranks, which have to be gathered first. Under DDP the
+    model and the losses are a graph each, for a compiler does not follow the wrapper's own bookkeeping.
     """
     out, load = model(batch, groups)
     summaries = {space.name: out[space.name]["summary"].float() for space in spaces}
@@ -573,11 +574,12 @@ def on_device(batch, place, compiled, teachers, spaces):
 
     Training without a cache, this is where the teachers are asked.
     """
-    if compiled and place.device.type == "cuda":
-        groups = block_mask(batch.starts, batch.n_tokens, place.device)
-    else:
-        groups = runs(batch.starts, batch.n_tokens)
+    groups = None if compiled and place.device.type == "cuda" else runs(batch.starts, batch.n_tokens)
+    if groups is None and batch.blocks is None:  # a pack that is not the loader's
+        batch = replace(batch, blocks=block_table(batch.starts, batch.n_tokens).pin_memory())
     batch = batch.to(place.device)
+    if groups is None:
+        groups = mask_of(batch.blocks, batch.n_tokens)
     if teachers:
         batch.targets = targets.targets(teachers, spaces, batch)
     if compiled:  # a pack's number of images: one graph from the start, where the second number would make another

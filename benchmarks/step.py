@@ -47,6 +47,7 @@ def synthetic(shapes, tokens, spaces, device, seed=0):
     integers = lambda low, high, shape, dtype: torch.randint(low, high, shape, generator=random, dtype=dtype)  # noqa: E731
     rows = [integers(0, 256, (h * w, amoe.ROW), torch.uint8) for h, w in shapes]
     batch, M = packs.pack(rows, shapes, tokens), len(shapes)
+    batch.blocks = block_table(batch.starts, tokens)
     for space in spaces:
         batch.targets[space.name] = {
             "patch": integers(-48, 49, (tokens, space.dim), torch.int8),

@@ -190,9 +190,7 @@ def main():
             rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, body=body: f"{m[1]}{body}\n{m[2]}", text, flags=re.S
         )
         if n == 0 and name in ("kernels", "step"):  # figures of a machine that README need not show
-            print(
-                f"README.md has no place for the table '{name}': <!-- {name} --> and <!-- /{name} --> on their own lines"
-            )
+            print(f"README.md has no place for the table '{name}': lines <!-- {name} --> and <!-- /{name} --> make one")
         elif n != 1:
             raise ValueError(f"README.md has {n} places for the table '{name}'")
     README.write_text(text)

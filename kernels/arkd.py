@@ -78,8 +78,9 @@ def median_cut(teacher_BD, seed=0):
         d = F.pdist(teacher_BD)  # each pair once: the same median
     else:
         generator = torch.Generator().manual_seed(seed)
-        # Drawn on the host, so that every device draws the same; the copy does not wait for the device's work.
-        z_BD = teacher_BD[torch.randperm(B, generator=generator).to(teacher_BD.device, non_blocking=True)]
+        # Drawn on the host, so that every device draws the same; a copy from pinned memory waits for no device's work.
+        order = torch.randperm(B, generator=generator, pin_memory=teacher_BD.is_cuda)
+        z_BD = teacher_BD[order.to(teacher_BD.device, non_blocking=True)]
         shifts = torch.randint(1, B, (MEDIAN_SHIFTS,), generator=generator).tolist()
         d = torch.cat([torch.linalg.vector_norm(z_BD - z_BD.roll(shift, 0), dim=1) for shift in shifts])
     return under(d.median())

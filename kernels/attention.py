@@ -89,8 +89,8 @@ def mask_of(table, n_tokens):
 
 
 def block_mask(starts, n_tokens, device="cpu"):
-    """FlexAttention's mask of a pack on `device`, by one copy that does not wait for the device's work."""
-    return mask_of(block_table(starts, n_tokens).to(device, non_blocking=True), n_tokens)
+    """FlexAttention's mask of a pack on `device`, by one copy."""
+    return mask_of(block_table(starts, n_tokens).to(device), n_tokens)
 
 
 def attend(q_THd, k_THd, v_THd, groups, sinks_H=None):

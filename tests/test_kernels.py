@@ -6,6 +6,7 @@ Shape letters: as in the two files.
 """
 
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import torch.multiprocessing
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import arkd as arkd_file
+from kernels import bench
 from kernels import moe as moe_file
 from kernels.arkd import arkd
 from kernels.moe import moe
@@ -339,6 +341,45 @@ def test_arkd_bad_arguments_are_named():
         arkd(z, z[:5])
     with pytest.raises(ValueError, match=r"'triton'.*use chunked"):
         arkd(z.double(), z.double(), impl="triton")
+
+
+# ---- the benchmark ----
+
+
+def test_the_benchmark_times_only_what_is_right_and_keeps_the_rest():
+    """Catches: a wrong form that is timed all the same, NaN taken for agreement, one failure that ends the others."""
+    case = bench.moe_case(torch.device(DEVICE), False, torch.float32, (7, 8, 3, 16, 2))
+
+    def broken(*_):
+        raise RuntimeError("out of luck")
+
+    ref = lambda *a: moe(*a, "ref")  # noqa: E731
+    case.forms = {"off": lambda *a: 1.001 * ref(*a), "nan": lambda *a: ref(*a) * torch.nan, "broken": broken}
+    case.forms |= {"absent": "needs another machine", "ref": ref}
+    peak = {"matmul_flops": 1e12, "copy_bytes": 1e10}
+    off, nan, failed, absent, right = bench.measure(case, peak, torch.device(DEVICE))
+    assert "wrong" in off and "wrong" in nan and "step_ms" not in off | nan
+    assert failed["failed"] == "RuntimeError: out of luck" and absent["not_run"] == "needs another machine"
+    assert right["step_ms"] > right["forward_ms"] * 0.5 > 0 and max(right["errors"]) < 1e-5
+
+
+def test_records_are_added_to_what_is_there(tmp_path):
+    """Catches: a part of the benchmark that overwrites the one before."""
+    bench.record(tmp_path, "x.json", "a", 1)
+    bench.record(tmp_path, "x.json", "b", [2])
+    bench.record(None, "x.json", "c", 3)
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1, "b": [2]}
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+@pytest.mark.slow
+def test_the_benchmarks_checks_pass_here():
+    """Catches: a case of kernels/bench.py that does not run, before it costs time on a GPU."""
+    command = [sys.executable, "kernels/bench.py", "--only", "checks"]
+    environment = dict(os.environ, TRITON_INTERPRET="0")
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0 and "WRONG" not in run.stdout, run.stdout[-2000:] + run.stderr[-2000:]
+    assert {"moe", "arkd", "attention", "kmeans"} <= {line.split()[0] for line in run.stdout.splitlines() if line}
 
 
 # ---- what a GPU would be given ----

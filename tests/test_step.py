@@ -12,7 +12,7 @@ import amoe
 import data
 import kernels.moe
 import train
-from kernels.attention import block_mask, runs
+from kernels.attention import block_mask, block_table, mask_of, runs
 
 CPU = train.Place(0, 1, torch.device("cpu"))
 
@@ -50,6 +50,13 @@ def test_model_and_losses_are_one_graph_whatever_the_pack_holds(cache, as_on_cud
         # the experts run in bfloat16 here: a few tokens near a tie choose another one in the next layer
         assert (results[0][1] - results[1][1]).norm() < 0.05 * results[1][1].norm()
     assert len(sizes) > 2 and counter.frame_count == 1
+
+
+def test_the_loader_makes_what_attention_is_told(cache):
+    """Catches a table of the images alone, without the padding, and one that a copy of the batch leaves behind."""
+    batch, _ = next(iter(data.loader(data.Order(cache, 512), data.Position())))
+    assert torch.equal(batch.to("cpu").blocks, block_table(batch.starts, 512))
+    assert torch.equal(mask_of(batch.blocks, 512).to_dense(), block_mask(batch.starts, 512).to_dense())
 
 
 @pytest.mark.parametrize("B", [2, 9, 100])
