@@ -547,7 +547,7 @@ class AMoE(Float32Buffers):
         already normalised) with `shapes` [(h, w)]. An answer is {"patch": {teacher: [n, C]}, "summary": {teacher: [C]}}
         with the trunk's own features as a further teacher, "amoe". Images are packed `n_tokens` at a time.
         """
-        from data import cut, pack  # data imports this module for PHI-S
+        from packs import cut, pack  # packs imports this module for positions
         from images import to_rows
 
         if shapes is None:

@@ -615,7 +615,7 @@ def random_state(kind, sizes, vocabulary=256_000):
 
 def bench(kind, device, repeats):
     """Tokens/s of one mixed-resolution set, packed and then padded to its largest image; one JSON line."""
-    from data import pack
+    from packs import pack
 
     shapes = [(16, 16), (8, 12), (6, 6), (4, 8), (10, 10), (5, 5)]
     rows = [torch.randint(0, 256, (h * w, ROW), dtype=torch.uint8) for h, w in shapes]
