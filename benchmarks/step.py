@@ -148,8 +148,8 @@ def setup(words):
     return train, flags, place, compiled, spaces, model, step, optimizer
 
 
-def agree(compile_mode):
-    """Losses of three steps, compiled beside eager, in bfloat16 (on CUDA) and in float32; one row each."""
+def agree(compile_mode, save):
+    """Losses of three steps, compiled beside eager, in bfloat16 (on CUDA) and float32; `save` gets every row so far."""
     rows = []
     amoe.CONFIGS["agree"] = amoe.Config(2, 128, 2, 64, 128, experts=8, top_k=2)
     cuda = torch.cuda.is_available()
@@ -194,6 +194,7 @@ def agree(compile_mode):
         except Exception as failure:  # the other precision is still worth its time
             row["failed"] = f"{type(failure).__name__}: {str(failure).strip()[:500]}"
         print("compiled against eager:", row, flush=True)
+        save(rows)
     return rows
 
 
@@ -286,8 +287,8 @@ def main():
     parser.add_argument("--out", type=Path, help="folder to write step.json to")
     args = parser.parse_args()
     if args.agree:
-        rows = agree("on" if args.compile == "auto" else args.compile)
-        record(args.out, "checks.json", "compiled against eager", rows)
+        save = lambda rows: record(args.out, "checks.json", "compiled against eager", rows)  # noqa: E731
+        rows = agree("on" if args.compile == "auto" else args.compile, save)
         return any("wrong" in row or "failed" in row for row in rows)
     words = ["--model", args.model, "--kernels", args.kernels, "--compile", args.compile]
     result = figures(
