@@ -547,8 +547,8 @@ class AMoE(Float32Buffers):
         already normalised) with `shapes` [(h, w)]. An answer is {"patch": {teacher: [n, C]}, "summary": {teacher: [C]}}
         with the trunk's own features as a further teacher, "amoe". Images are packed `n_tokens` at a time.
         """
-        from packs import cut, pack  # packs imports this module for positions
         from images import to_rows
+        from packs import cut, pack  # packs imports this module for positions
 
         if shapes is None:
             pairs = [to_rows(torch.as_tensor(image)) for image in images]
