@@ -82,7 +82,7 @@ class Flags:
     )
     checkpoint: bool = flag(False, SPEED, "recompute activations in the backward pass: less memory, a third more time")
     fsdp: bool = flag(False, SPEED, "shard parameters over ranks (FSDP2) in place of replicating them")
-    workers: int = flag(0, SPEED, "processes that read the cache; 0 reads in the training process")
+    workers: int = flag(0, SPEED, "processes that read the data; with 0, threads do beside a GPU")
     threads: int = flag(0, SPEED, "CPU threads of torch; 0 leaves its choice")
 
     cache: str = flag("", PATHS, "feature cache to train on; without it, nor --images, the toy world")
@@ -501,7 +501,7 @@ def bench(flags, place, compiled, repeats=20, warmup=3):
     run = torch.compile(forward) if compiled else forward
     optimizer = make_optimizer(model, flags)
     streak = torch.zeros(2, dtype=torch.int64, device=place.device)
-    batches = iter(data.loader(order, data.Position(), workers=flags.workers))
+    batches = iter(data.loader(order, data.Position(), **reading(flags, place)))
 
     def seconds(batch):
         began = time.perf_counter()
@@ -567,6 +567,12 @@ def bench(flags, place, compiled, repeats=20, warmup=3):
 
 
 # ---- the loop ----
+
+
+def reading(flags, place):
+    """How packs are read: by worker processes, by threads while a GPU steps, or in turn with a step on the CPU."""
+    threads = 2 if place.device.type == "cuda" else 0
+    return {"workers": flags.workers, "threads": threads, "on_corrupt": flags.on_corrupt}
 
 
 def on_device(batch, place, compiled, teachers, spaces):
@@ -711,9 +717,7 @@ def train(flags, place, compiled):
     stop = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda n, _: stop.append(n))
-    batches = iter(
-        data.loader(order, position, place.rank, place.world, flags.accumulate, flags.workers, flags.on_corrupt)
-    )
+    batches = iter(data.loader(order, position, place.rank, place.world, flags.accumulate, **reading(flags, place)))
     recent, state = deque(maxlen=10), None
     bar = tqdm(total=flags.steps, initial=step, unit="step", disable=place.rank > 0, mininterval=1.0)
     tokens, seconds, waited, mark = 0, 0.0, 0.0, time.perf_counter()

@@ -77,10 +77,10 @@ class Window:
         while True:
             yield from self.packs
 
-    def loader(self, workers, cold):
+    def loader(self, workers, threads, cold):
         order, position, starters = self.order(), data.Position(), 9 * workers  # more than they have under way
         order.packs = lambda _: ((pack, position) for pack in self.steps(starters, cold and self.path))
-        batches = iter(data.loader(order, position, workers=workers))
+        batches = iter(data.loader(order, position, workers=workers, threads=threads))
         for _ in range(starters):
             next(batches)
         if not cold:  # the loader keeps small shards in memory
@@ -152,7 +152,8 @@ def main(path, n_tokens, folder, out, repeats):
         window.write_plain(plain)
         for cold in (False, True):
             kinds = [("plain files", lambda c=cold: window.plain(plain, c))]
-            kinds += [(f"{w} workers", lambda w=w, c=cold: window.loader(w, c)) for w in (0, 1, 2)]
+            kinds += [(f"{w} workers", lambda w=w, c=cold: window.loader(w, 0, c)) for w in (0, 1, 2)]
+            kinds.append(("2 threads", lambda c=cold: window.loader(0, 2, c)))
             # the best of several, turn by turn: others use the machine too
             runs = [[read() for _, read in kinds] for _ in range(repeats)]
             best = [max(rates) for rates in zip(*runs, strict=True)]

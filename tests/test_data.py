@@ -277,14 +277,14 @@ def test_the_order_goes_on_from_any_position(cache):
     assert walk(data.Order(cache, 300, seed=2), 40) != whole
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_ranks_and_workers_share_one_global_order(cache, workers):
-    """Catches ranks that draw orders of their own, and workers that return packs out of turn."""
+@pytest.mark.parametrize(("workers", "threads"), [(0, 0), (2, 0), (0, 2)])
+def test_ranks_and_workers_share_one_global_order(cache, workers, threads):
+    """Catches ranks that draw orders of their own, and workers or threads that return packs out of turn."""
     order = data.Order(cache, 300, seed=1)
     whole = [[int(cache.shard(n).ids[i]) for n, i in pack] for pack, _ in walk(order, 8)]
     ranks = []
     for rank in range(2):
-        batches = iter(data.loader(order, data.Position(), rank, 2, 2, workers))
+        batches = iter(data.loader(order, data.Position(), rank, 2, 2, workers, threads))
         ranks.append([next(batches) for _ in range(4)])
     assert [ranks[n % 2][n // 2][0].ids.tolist() for n in range(8)] == whole
     after = walk(order, 8)[3][1]
@@ -351,7 +351,7 @@ def test_bench_reads_what_plain_files_hold(cache, world, tmp_path):
     )
     assert made.returncode == 0, made.stderr[-2000:]
     result = json.loads((tmp_path / "out.json").read_text())
-    assert len(result["reads"]) == 8 and all(r["tokens_per_s"] > 0 for r in result["reads"].values())
+    assert len(result["reads"]) == 10 and all(r["tokens_per_s"] > 0 for r in result["reads"].values())
     rows = sum(int(cache.shard(n).shapes[order_kept].prod(1).sum()) for n, order_kept in kept(cache))
     assert 0.5 < result["mb"] * 1e6 / (rows * (768 + 64 + 96)) < 1.5  # with summaries, without carried
     assert result["decode"]["draft"] > 0 and data.verify(data.Cache(cache.path)) == []
