@@ -580,12 +580,15 @@ def parse(argv):
     parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     measures = parser.add_subparsers(dest="measure", required=True)
     for name, (_, text) in MEASURES.items():
-        add = measures.add_parser(name, help=text, description=text, allow_abbrev=False).add_argument
+        shown = argparse.ArgumentDefaultsHelpFormatter
+        add = measures.add_parser(
+            name, help=text, description=text, allow_abbrev=False, formatter_class=shown
+        ).add_argument
         add("--model", required=True, help="student.safetensors, a SigLino checkpoint, or NAME=SPEC of a teacher")
         add("--top-k", type=int, default=6, help="experts a token of a SigLino checkpoint: 6 for 0.3B, 2 for 0.15B")
         add("--max-tokens", type=int, nargs="+", default=[256], help="token budgets; the table has a line for each")
-        add("--head", nargs="+", help="heads by name, 'amoe' being the trunk; a+b is an ensemble (default: all)")
-        add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        add("--head", nargs="+", help="heads by name (None: all), 'amoe' being the trunk; a+b is an ensemble")
+        add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where the model runs")
         add("--out", default=f"runs/evaluate/{name}.json", help="the result, as JSON")
         if name == "speed":
             add("--tokens", type=int, default=16384, help="tokens in a pack, at most")
@@ -595,15 +598,15 @@ def parse(argv):
         add("--max-skipped", type=float, default=0.05, help="share of unusable images that is put up with")
         if name in ("knn", "segment"):
             add("--train", required=True, help="folder to learn from")
-            add("--test", help="folder to be tested on (default: every tenth image of --train, by its name's hash)")
+            add("--test", help="folder to be tested on (None: every tenth image of --train, by its name's hash)")
         else:
             add("--images", required=True, help="folder of images")
             add("--held-out", action="store_true", help="only the tenth of them that training leaves out")
         if name in ("zeroshot", "retrieval"):
             add("--text", metavar="NAME=SPEC", help="teacher that embeds text, for the student's head of that name")
         if name == "knn":
-            add("--k", type=int, default=20)
-            add("--temperature", type=float, default=0.07)
+            add("--k", type=int, default=20, help="neighbours that vote")
+            add("--temperature", type=float, default=0.07, help="a vote weighs exp(cosine / temperature)")
         elif name == "zeroshot":
             add("--classes", help="JSON of {folder: how to say it}")
             add("--templates", help="text file, a template a line, {} standing for the class")

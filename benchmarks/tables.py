@@ -23,7 +23,8 @@ SAYS = {
     "images": "files to rows: decoding, token budget, views",
     "packs": "the Batch, packing, the loader's order of packs",
     "targets": "files decoded into packs, and what teachers say of them",
-    "data": "the feature cache (its format in the docstring): write, read, verify",
+    "data": "the feature cache: its format, its writers, the command line",
+    "shards": "the cache's store, commit records, reader and `verify`",
     "amoe": "the student, PHI-S, teacher heads, the losses (E1) to (E5)",
     "train": "flags, a step's gradient, checkpoints, the loop",
     "evaluate": "kNN, zero-shot, retrieval, linear segmentation, PCA maps, speed",
@@ -139,6 +140,31 @@ def step():
     return [*lines, "", f"`python benchmarks/step.py`: {r['device']}, torch {r['torch']}, {r['tokens']} tokens a pack."]
 
 
+def int8():
+    """int8 and bfloat16 caches side by side, from `python -m benchmarks.int8`."""
+    found = load("int8")
+    lines = [row("measure", "int8", "bf16", "int8 less bf16"), row(*["---"] * 4)]
+    for measure in ("zeroshot", "knn", "miou", "loss"):
+        cells = [found[kind][measure] for kind in ("int8", "bf16", "difference")]
+        lines.append(row(measure, *(f"{c['mean']:.3f} ± {c['std']:.3f}" for c in cells)))
+    return [*lines, "", f"`python -m benchmarks.int8 FOLDER`, n = {found['n']} seeds each, mean ± standard deviation."]
+
+
+def loader():
+    """How fast caches are read beside plain files, from `python data.py bench CACHE --out`."""
+    lines = [row("cache, read", "tokens/s", "MB/s", "of plain files"), row(*["---"] * 4)]
+    for path in sorted(HERE.glob("loader_*.json")):
+        found = json.loads(path.read_text())
+        title = f"{path.stem.split('_', 1)[1]}, {found['tokens']} tokens"
+        for how, r in found["reads"].items():
+            lines.append(
+                row(
+                    f"{title}: {how}", f"{r['tokens_per_s'] / 1e3:.0f}k", f"{r['mb_per_s']:.0f}", f"{r['of_plain']:.0%}"
+                )
+            )
+    return lines
+
+
 def tables():
     seeds = [load(path.stem) for path in sorted(HERE.glob("toy_seed*.json"))]
     seconds = [r["seconds"] for r in seeds]
@@ -179,7 +205,8 @@ def tables():
         "teachers": teachers(),
         "evaluate": evaluations(),
         "files": [row("file", "lines", "what it says"), row("---", "---", "---"), *lines],
-    } | {make.__name__: make() for make in (kernels, step) if (HERE / f"{make.__name__}.json").exists()}
+        "loader": loader(),
+    } | {make.__name__: make() for make in (kernels, step, int8) if (HERE / f"{make.__name__}.json").exists()}
 
 
 def main():

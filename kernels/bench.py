@@ -21,6 +21,7 @@ global batch, H heads, d head width, L tokens of an image, N points.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -201,6 +202,7 @@ def kmeans_case(device, compiled, N, D, K, dtype=torch.float32):
         return float(((x - c[label]).square().sum() - nearest) / nearest)
 
     forms = {impl: lambda *a, impl=impl: kmeans_file.top3(*a, impl=impl) for impl in ("ref", "triton")}
+    forms["flash-kmeans"] = flash_kmeans(x_ND)
     if device.type != "cuda":
         forms["triton"] = "needs a CUDA device"
     size = x_ND.element_size()
@@ -208,6 +210,18 @@ def kmeans_case(device, compiled, N, D, K, dtype=torch.float32):
     return Case(
         *("kmeans", f"N{N} D{D} K{K} {name(dtype)}", (x_ND, c_KD, bias_K), (), forms, None, *sizes, (1e-5,), excess),
     )
+
+
+def flash_kmeans(x_ND):
+    """The assignment of the flash-kmeans package, a peer to compare with, or why it is not there."""
+    if importlib.util.find_spec("flash_kmeans") is None:
+        return "a peer, not installed: pip install flash-kmeans"
+    if x_ND.device.type != "cuda" or x_ND.dtype != torch.bfloat16:
+        return "compared in bfloat16 on a CUDA device"
+    from flash_kmeans.assign_euclid_triton import euclid_assign_triton
+
+    square_N = x_ND.float().square().sum(1)
+    return lambda x, c, _: [euclid_assign_triton(x[None], c[None], square_N[None])[0][:, None]]
 
 
 def kmeans_cases(device, compiled):
