@@ -162,7 +162,8 @@ def loader():
                     f"{title}: {how}", f"{r['tokens_per_s'] / 1e3:.0f}k", f"{r['mb_per_s']:.0f}", f"{r['of_plain']:.0%}"
                 )
             )
-    return lines
+    mb = ", ".join(f"{json.loads(p.read_text())['mb']:.0f} MB" for p in sorted(HERE.glob("loader_*.json")))
+    return [*lines, "", f"One window of shards of each cache: {mb}."]
 
 
 def tables():
