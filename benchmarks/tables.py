@@ -152,18 +152,21 @@ def int8():
 
 def loader():
     """How fast caches are read beside plain files, from `python data.py bench CACHE --out`."""
-    lines = [row("cache, read", "tokens/s", "MB/s", "of plain files"), row(*["---"] * 4)]
+    titles = {"photos": "photos (2 x 384-d)", "teachers": "1152- and 1024-d features", "toy": "toy (64- and 96-d)"}
+    ways = ("0 workers", "2 threads", "1 workers", "2 workers")
+    lines = [row("cache, tokens a pack", "pages", "plain files", *ways), row(*["---"] * (3 + len(ways)))]
     for path in sorted(HERE.glob("loader_*.json")):
+        _, name, *limit = path.stem.split("_")
         found = json.loads(path.read_text())
-        title = f"{path.stem.split('_', 1)[1]}, {found['tokens']} tokens"
-        for how, r in found["reads"].items():
-            lines.append(
-                row(
-                    f"{title}: {how}", f"{r['tokens_per_s'] / 1e3:.0f}k", f"{r['mb_per_s']:.0f}", f"{r['of_plain']:.0%}"
-                )
-            )
-    mb = ", ".join(f"{json.loads(p.read_text())['mb']:.0f} MB" for p in sorted(HERE.glob("loader_*.json")))
-    return [*lines, "", f"One window of shards of each cache: {mb}."]
+        for pages in ("warm", "cold") if not limit else ("cold",):
+            reads = {how: found["reads"][f"{pages}, {how}"] for how in ("plain files", *ways)}
+            share = [
+                f"{r['of_plain']:.0%}, {r['tokens_per_s'] / 1e3:.0f}k/s" for how, r in reads.items() if how in ways
+            ]
+            note = f", disk held to {limit[0]} MB/s" if limit else ""
+            plain = f"{reads['plain files']['mb_per_s']:.0f} MB/s"
+            lines.append(row(f"{titles[name]}, {found['tokens']}", pages + note, plain, *share))
+    return [*lines, "", "Shares of plain files' bandwidth, and thousands of tokens a second."]
 
 
 def tables():
