@@ -12,6 +12,7 @@ L tokens of an image, E experts, K experts a token, F hidden width of a feed-for
 R registers, N rows of anything, B images of the global batch.
 """
 
+import contextlib
 import copy
 import json
 import math
@@ -59,6 +60,11 @@ CONFIGS = {
     "dense-30m": Config(12, 384, 6, 64, 1536, norm_weight=False),
     "toy": Config(4, 128, 4, 32, 128, experts=8, top_k=2),
 }
+
+
+def autocast(device):
+    """bfloat16 on CUDA, over float32 master weights; nothing elsewhere."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
 
 
 class Float32Buffers(nn.Module):

@@ -285,7 +285,7 @@ def described(decoded, seed):
     jobs, rows, shapes = zip(*decoded, strict=True) if decoded else ((), (), ())
     sources = [job.source for job in jobs]
     views = [(job.number, *box, flip) for job in jobs for box, flip in [choose_view(seed, job.source.id, job.number)]]
-    meta = [{"source": s.name, "caption": s.caption, "category": s.category} for s in sources]
+    meta = [s.meta for s in sources]
     return {
         "pixels": torch.cat(rows).numpy() if rows else np.zeros((0, ROW), np.uint8),
         "starts": np.concatenate([[0], np.cumsum([len(r) for r in rows])]).astype(np.int64),
@@ -403,8 +403,7 @@ def info(cache):
     images, rows = (sum(r[key] for r in records) for key in ("images", "rows"))
     skipped = sum(len(r["skipped"]) for r in records)
     size = sum(n for r in records for n, _ in r["files"].values())
-    total = -(-cache.about["sources"] // cache.about["shard_images"])
-    print(f"{cache.path}: format {FORMAT}, {len(records)} of {total} shards, {size / 2**20:.1f} MiB")
+    print(f"{cache.path}: format {FORMAT}, {len(records)} of {cache.n_shards} shards, {size / 2**20:.1f} MiB")
     print(f"{images} images of {cache.about['sources']} sources, {rows} patches, {skipped} skipped")
     noise = signal_to_noise(cache)
     for space in cache.spaces:

@@ -372,10 +372,15 @@ def print_table(result):
 TEMPLATES = ("a photo of a {}.", "a picture of the {}.", "a close view of a {}.", "a {}.", "a photo of many {}.")
 
 
-def folder(path, args, budget):
-    """(the Images of a folder at a token budget, all of them that can be used as [(shard number, index)])."""
+def images_of(path, args, budget):
+    """The Images of a folder at a token budget."""
     sizes = {"min_tokens": budget if args.enlarge else args.min_tokens, "max_tokens": budget}
-    dataset = Images(find_sources(path), path, **sizes, draft=False, max_skipped=args.max_skipped)
+    return Images(find_sources(path), path, **sizes, draft=False, max_skipped=args.max_skipped)
+
+
+def folder(path, args, budget):
+    """(the Images of a folder, all of them that can be used as [(shard number, index)])."""
+    dataset = images_of(path, args, budget)
     trained, held = split(dataset)
     entries = held if getattr(args, "held_out", False) else sorted([*trained, *held])
     if not entries:
@@ -387,7 +392,7 @@ def two_folders(args, budget):
     """((dataset, entries) to learn from, (dataset, entries) to be tested on): --test, or a tenth of --train by id."""
     if args.test:
         return folder(args.train, args, budget), folder(args.test, args, budget)
-    dataset, _ = folder(args.train, args, budget)
+    dataset = images_of(args.train, args, budget)
     trained, held = split(dataset)
     if not trained or not held:
         raise ValueError(
@@ -555,7 +560,7 @@ def measure_speed(args, model, budget, repeats=10):
     seconds = []
     for _ in tqdm(range(repeats + 2), desc=f"{budget}", unit="pack"):
         began = time.perf_counter()
-        with torch.autocast("cuda", torch.bfloat16, enabled=batch.rows.is_cuda):
+        with amoe.autocast(batch.rows.device):
             float(next(iter(model(batch).values()))["summary"].sum())  # waits for a GPU
         seconds.append(time.perf_counter() - began)
     typical = statistics.median(seconds[2:])

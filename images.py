@@ -204,6 +204,11 @@ class Source:
         return io.BytesIO(read_span(self.path, self.span))
 
     @property
+    def meta(self):
+        """What a cache and evaluation know of it."""
+        return {"source": self.name, "caption": self.caption, "category": self.category}
+
+    @property
     def caption(self):
         return self.labels[0]
 

@@ -220,6 +220,11 @@ class Cache:
         return self.opened[number]
 
     @property
+    def n_shards(self):
+        """How many shards there are once all are written."""
+        return -(-self.about["sources"] // self.about["shard_images"])
+
+    @property
     def shards(self):
         return [self.shard(number) for number in self.numbers]
 
@@ -229,7 +234,7 @@ class Cache:
         What is read later is checked as it is read.
         """
         good = []
-        for number in range(-(-self.about["sources"] // self.about["shard_images"])):
+        for number in range(self.n_shards):
             try:
                 if number not in self.numbers:
                     raise Damage(number, ": missing, or its writer was cut short; rerun the caching command")
@@ -336,7 +341,7 @@ def as_tensor(array):
 def verify(cache):
     """Every file of every shard against its commit record: a list of complaints, which name shard and array."""
     complaints = []
-    for number in range(-(-cache.about["sources"] // cache.about["shard_images"])):
+    for number in range(cache.n_shards):
         prefix = f"shards/{number:05d}/"
         record = read_record(cache.store, number, cache.about["hash"])
         if record is None:

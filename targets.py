@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from amoe import PhiS, Space
+from amoe import PhiS, Space, autocast
 from images import choose_view, image_shape, load_image, to_rows
 from packs import cut, pack
 
@@ -87,8 +87,7 @@ class Images:
 
     def meta(self, entry):
         """{"source", "caption", "category"} of (shard number, index)."""
-        source = self.job(entry).source
-        return {"source": source.name, "caption": source.caption, "category": source.category}
+        return self.job(entry).source.meta
 
     def decode(self, job):
         """(rows [h * w, 768] uint8, (h, w)) of a view, or the reason why there is none."""
@@ -191,7 +190,7 @@ def ask(teachers, batch):
     """
     device, answers = batch.rows.device, {}
     for t in teachers:
-        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+        with autocast(device):
             answer = t(batch)
         want = {"patch": (batch.n_tokens, t.dim), "summary": (batch.n_images, t.dim)}
         if t.registers:

@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from amoe import PATCH, ROW, Float32Buffers, MapPool, normalise, read_state
+from amoe import PATCH, ROW, Float32Buffers, MapPool, autocast, normalise, read_state
 from kernels.attention import attend, block_mask, runs
 
 # Heads cannot be read off shapes. These are the published widths: DINOv3 S and S+, B, L, H+, 7B; SigLIP 2 B, L, So, g.
@@ -636,7 +636,7 @@ def bench(kind, device, repeats):
     line = {"teacher": kind, "parameters_m": round(sum(p.numel() for p in teacher.parameters()) / 1e6, 1)}
     line |= {"device": str(device), "threads": torch.get_num_threads(), "repeats": repeats}
     line |= {"images": len(rows), "patches": tokens, "padded_patches": largest * len(rows)}
-    with torch.autocast("cuda", torch.bfloat16, enabled=torch.device(device).type == "cuda"):
+    with autocast(torch.device(device)):
         packed_s, padded_s = (seconds(lambda b=b: teacher(b)["patch"]) for b in (packed, padded))
         line["packed_tokens_per_s"], line["padded_tokens_per_s"] = (round(tokens / t, 1) for t in (packed_s, padded_s))
         line["packed_over_padded"] = round(padded_s / packed_s, 2)

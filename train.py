@@ -35,6 +35,7 @@ import evaluate
 import kernels.moe
 import targets
 import toy
+from amoe import autocast
 from images import find_sources
 from kernels.attention import block_table, mask_of, runs
 from teachers import Teacher
@@ -274,11 +275,6 @@ def gradients(model, packs, spaces, flags, place, forward=forward):
         measured = dict(zip(measured, together, strict=True))
     measured["loss"] = sum(v * (flags.arkd if k.endswith("_arkd") else 1) for k, v in measured.items())
     return measured, place.sum(load)
-
-
-def autocast(device):
-    """bfloat16 on CUDA, over float32 master weights; nothing elsewhere."""
-    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def make_optimizer(model, flags):

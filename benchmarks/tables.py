@@ -116,11 +116,21 @@ def kernels():
     return [*lines, "", note]
 
 
+def figures(runs, *measures):
+    """A line a measure (key, text, format), a cell a run; measures that no run has are left out."""
+    return [
+        row(text, *(form.format(r[key]) if key in r else "" for r in runs))
+        for key, text, form in measures
+        if any(key in r for r in runs)
+    ]
+
+
 def step():
     """A column a form of the experts from `python benchmarks/step.py`, and the parts of the first one's step."""
     runs = list(load("step").values())
     lines = [row("", *(f"`{r['model']}`, experts {r['kernels']}" for r in runs)), row(*["---"] * (1 + len(runs)))]
-    for key, text, form in (
+    lines += figures(
+        runs,
         ("step_ms", "step, packs of 256-patch images", "{:.1f} ms"),
         ("tokens_per_s", "tokens/s", "{:.0f}"),
         ("mfu", "of the matrix product's rate in the same run", "{:.0%}"),
@@ -131,9 +141,7 @@ def step():
         ("packed_tokens_per_s", "tokens/s, 16 to 256 patches, packed", "{:.0f}"),
         ("padded_tokens_per_s", "tokens/s, the same lengths padded to 256", "{:.0f}"),
         ("packed_over_padded", "packed over padded", "{:.2f}x"),
-    ):
-        if any(key in r for r in runs):
-            lines.append(row(text, *(form.format(r[key]) if key in r else "" for r in runs)))
+    )
     for part in runs[0].get("parts_ms", ()):
         lines.append(row(f"alone: {part}", *(f"{r['parts_ms'][part]:.2f} ms" if "parts_ms" in r else "" for r in runs)))
     r = runs[0]
@@ -180,8 +188,8 @@ def tables():
         row("`python train.py --bench`", "toy world", "photos, `--tokens 4096`"),
         row("---", "---", "---"),
     ]
-    a, b = load("bench_toy"), load("bench_photos")
-    for key, text, form in (
+    bench += figures(
+        [load("bench_toy"), load("bench_photos")],
         ("n", "steps", "{:.0f}"),
         ("step_ms", "step, median", "{:.0f} ms"),
         ("tokens_per_s", "tokens/s", "{:.0f}"),
@@ -191,9 +199,7 @@ def tables():
         ("padded_tokens_per_s", "tokens/s, the same images padded to the longest", "{:.0f}"),
         ("packed_over_padded", "packed over padded", "{:.2f}x"),
         ("share_of_gemm_rate", "of the rate of a 2048 x 2048 matrix product in the same run", "{:.0%}"),
-    ):
-        if key in a and key in b:
-            bench.append(row(text, form.format(a[key]), form.format(b[key])))
+    )
     lines = [
         row(f"[`{n}.py`]({n}.py)", len(p.read_text().splitlines()), SAYS[n])
         for n in READ
