@@ -444,18 +444,8 @@ def main(argv=None):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where teachers run")
     for name, text in (("info", "say what is in a cache"), ("verify", "check every byte of a cache")):
         commands.add_parser(name, help=text, allow_abbrev=False).add_argument("cache")
-    bench = commands.add_parser("bench", help="how fast a cache is read, beside plain files", allow_abbrev=False)
-    bench.add_argument("cache")
-    bench.add_argument("--tokens", type=int, default=4096, help="tokens in a pack")
-    bench.add_argument("--images", help="folder, tar or list of images whose decoding is timed too")
-    bench.add_argument("--repeats", type=int, default=3, help="of which the best is shown")
-    bench.add_argument("--out", help=".json of the figures")
     args = parser.parse_args(argv)
-    if args.command == "bench":
-        from benchmarks import loader as benchmark  # it imports this module
-
-        benchmark.main(args.cache, args.tokens, args.images, args.out, args.repeats)
-    elif args.command == "cache":
+    if args.command == "cache":
         i, _, n = args.shard_range.partition("/")
         i, n = (int(x) if x.isdigit() else -1 for x in (i, n))
         if not 0 <= i < n:
