@@ -18,7 +18,6 @@ N texts, L tokens of a text.
 """
 
 import importlib.util
-import json
 import math
 import re
 import sys
@@ -29,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from amoe import PATCH, ROW, Float32Buffers, MapPool, autocast, normalise, read_state
+from amoe import PATCH, ROW, Float32Buffers, MapPool, normalise, read_state
 from kernels.attention import attend, block_mask, runs
 
 # Heads cannot be read off shapes. These are the published widths: DINOv3 S and S+, B, L, H+, 7B; SigLIP 2 B, L, So, g.

@@ -119,5 +119,3 @@ def bench(flags, place, compiled, repeats=20, warmup=3):
     path = Path(flags.out) / "bench.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
-
-
