@@ -12,26 +12,177 @@ L tokens of an image, E experts, K experts a token, F hidden width of a feed-for
 R registers, N rows of anything, B images of the global batch.
 """
 
+# kernels before anything else: it sets, before torch is loaded, how OpenMP's threads wait
+from kernels.arkd import arkd
+from kernels.attention import attend, image_runs
+from kernels.moe import moe
+
+# isort: split
 import contextlib
 import copy
+import functools
 import json
 import math
-from dataclasses import asdict, dataclass
+import os
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
+import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from scipy.linalg import hadamard as sylvester
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-
-from kernels.arkd import arkd
-from kernels.attention import attend, runs
-from kernels.moe import moe
 
 PATCH = 16  # pixels on a side
 ROW = PATCH * PATCH * 3
 QK_EPS = 1.1920928955078125e-07  # float32's machine epsilon, also under bfloat16, as the released weights were trained
+
+
+# ---- an image is rows ----
+
+
+def to_rows(image):
+    """A uint8 image [16 h, 16 w, 3] to (rows [h * w, 768] in (row, col, channel) order inside a patch, (h, w))."""
+    H, W, channels = image.shape
+    if channels != 3 or H % PATCH or W % PATCH or not H or not W:
+        raise ValueError(
+            f"an image of shape {tuple(image.shape)} is not [16 h, 16 w, 3]: images.load_image resizes one to it"
+        )
+    h, w = H // PATCH, W // PATCH
+    return image.reshape(h, PATCH, w, PATCH, 3).transpose(1, 2).reshape(h * w, ROW), (h, w)
+
+
+def from_rows(rows, shape):
+    """The inverse of to_rows: [h * w, 768] and (h, w) to [16 h, 16 w, 3]."""
+    h, w = shape
+    return rows.reshape(h, w, PATCH, PATCH, 3).transpose(1, 2).reshape(h * PATCH, w * PATCH, 3)
+
+
+# ---- a pack of images ----
+
+
+def grid_positions(h, w):
+    """Patch positions [h * w, 2] (y, x), row-major: y spans +-sqrt(h / w), x +-sqrt(w / h), ends included.
+
+    An axis of a single patch sits at its minimum. The area spanned is the same for every shape.
+    """
+    axes = [
+        -limit + 2 * limit * torch.arange(n) / max(n - 1, 1)
+        for n, limit in ((h, math.sqrt(h / w)), (w, math.sqrt(w / h)))
+    ]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).view(h * w, 2)
+
+
+positions = functools.lru_cache(4096)(grid_positions)  # shapes recur; making them anew was a third of packing
+
+
+@dataclass
+class Batch:
+    """A pack: images one after another, `[CLS, registers, patches in row-major order]` each, padding at the end.
+
+    Shape letters: T tokens, M images, C channels of a teacher, R registers.
+    """
+
+    rows: torch.Tensor  # [T, 768] uint8 pixels; floats are taken as already normalised. 0 on CLS, registers, padding
+    image: torch.Tensor  # [T] int32, the image a token belongs to; padding tokens form one last group, M
+    yx: torch.Tensor  # [T, 2] float32 patch positions; 0 on CLS, registers and padding, so RoPE leaves them alone
+    starts: torch.Tensor  # [M + 1] int32, the first token of each image (its CLS), and the end of the last
+    shapes: torch.Tensor  # [M, 2] int32, (h, w) in patches
+    ids: torch.Tensor  # [M] int64, stable image ids
+    targets: dict = field(default_factory=dict)  # {teacher: {"patch" [T, C], "summary" [M, C], "registers" [M, R, C]}}
+    mask_blocks: dict = field(default_factory=dict)  # of the pack, as kernels.attention makes them for a GPU
+
+    @property
+    def n_tokens(self):
+        return self.rows.shape[0]
+
+    @property
+    def n_images(self):
+        return self.shapes.shape[0]
+
+    @property
+    def offset(self):
+        """[T] int64: how many tokens a token stands after its image's CLS, or after the first of the padding."""
+        return torch.arange(self.n_tokens, device=self.image.device) - self.starts.long()[self.image.long()]
+
+    def patch_rows(self, i):
+        """The slice of the sequence that holds image i's patches."""
+        end = int(self.starts[i + 1])
+        return slice(end - int(self.shapes[i].prod()), end)
+
+    def all_patch_rows(self):
+        """The rows that hold patches, of all images in order, int64 on the host."""
+        return torch.cat([torch.arange(self.n_tokens)[self.patch_rows(i)] for i in range(self.n_images)])
+
+    def images(self):
+        """List of the M images, uint8 [16 h, 16 w, 3]."""
+        return [from_rows(self.rows[self.patch_rows(i)], tuple(self.shapes[i].tolist())) for i in range(self.n_images)]
+
+    def to(self, device):
+        """The same pack on `device`; copies from pinned memory do not wait."""
+        return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self):
+        """The same pack in pinned memory."""
+        return self.map_tensors(torch.Tensor.pin_memory)
+
+    def map_tensors(self, function):
+        """The pack with `function` of every tensor."""
+
+        def mapped(value):
+            return {key: mapped(v) for key, v in value.items()} if isinstance(value, dict) else function(value)
+
+        return replace(self, **{f.name: mapped(getattr(self, f.name)) for f in fields(self)})
+
+
+def pack(rows, shapes, n_tokens=None, registers=4, ids=None):
+    """Concatenate images into one Batch of exactly n_tokens (by default just what they need).
+
+    rows: tensors [n_i, 768] with n_i = h w of `shapes`. ids: int64 image ids, by default 0, 1, 2, ...
+    ValueError where a shape does not fit its rows or the images do not fit n_tokens.
+    """
+    if len(rows) != len(shapes) or not rows:
+        raise ValueError(
+            f"pack takes as many shapes as images, at least one: got {len(rows)} images, {len(shapes)} shapes"
+        )
+    for i, (r, (h, w)) in enumerate(zip(rows, shapes, strict=True)):
+        if r.shape != (h * w, ROW):
+            raise ValueError(f"image {i} of shape {(h, w)} needs rows [{h * w}, {ROW}] and has {list(r.shape)}")
+    special = 1 + registers
+    starts = np.cumsum([0, *(special + len(r) for r in rows)])
+    T = int(starts[-1]) if n_tokens is None else n_tokens
+    if starts[-1] > T:
+        raise ValueError(f"{len(rows)} images need {starts[-1]} tokens and the pack has {T}")
+    image = np.repeat(np.arange(len(rows) + 1, dtype=np.int32), np.diff(starts, append=T))
+    packed, yx = rows[0].new_zeros(T, ROW), torch.zeros(T, 2)
+    for r, (h, w), end in zip(rows, shapes, starts[1:].tolist(), strict=True):
+        packed[end - h * w : end] = r
+        yx[end - h * w : end] = positions(h, w)
+    return Batch(
+        rows=packed,
+        image=torch.from_numpy(image),
+        yx=yx,
+        starts=torch.from_numpy(starts.astype(np.int32)),
+        shapes=torch.tensor([tuple(s) for s in shapes], dtype=torch.int32),
+        ids=torch.arange(len(rows)) if ids is None else torch.as_tensor(ids, dtype=torch.int64),
+    )
+
+
+def split_by_tokens(lengths, n_tokens):
+    """Slices of consecutive images of at most n_tokens together; an image longer than that stands alone.
+
+    lengths: tokens of each image, special ones included.
+    """
+    first, used = 0, 0
+    for i, length in enumerate(lengths):
+        if i > first and used + length > n_tokens:
+            yield slice(first, i)
+            first, used = i, 0
+        used += length
+    if lengths:
+        yield slice(first, len(lengths))
 
 
 # ---- configs ----
@@ -39,26 +190,28 @@ QK_EPS = 1.1920928955078125e-07  # float32's machine epsilon, also under bfloat1
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of a student. `hidden` is the width of one expert or, where `experts` = 0, of the dense feed-forward."""
+    """Sizes of a student. The first `dense_layers` blocks have one feed-forward, the others `experts` of them."""
 
     layers: int
     dim: int
     heads: int
     head_dim: int
-    hidden: int
     experts: int = 0
-    top_k: int = 0
+    top_k: int = 0  # experts a token is sent to
+    expert_hidden: int = 0
+    dense_layers: int = 0  # `first_n_layers_dense` of the authors' config: 0 in their MoE models, all in the dense ones
+    dense_hidden: int = 0
     norm_weight: bool = True  # False: the weightless block norms of the 30M and 70M models
     registers: int = 4
 
 
 CONFIGS = {
-    "amoe-0.3b": Config(18, 768, 8, 128, 384, experts=28, top_k=6),
-    "amoe-0.15b": Config(18, 768, 8, 128, 384, experts=28, top_k=2),
-    "dense-0.6b": Config(18, 1280, 16, 80, 5120),
-    "dense-70m": Config(12, 512, 8, 64, 2048, norm_weight=False),
-    "dense-30m": Config(12, 384, 6, 64, 1536, norm_weight=False),
-    "toy": Config(4, 128, 4, 32, 128, experts=8, top_k=2),
+    "amoe-0.3b": Config(18, 768, 8, 128, experts=28, top_k=6, expert_hidden=384),
+    "amoe-0.15b": Config(18, 768, 8, 128, experts=28, top_k=2, expert_hidden=384),
+    "dense-0.6b": Config(18, 1280, 16, 80, dense_layers=18, dense_hidden=5120),
+    "dense-70m": Config(12, 512, 8, 64, dense_layers=12, dense_hidden=2048, norm_weight=False),
+    "dense-30m": Config(12, 384, 6, 64, dense_layers=12, dense_hidden=1536, norm_weight=False),
+    "toy": Config(4, 128, 4, 32, experts=8, top_k=2, expert_hidden=128),
 }
 
 
@@ -98,22 +251,12 @@ def golden_frequencies(heads, head_dim, low=1.0, high=20.0):
     return (direction.view(heads, n, 2) * magnitude[:, None]).float()
 
 
-def grid_positions(h, w):
-    """Patch positions [h * w, 2] (y, x), row-major: y spans +-sqrt(h / w), x +-sqrt(w / h), ends included.
-
-    An axis of a single patch sits at its minimum. The area spanned is the same for every shape.
-    """
-    axes = [
-        -limit + 2 * limit * torch.arange(n) / max(n - 1, 1)
-        for n, limit in ((h, math.sqrt(h / w)), (w, math.sqrt(w / h)))
-    ]
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).view(h * w, 2)
-
-
 def rotations(yx_T2, freqs_Hf2):
     """cos and sin of theta = yx . f, each [T, H, head_dim / 4], float32. Position 0 does not rotate."""
-    theta = torch.einsum("tp,hfp->thf", yx_T2.float(), freqs_Hf2)
-    return theta.cos(), theta.sin()
+    # Not a matrix product: autocast would compute it in bfloat16, wrong by up to 0.13 radians.
+    y_T11, x_T11 = yx_T2.float()[:, :, None, None].unbind(1)
+    theta_THf = y_T11 * freqs_Hf2[..., 0] + x_T11 * freqs_Hf2[..., 1]
+    return theta_THf.cos(), theta_THf.sin()
 
 
 def rotate(x_THd, cos_THf, sin_THf):
@@ -135,17 +278,17 @@ class Attention(nn.Module):
         self.wo = nn.Linear(inner, config.dim, bias=False)
         self.sinks = nn.Parameter(torch.empty(config.heads))
 
-    def forward(self, x_TD, rotation, groups):
+    def forward(self, x_TD, rotation, extents):
         q, k, v = (w(x_TD).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         q, k = (rotate(F.rms_norm(t, (self.head_dim,), eps=QK_EPS), *rotation) for t in (q, k))
-        return self.wo(attend(q, k, v, groups, self.sinks).flatten(1))
+        return self.wo(attend(q, k, v, extents, self.sinks).flatten(1))
 
 
 class FeedForward(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.w1, self.w3 = (nn.Linear(config.dim, config.hidden, bias=False) for _ in range(2))
-        self.w2 = nn.Linear(config.hidden, config.dim, bias=False)
+        self.w1, self.w3 = (nn.Linear(config.dim, config.dense_hidden, bias=False) for _ in range(2))
+        self.w2 = nn.Linear(config.dense_hidden, config.dim, bias=False)
 
     def forward(self, x_TD):
         return self.w2(F.silu(self.w1(x_TD)) * self.w3(x_TD))
@@ -170,7 +313,7 @@ class Router(nn.Module):
 class Experts(nn.Module):
     def __init__(self, config):
         super().__init__()
-        E, D, F_ = config.experts, config.dim, config.hidden
+        E, D, F_ = config.experts, config.dim, config.expert_hidden
         self.w1, self.w2, self.w3 = (nn.Parameter(torch.empty(shape)) for shape in ((E, F_, D), (E, D, F_), (E, F_, D)))
 
 
@@ -182,7 +325,7 @@ class MoE(Float32Buffers):
         self.impl = "auto"
 
     def forward(self, x_TD, counted_T):
-        """Returns [T, D] and the load [E]: how many of the tokens with counted_T each expert was given."""
+        """Returns [T, D] and the expert load [E]: how many of the tokens with counted_T each expert was given."""
         expert_TK, weight_TK = self.router(x_TD, self.expert_bias)
         w = self.experts
         out = moe(x_TD, expert_TK, weight_TK, w.w1, w.w2, w.w3, self.impl)
@@ -196,25 +339,25 @@ class MoE(Float32Buffers):
 
 
 class Block(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, layer):
         super().__init__()
         # The two epsilons are the released models': a weightless norm ran at float32's machine epsilon.
         eps = 1e-5 if config.norm_weight else QK_EPS
         norm = lambda: nn.RMSNorm(config.dim, eps=eps, elementwise_affine=config.norm_weight)  # noqa: E731
         self.attention_norm, self.attention, self.ffn_norm = norm(), Attention(config), norm()
-        if config.experts:
-            self.moe = MoE(config)
-        else:
+        if layer < config.dense_layers:
             self.feed_forward = FeedForward(config)
+        else:
+            self.moe = MoE(config)
 
-    def forward(self, x_TD, rotation, groups, counted_T):
-        """Returns the residual stream and the expert load [E], of no experts in a dense block."""
-        x_TD = x_TD + self.attention(self.attention_norm(x_TD), rotation, groups)
+    def forward(self, x_TD, rotation, extents, counted_T):
+        """Returns the residual stream and the expert load [E], None from a dense block."""
+        x_TD = x_TD + self.attention(self.attention_norm(x_TD), rotation, extents)
         normed_TD = self.ffn_norm(x_TD)
         if hasattr(self, "moe"):
             out_TD, load_E = self.moe(normed_TD, counted_T)
         else:
-            out_TD, load_E = self.feed_forward(normed_TD), x_TD.new_zeros(0)
+            out_TD, load_E = self.feed_forward(normed_TD), None
         return x_TD + out_TD, load_E
 
 
@@ -226,8 +369,8 @@ def hadamard(n):
 
     Sylvester doubling, Paley I (n - 1 prime, 3 mod 4) and Paley II (n / 2 - 1 prime, 1 mod 4), and their doublings.
     """
-    if n == 1:
-        return torch.ones(1, 1, dtype=torch.float64)
+    if n & (n - 1) == 0:
+        return torch.from_numpy(sylvester(n)).double()
     if n % 2 == 0 and (half := hadamard(n // 2)) is not None:
         return torch.cat([torch.cat([half, half], 1), torch.cat([half, -half], 1)])
     prime = lambda q: q > 1 and all(q % f for f in range(2, math.isqrt(q) + 1))  # noqa: E731
@@ -285,7 +428,7 @@ class PhiS(Float32Buffers):
         if not torch.isfinite(covariance).all():
             raise ValueError("PHI-S was given features that are not finite (NaN or infinity)")
         values, vectors = torch.linalg.eigh(covariance)
-        largest = vectors.abs().argmax(0)  # an eigenvector's sign is LAPACK's whim: fix it
+        largest = vectors.abs().argmax(0)  # an eigenvector may come with either sign: make that entry positive
         vectors = vectors * vectors[largest, torch.arange(C)].sign()
         sigma = values.clamp(min=0).mean().sqrt()
         if sigma == 0:
@@ -485,10 +628,10 @@ class AMoE(Float32Buffers):
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.dim))
         self.storage_tokens = nn.Parameter(torch.empty(1, config.registers, config.dim))
         self.register_buffer("freqs_cis_golden", golden_frequencies(config.heads, config.head_dim))
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(Block(config, l) for l in range(config.layers))
         self.norm = nn.RMSNorm(config.dim, eps=1e-5)
         self.heads = nn.ModuleDict({space.name: Head(config.dim, space) for space in spaces})
-        self.checkpoint_blocks = False
+        self.recompute = False  # activations in the backward pass: less memory, a third more time
         self.initialise()
 
     @torch.no_grad()
@@ -507,43 +650,43 @@ class AMoE(Float32Buffers):
             nn.init.trunc_normal_(head.fc2.weight, std=0.01)
             nn.init.zeros_(head.fc1.bias)
 
-    def forward(self, batch, groups=None):
-        """Returns ({teacher: outputs of its Head, "amoe": the trunk's own}, load [layers, E] float32).
+    def forward(self, batch, extents=None):
+        """Returns ({teacher: outputs of its Head, "amoe": the trunk's own}, expert load [MoE layers, E] float32).
 
-        `groups`: what kernels.attention.attend takes; by default SDPA's runs, made here on the host.
+        extents: what kernels.attention.attend takes; by default `image_runs`, made here on the host.
         """
-        h_TD, load = self.trunk(batch, groups)
+        h_TD, expert_load = self.trunk(batch, extents)
         out = {name: head(h_TD, batch) for name, head in self.heads.items()}
         out["amoe"] = {"patch": h_TD, "summary": h_TD[batch.starts[:-1].long()]}
-        return out, load
+        return out, expert_load
 
-    def trunk(self, batch, groups=None):
-        """The tokens [T, D] after the final norm, and the expert load [layers, E]."""
-        groups = runs(batch.starts, batch.n_tokens) if groups is None else groups
+    def trunk(self, batch, extents=None):
+        """The tokens [T, D] after the final norm, and the expert load [MoE layers, E]."""
+        extents = image_runs(batch.starts, batch.n_tokens) if extents is None else extents
         n_special = 1 + self.config.registers
-        place_T, real_T = batch.place, batch.image < batch.n_images
+        offset_T, real_T = batch.offset, batch.image < batch.n_images
         # A one-hot product: its gradient is a small GEMM, where that of indexing would be a scatter onto five rows.
-        special_TS = (place_T[:, None] == torch.arange(n_special, device=place_T.device)) & real_T[:, None]
-        patch_T = real_T & (place_T >= n_special)
+        special_TS = (offset_T[:, None] == torch.arange(n_special, device=offset_T.device)) & real_T[:, None]
+        patch_T = real_T & (offset_T >= n_special)
         special_SD = torch.cat([self.cls_token[0], self.storage_tokens[0]])
         x_TD = self.img_projector(normalise(batch.rows)) * patch_T[:, None]
         x_TD = x_TD + special_TS.to(x_TD.dtype) @ special_SD.to(x_TD.dtype)
         rotation = rotations(batch.yx, self.freqs_cis_golden)
         loads = []
         for block in self.layers:
-            if self.checkpoint_blocks and torch.is_grad_enabled():
-                x_TD, load_E = checkpoint(block, x_TD, rotation, groups, real_T, use_reentrant=False)
+            if self.recompute and torch.is_grad_enabled():
+                x_TD, load_E = checkpoint(block, x_TD, rotation, extents, real_T, use_reentrant=False)
             else:
-                x_TD, load_E = block(x_TD, rotation, groups, real_T)
-            loads.append(load_E)
-        return self.norm(x_TD), torch.stack(loads)
+                x_TD, load_E = block(x_TD, rotation, extents, real_T)
+            loads += [] if load_E is None else [load_E]
+        return self.norm(x_TD), torch.stack(loads) if loads else x_TD.new_zeros(0, 0, dtype=torch.float32)
 
     @torch.no_grad()
     def balance(self, load_LE, rate):
         """Aux-loss-free balancing, after an optimizer step; load_LE counted over all packs and ranks of the step."""
-        for block, load_E in zip(self.layers, load_LE, strict=True):
-            if hasattr(block, "moe"):
-                block.moe.balance(load_E, rate)
+        layers = [block.moe for block in self.layers if hasattr(block, "moe")]
+        for layer, load_E in zip(layers, load_LE, strict=True):
+            layer.balance(load_E, rate)
 
     @torch.no_grad()
     def encode(self, images, shapes=None, n_tokens=16384):
@@ -553,16 +696,13 @@ class AMoE(Float32Buffers):
         already normalised) with `shapes` [(h, w)]. An answer is {"patch": {teacher: [n, C]}, "summary": {teacher: [C]}}
         with the trunk's own features as a further teacher, "amoe". Images are packed `n_tokens` at a time.
         """
-        from images import to_rows
-        from packs import cut, pack  # packs imports this module for positions
-
         if shapes is None:
             pairs = [to_rows(torch.as_tensor(image)) for image in images]
             rows, shapes = [p[0] for p in pairs], [p[1] for p in pairs]
         else:
             rows = list(images)
         registers, out = self.config.registers, []
-        for part in cut([1 + registers + len(r) for r in rows], n_tokens):
+        for part in split_by_tokens([1 + registers + len(r) for r in rows], n_tokens):
             batch = pack(rows[part], shapes[part], registers=registers).to(self.cls_token.device)
             features, _ = self(batch)
             for name, head in self.heads.items():
@@ -609,6 +749,28 @@ def read_state(path):
     return state
 
 
+def write_atomically(path, write):
+    """write(file) to a binary file that takes `path`'s name once it is whole and on the disk, or not at all.
+
+    ValueError names the path where that fails, a full disk say; what was there before is then untouched.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)  # the new name, too, must outlive a power cut
+        os.fsync(folder)
+        os.close(folder)
+    except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError
+        temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+        raise ValueError(f"cannot write {path}: {reason}; what was there before is untouched") from error
+
+
 def save(model, path):
     """Write a student as one .safetensors that `load` reads: sizes in its metadata, PHI-S folded into the heads."""
     folded = copy.deepcopy(model).cpu()
@@ -618,9 +780,10 @@ def save(model, path):
         heads[name] = {"dim": head.fc2.out_features, "registers": head.registers}
         if head.pool is not None:
             heads[name] |= {"pool_heads": head.pool.heads, "pool_eps": head.pool.layernorm.eps}
-    metadata = {"config": json.dumps(asdict(model.config)), "heads": json.dumps(heads)}
+    about = json.dumps({"config": asdict(model.config), "heads": heads})
     state = {key: value.contiguous() for key, value in folded.state_dict().items()}
-    safetensors.torch.save_file(state, path, metadata)
+    # One entry of metadata: several would be written in an order that differs from run to run.
+    write_atomically(path, lambda file: file.write(safetensors.torch.save(state, {"student": about})))
 
 
 def load(path):
@@ -628,19 +791,48 @@ def load(path):
     state = read_state(path)
     with safetensors.safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
-    if "config" not in metadata or "heads" not in metadata:
-        raise ValueError(f"{path} is no student of train.py: its metadata has no config (load_siglino reads SigLino's)")
+    if "student" not in metadata:
+        raise ValueError(f"{path} is no student of train.py: its metadata has no sizes (load_siglino reads SigLino's)")
+    about = json.loads(metadata["student"])
     spaces = []
-    for name, sizes in json.loads(metadata["heads"]).items():
+    for name, sizes in about["heads"].items():
         prefix = f"heads.{name}.pool."
         pool = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         spaces.append(Space(name, pool=pool or None, **sizes))
-    model = AMoE(Config(**json.loads(metadata["config"])), spaces)
+    model = AMoE(Config(**about["config"]), spaces)
     for name, head in model.heads.items():
         if f"heads.{name}.fc2.bias" in state:  # PHI-S was folded in
             head.fc2 = nn.Linear(head.fc2.in_features, head.fc2.out_features)
     load_exactly(model, state, path)
     return model.eval()
+
+
+def siglino_config(state, top_k, source):
+    """The Config that a SigLino state dict has the shapes of."""
+    layers = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("layers."))
+    dense = next((l for l in range(layers) if f"layers.{l}.feed_forward.w1.weight" not in state), layers)
+    experts = (0, 0, 0)
+    if dense < layers:
+        if f"layers.{dense}.moe.experts.w1" not in state:
+            raise ValueError(
+                f"{source} is no SigLino checkpoint: layer {dense} has neither 'moe.experts.w1' nor "
+                "'feed_forward.w1.weight'"
+            )
+        experts = state[f"layers.{dense}.moe.experts.w1"].shape
+    heads, quarter, _ = state["freqs_cis_golden"].shape
+    return Config(
+        layers=layers,
+        dim=state["img_projector.weight"].shape[0],
+        heads=heads,
+        head_dim=4 * quarter,
+        experts=experts[0],
+        top_k=top_k if experts[0] else 0,
+        expert_hidden=experts[1],
+        dense_layers=dense,
+        dense_hidden=len(state["layers.0.feed_forward.w1.weight"]) if dense else 0,
+        norm_weight="layers.0.attention_norm.weight" in state,
+        registers=state["storage_tokens"].shape[1],
+    )
 
 
 def load_siglino(weights, top_k=6):
@@ -658,25 +850,7 @@ def load_siglino(weights, top_k=6):
     ]
     if missing:
         raise ValueError(f"{source} is no SigLino checkpoint: it has no '{missing[0]}'")
-    layers = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("layers."))
-    heads, quarter, _ = state["freqs_cis_golden"].shape
-    gate = state.get("layers.0.moe.router.gate.weight")
-    ffn = state.get("layers.0.moe.experts.w1", state.get("layers.0.feed_forward.w1.weight"))
-    if ffn is None:
-        raise ValueError(
-            f"{source} is no SigLino checkpoint: layer 0 has neither 'moe.experts.w1' nor 'feed_forward.w1.weight'"
-        )
-    config = Config(
-        layers=layers,
-        dim=state["img_projector.weight"].shape[0],
-        heads=heads,
-        head_dim=4 * quarter,
-        hidden=ffn.shape[-2],
-        experts=0 if gate is None else len(gate),
-        top_k=0 if gate is None else top_k,
-        norm_weight="layers.0.attention_norm.weight" in state,
-        registers=state["storage_tokens"].shape[1],
-    )
+    config = siglino_config(state, top_k, source)
     pool_prefix = "siglip2_multihead_attention_pooling_head."
     pool = {key.removeprefix(pool_prefix): state.pop(key) for key in list(state) if key.startswith(pool_prefix)}
     for key in ("layer_norm_dinov3.weight", "layer_norm_dinov3.bias"):
@@ -759,7 +933,7 @@ def distillation_loss(out, batch, spaces):
     n_special = batch.starts[1:] - batch.starts[:-1] - batch.shapes.prod(1)  # CLS and registers
     real_T = image_T < batch.n_images
     of_T = image_T.clamp(max=batch.n_images - 1)
-    weight_T = torch.where(real_T & (batch.place >= n_special[of_T]), 1 / patches_M[of_T], 0.0)
+    weight_T = torch.where(real_T & (batch.offset >= n_special[of_T]), 1 / patches_M[of_T], 0.0)
     losses = {}
     for space in spaces:
         target = batch.targets[space.name]

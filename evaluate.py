@@ -11,6 +11,13 @@ Shape letters: T tokens and M images of a pack, N images or rows, Q queries, K c
 patches, H x W pixels.
 """
 
+import amoe
+from amoe import dequantise, pack, split_by_tokens
+from data import held_out
+from images import Images, find_sources
+from teachers import load_teachers, make_targets, run_teachers
+
+# isort: split
 import argparse
 import json
 import statistics
@@ -24,13 +31,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from tqdm import tqdm
-
-import amoe
-import toy
-from amoe import dequantise
-from images import find_sources
-from packs import cut, held_out, pack
-from targets import Images, ask, load_teachers, targets
 
 VOID = 255  # mask value of pixels that belong to no class
 
@@ -55,14 +55,14 @@ def of_student(model):
 
 def of_teacher(teacher, device="cpu"):
     """The features of a teacher, under its name."""
-    return lambda batch: ask([teacher], batch.to(device))
+    return lambda batch: run_teachers([teacher], batch.to(device))
 
 
 def of_targets(spaces, teachers=(), device="cpu"):
     """What teachers say as a student is told it: read off a cached Batch's targets, or asked where it has none."""
 
     def answer(batch):
-        found = batch.targets or targets(teachers, spaces, batch.to(device))
+        found = batch.targets or make_targets(teachers, spaces, batch.to(device))
         own = lambda s, y: s.phi_s.invert(dequantise(y).to(s.phi_s.mean.device))  # noqa: E731
         return {s.name: found[s.name] | {"patch": own(s, found[s.name]["patch"])} for s in spaces}
 
@@ -94,14 +94,14 @@ def stream(model, dataset, entries, n_tokens=4096, stored=False, progress=None):
     """
     registers = getattr(model, "registers", 4)
     lengths = [1 + registers + int(dataset.shard(number).shapes[i].prod()) for number, i in entries]
-    parts = [entries[part] for part in cut(lengths, n_tokens)]
+    parts = [entries[part] for part in split_by_tokens(lengths, n_tokens)]
     bar = tqdm(total=len(entries), unit="image", desc=progress, disable=progress is None)
     with ThreadPoolExecutor(1) as reader:
-        ahead = [reader.submit(dataset.read, part, registers=registers, targets=stored) for part in parts[:1]]
+        ahead = [reader.submit(dataset.read, part, registers=registers, with_targets=stored) for part in parts[:1]]
         for n, part in enumerate(parts):
             batch = ahead.pop().result()
             if n + 1 < len(parts):
-                ahead.append(reader.submit(dataset.read, parts[n + 1], registers=registers, targets=stored))
+                ahead.append(reader.submit(dataset.read, parts[n + 1], registers=registers, with_targets=stored))
             features = {
                 head: {kind: f[kind].float().cpu() for kind in ("summary", "patch")} for head, f in model(batch).items()
             }
@@ -287,37 +287,8 @@ def run_sheet(dataset, entries, models):
     for head, teacher in said["teacher"].items():
         columns += [(f"{head}: {who}", f[head]["patch"], teacher["patch"]) for who, f in said.items()]
     trunk = said["student"]["amoe"]["patch"]
-    batch = dataset.read(entries, targets=False)
+    batch = dataset.read(entries, with_targets=False)
     return pca_sheet(batch.images(), batch.shapes.tolist(), [*columns, ("student's trunk", trunk, trunk)])
-
-
-def toy_scores(world, dataset, models):
-    """{who: {"zeroshot", "knn", "miou"}} on the toy's held-out images, for {who: model}; "teacher" is cached."""
-    trained, held = split(dataset)
-    bank = trained[:: max(1, len(trained) // 1500)]  # spread over the cache
-    names = {e: dataset.meta(e)["source"] for e in [*bank, *held]}
-    label = {e: world.scenes[int(name[:6])].label for e, name in names.items()}
-    masks = {e: torch.from_numpy(np.array(Image.open(world.folder / "masks" / name))) for e, name in names.items()}
-    shapes = {e: tuple(dataset.shard(e[0]).shapes[e[1]].tolist()) for e in names}
-    classes = len(toy.CLASSES) + 1
-    share = torch.cat([patch_labels(masks[e], *shapes[e], classes) for e in bank])
-    bank_labels, held_labels = (torch.tensor([label[e] for e in part]) for part in (bank, held))
-    oracle = toy.TextOracle(world)
-    text = torch.stack([oracle.encode_text([f"a {c} {s}" for s in toy.SHAPES]).mean(0) for c in toy.CLASSES])
-    scores = {}
-    for who, model in models.items():
-        known, asked = (gather(stream(model, dataset, part, stored=who == "teacher")) for part in (bank, held))
-        probe = linear_probe(torch.cat(known["dense"]["patch"]), share)
-        pixels = sum(
-            confusion(probe, x, shapes[e], masks[e], classes)
-            for e, x in zip(held, asked["dense"]["patch"], strict=True)
-        )
-        scores[who] = {
-            "zeroshot": zeroshot(asked["text"]["summary"], text, held_labels),
-            "knn": knn(known["dense"]["summary"], bank_labels, asked["dense"]["summary"], held_labels),
-            "miou": mean_iou(pixels),
-        }
-    return scores
 
 
 def imitation_scores(dataset, spaces, models, texts, most=2000):
@@ -600,7 +571,7 @@ def parse(argv):
             continue
         add("--min-tokens", type=int, default=1, help="patches below which an image is enlarged")
         add("--enlarge", action="store_true", help="bring smaller images to the budget too")
-        add("--max-skipped", type=float, default=0.05, help="share of unusable images that is put up with")
+        add("--max-skipped", type=float, default=0.05, help="share of unusable images above which it stops")
         if name in ("knn", "segment"):
             add("--train", required=True, help="folder to learn from")
             add("--test", help="folder to be tested on (None: every tenth image of --train, by its name's hash)")

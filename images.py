@@ -1,24 +1,34 @@
-"""Image files to token rows: decoding, the token budget, views, and where images come from.
+"""Image files to packs of token rows: decoding, the token budget, views, where images come from, files as a dataset.
 
-A row is the 768 bytes of a 16 x 16 patch in (row, col, channel) order; an image of 16 h x 16 w pixels is h * w rows.
+A *dataset* is what packs are made of. There are two, Images (files, decoded when asked for) and data.Cache (stored
+rows and teachers' features), and whoever takes one takes the other:
+
+    path, numbers           where it lies, and the numbers of its shards
+    shard(number)           `ids` int64 [images] and `shapes` int32 [images, 2], which are (0, 0) for an unusable image
+    read(entries, n_tokens, registers, with_targets)    the Batch of entries [(shard number, index)]
+    meta(entry)             {"source", "caption", "category"}
 """
 
+from amoe import PATCH, pack, to_rows
+
+# isort: split
 import contextlib
 import hashlib
 import io
 import json
+import sys
 import tarfile
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError, features
-
-from amoe import PATCH, ROW
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
@@ -29,26 +39,6 @@ UPRIGHT = dict(enumerate((Image.Transpose(n) for n in (0, 3, 1, 5, 4, 6, 2)), 2)
 
 one_huge = threading.Lock()
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of bombs from half the size it refuses, of odd EXIF
-
-
-# ---- rows ----
-
-
-def to_rows(image):
-    """A uint8 image [16 h, 16 w, 3] to (rows [h * w, 768] in (row, col, channel) order inside a patch, (h, w))."""
-    H, W, channels = image.shape
-    if channels != 3 or H % PATCH or W % PATCH or not H or not W:
-        raise ValueError(
-            f"an image of shape {tuple(image.shape)} is not [16 h, 16 w, 3]; resize it with images.load_image"
-        )
-    h, w = H // PATCH, W // PATCH
-    return image.reshape(h, PATCH, w, PATCH, 3).transpose(1, 2).reshape(h * w, ROW), (h, w)
-
-
-def from_rows(rows, shape):
-    """The inverse of to_rows: [h * w, 768] and (h, w) to [16 h, 16 w, 3]."""
-    h, w = shape
-    return rows.reshape(h, w, PATCH, PATCH, 3).transpose(1, 2).reshape(h * PATCH, w * PATCH, 3)
 
 
 # ---- files ----
@@ -109,16 +99,16 @@ def load_image(file, min_tokens=1, max_tokens=256, box=(0.0, 0.0, 1.0, 1.0), fli
     white, grey, palette, CMYK and 16-bit converted, the first frame of an animation. `draft` lets the JPEG decoder
     skip detail far above the target size: for training data, not for evaluation. ValueError says what is wrong.
     """
-    return opened(file, lambda image: torch.from_numpy(convert(image, min_tokens, max_tokens, box, flip, draft)))
+    return with_image(file, lambda image: torch.from_numpy(convert(image, min_tokens, max_tokens, box, flip, draft)))
 
 
 def image_shape(file, min_tokens=1, max_tokens=256, box=(0.0, 0.0, 1.0, 1.0)):
     """(h, w) in patches of what load_image would return, from the file's header alone; ValueError as there."""
-    return opened(file, lambda image: target_grid(image, min_tokens, max_tokens, box)[:2])
+    return with_image(file, lambda image: target_grid(image, min_tokens, max_tokens, box)[:2])
 
 
-def opened(file, use):
-    """use(the opened image), with whatever a decoder's depths raise as a ValueError of one line that names no path."""
+def with_image(file, use):
+    """use(the opened image); whatever a decoder raises becomes a ValueError of one line that names no path."""
     try:
         stream = file.open() if isinstance(file, Source) else contextlib.nullcontext(file)
         with stream as data, Image.open(data, formats=("JPEG", "PNG", "WEBP")) as image:
@@ -128,7 +118,7 @@ def opened(file, use):
         raise ValueError(f"no {kinds}") from error
     except ValueError as error:
         raise ValueError(str(error).split("\n")[0] or "unreadable") from error
-    except Exception as error:  # decoders raise whatever their depths raise: OSError, SyntaxError, struct.error, ...
+    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and others
         said = getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
         raise ValueError(f"cannot be decoded: {said}") from error
 
@@ -316,3 +306,130 @@ def tar_sources(path, name):
             found = [(s, spans[key + s]) for s in (".txt", ".json", ".cls") for key in keys if key + s in spans]
             sources.append(Source(f"{name}/{member}", path, span, dict(reversed(found))))
     return sources
+
+
+# ---- files as a dataset ----
+
+
+class View(NamedTuple):
+    """One view of one image. View 0 is the whole image (see choose_view)."""
+
+    source: object
+    number: int
+
+
+class Headers(NamedTuple):
+    """What is known of a shard's images before they are decoded."""
+
+    ids: np.ndarray  # int64 [images]
+    shapes: np.ndarray  # int32 [images, 2], (0, 0) where the file cannot be used
+
+
+class Images:
+    """A dataset of image files: shard n holds `shard_images` sources from n * shard_images on, in views.
+
+    A view is fixed by (seed, image id, view number), so that whoever decodes it, and whenever, sees the same pixels.
+    Files that cannot be used are skipped and reported once: on stderr and, where `skipped` names a file, in it, as JSON
+    lines {"source", "reason"}. `quiet`: another process reports those whose headers are bad. ValueError once they are
+    more than the share max_skipped of at least 100 images seen.
+    """
+
+    def __init__(
+        self,
+        sources,
+        path="the images",
+        *,
+        min_tokens=1,
+        max_tokens=256,
+        views=1,
+        seed=0,
+        shard_images=512,
+        draft=True,
+        max_skipped=0.05,
+        skipped=None,
+        quiet=False,
+    ):
+        self.sources, self.path = sources, path
+        self.min_tokens, self.max_tokens, self.n_views, self.seed = min_tokens, max_tokens, views, seed
+        self.shard_images, self.draft, self.max_skipped = shard_images, draft, max_skipped
+        self.skipped, self.quiet = skipped, quiet
+        self.numbers = list(range(-(-len(sources) // shard_images)))
+        self.seen, self.bad, self.headers = 0, {}, {}
+        self.lock = threading.Lock()
+        self.pool = ThreadPoolExecutor()  # Pillow decodes and resizes outside the interpreter's lock
+
+    def views_of(self, number):
+        """All views of a shard's sources, in order."""
+        part = self.sources[number * self.shard_images : (number + 1) * self.shard_images]
+        return [View(source, view) for source in part for view in range(self.n_views)]
+
+    def view(self, entry):
+        number, i = entry
+        return View(self.sources[number * self.shard_images + i // self.n_views], i % self.n_views)
+
+    def meta(self, entry):
+        """{"source", "caption", "category"} of (shard number, index)."""
+        return self.view(entry).source.meta
+
+    def decode(self, view):
+        """(rows [h * w, 768] uint8, (h, w)) of a view, or the reason why there is none."""
+        box, flip = choose_view(self.seed, view.source.id, view.number)
+        try:
+            return to_rows(load_image(view.source, self.min_tokens, self.max_tokens, box, flip, self.draft))
+        except ValueError as error:
+            return str(error)
+
+    def decode_all(self, views):
+        """An iterator of `decode` of each view, in order; threads run ahead of it."""
+        return self.pool.map(self.decode, views)
+
+    def shape(self, view):
+        """(h, w) of a view from the file's header, or the reason why there is none."""
+        box, _ = choose_view(self.seed, view.source.id, view.number)
+        try:
+            return image_shape(view.source, self.min_tokens, self.max_tokens, box)
+        except ValueError as error:
+            return str(error)
+
+    def shard(self, number):
+        """The Headers of a shard, read once: 16 bytes an image stay in memory."""
+        if number not in self.headers:
+            views = self.views_of(number)
+            shapes = self.without_reasons(views, self.pool.map(self.shape, views), self.quiet)
+            ids = np.array([view.source.id for view in views], np.int64)
+            self.headers[number] = Headers(ids, np.array([s or (0, 0) for s in shapes], np.int32).reshape(-1, 2))
+        return self.headers[number]
+
+    def without_reasons(self, views, answers, quiet=False):
+        """The answers, None in the place of those that are reasons, which are counted and reported once each."""
+        answers = list(answers)
+        with self.lock:  # packs are read by two threads
+            good = []
+            for view, answer in zip(views, answers, strict=True):
+                good.append(None if isinstance(answer, str) else answer)
+                if isinstance(answer, str) and view.source.name not in self.bad:
+                    self.bad[view.source.name] = answer
+                    if quiet:
+                        continue
+                    print(f"skipped: {view.source.name}: {answer}", file=sys.stderr, flush=True)
+                    if self.skipped:
+                        line = json.dumps({"source": view.source.name, "reason": answer}, ensure_ascii=False)
+                        with open(self.skipped, "a") as file:
+                            file.write(line + "\n")
+            self.seen += len(good)
+            if len(self.bad) > self.max_skipped * max(100, self.seen):
+                raise ValueError(
+                    f"{len(self.bad)} of the first {self.seen} images of {self.path} are unusable, more than the share "
+                    f"{self.max_skipped:g}; the last: {list(self.bad.items())[-1]}"
+                )
+            return good
+
+    def read(self, entries, n_tokens=None, registers=4, with_targets=False):
+        """A Batch of the images [(shard number, index)], less those that do not decode; there are no targets to add."""
+        views = [self.view(entry) for entry in entries]
+        good = self.without_reasons(views, self.decode_all(views))
+        kept = [(view.source.id, *answer) for view, answer in zip(views, good, strict=True) if answer]
+        if not kept:
+            raise ValueError(f"no image of a pack can be decoded, the last: {list(self.bad.items())[-1]}")
+        ids, rows, shapes = zip(*kept, strict=True)
+        return pack(rows, shapes, n_tokens, registers, ids)

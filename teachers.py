@@ -17,19 +17,35 @@ M images, R registers, D teacher width, H heads, d head width, f = d / 4 frequen
 N texts, L tokens of a text.
 """
 
+from amoe import (
+    PATCH,
+    ROW,
+    Float32Buffers,
+    MapPool,
+    PhiS,
+    Space,
+    autocast,
+    normalise,
+    pack,
+    read_state,
+    split_by_tokens,
+)
+from kernels.attention import attend, image_runs, mask_of
+
+# isort: split
 import importlib.util
+import json
 import math
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-from amoe import PATCH, ROW, Float32Buffers, MapPool, normalise, read_state
-from kernels.attention import attend, block_mask, runs
 
 # Heads cannot be read off shapes. These are the published widths: DINOv3 S and S+, B, L, H+, 7B; SigLIP 2 B, L, So, g.
 HEADS = {
@@ -123,12 +139,12 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(D, sizes.hidden), nn.Linear(sizes.hidden, D)
         self.scale1, self.scale2 = (nn.Parameter(torch.ones(D)) if sizes.layer_scale else None for _ in range(2))
 
-    def forward(self, x_SD, groups, rotation=None):
+    def forward(self, x_SD, extents, rotation=None):
         h_SD = self.norm1(x_SD)
         q, k, v = (w(h_SD).unflatten(-1, (self.heads, -1)) for w in (self.query, self.key, self.value))
         if rotation is not None:
             q, k = rotate_half(q, *rotation), rotate_half(k, *rotation)
-        h_SD = self.out(attend(q, k, v, groups).flatten(1))
+        h_SD = self.out(attend(q, k, v, extents).flatten(1))
         x_SD = x_SD + (h_SD if self.scale1 is None else h_SD * self.scale1)
         h_SD = self.norm2(x_SD)
         if self.gate is None:
@@ -140,16 +156,16 @@ class Block(nn.Module):
 
 
 class Trunk(nn.Module):
-    """The blocks and the final norm, over tokens [S, D] in `groups` (see kernels.attention.attend)."""
+    """The blocks and the final norm, over tokens [S, D] of images in `extents` (see kernels.attention.attend)."""
 
     def __init__(self, sizes):
         super().__init__()
         self.blocks = nn.ModuleList(Block(sizes) for _ in range(sizes.layers))
         self.norm = nn.LayerNorm(sizes.dim, eps=sizes.eps)
 
-    def forward(self, x_SD, groups, rotation=None):
+    def forward(self, x_SD, extents, rotation=None):
         for block in self.blocks:
-            x_SD = block(x_SD, groups, rotation)
+            x_SD = block(x_SD, extents, rotation)
         return self.norm(x_SD)
 
 
@@ -179,10 +195,12 @@ class Teacher(Float32Buffers):
         return self.patch(rows_PC.to(dtype)).to(dtype)
 
     def layout(self, batch, special):
-        """The batch's Layout, and what `attend` takes as groups."""
+        """The batch's Layout, and what `attend` takes as extents."""
         device = self.patch.weight.device
         own = Layout.of(batch, special, device, batch.n_tokens if self.flex else 0)
-        return own, block_mask(own.starts, own.length, device) if self.flex else runs(own.starts, own.length)
+        if self.flex:
+            return own, mask_of(own.starts, own.length, device)
+        return own, image_runs(own.starts, own.length)
 
     def answer(self, batch, own, x_PD):
         """Patch features on the rows of the batch, [T, D] float32, zeros elsewhere."""
@@ -219,14 +237,14 @@ class DINOv3(Teacher):
     @torch.no_grad()  # not inference_mode: a training step could not use the targets
     def forward(self, batch):
         special = 1 + self.registers
-        own, groups = self.layout(batch, special)
+        own, extents = self.layout(batch, special)
         rows_PC = batch.rows.to(self.patch.weight.device)[own.batch_P]
         if rows_PC.dtype == torch.uint8:  # floats are taken as already normalised
             rows_PC = (rows_PC.float() / 255 - self.pixel[0]) / self.pixel[1]
         x_SD = own.spread(self.embed(rows_PC))
         special_MS = own.starts[:-1, None].to(x_SD.device) + torch.arange(special, device=x_SD.device)
         x_SD[special_MS] = torch.cat([self.cls_token[0], self.register_tokens[0]]).to(x_SD.dtype)
-        x_SD = self.trunk(x_SD, groups, self.rotation(own)).float()
+        x_SD = self.trunk(x_SD, extents, self.rotation(own)).float()
         tokens_MSD = x_SD[special_MS]
         out = {"patch": self.answer(batch, own, x_SD[own.own_P]), "summary": tokens_MSD[:, 0]}
         return out | ({"registers": tokens_MSD[:, 1:]} if self.registers else {})
@@ -292,10 +310,10 @@ class SigLIP2(Teacher):
 
     @torch.no_grad()
     def forward(self, batch):
-        own, groups = self.layout(batch, 0)
+        own, extents = self.layout(batch, 0)
         rows_PC = normalise(batch.rows.to(self.patch.weight.device)[own.batch_P])
         x_PD = self.embed(rows_PC)
-        x_SD = self.trunk(own.spread(x_PD + self.positions(own).to(x_PD.dtype)), groups)
+        x_SD = self.trunk(own.spread(x_PD + self.positions(own).to(x_PD.dtype)), extents)
         x_PD = x_SD[own.own_P]
         summary_MD = self.head(x_PD.to(self.patch.weight.dtype), own.image_P, batch.n_images).float()
         return {"patch": self.answer(batch, own, x_PD.float()), "summary": summary_MD}
@@ -534,7 +552,7 @@ def read_siglip2(reader, n_heads):
     return teacher
 
 
-def load(spec, device="cpu"):
+def load_teacher(spec, device="cpu"):
     """A teacher from NAME=FILE (.safetensors, the .index.json of several, or .pth; its keys say what it is) or
     NAME=FILE.py:FACTORY.
 
@@ -584,3 +602,160 @@ def plug_in(path, factory, device):
     if lacking:
         raise ValueError(f"{path}:{factory} returned a {type(teacher).__name__} without '{lacking[0]}', no teacher")
     return teacher
+
+
+# ---- running teachers on a pack ----
+
+
+def load_teachers(specs, images, device):
+    """Teachers from NAME=SPEC.
+
+    A plug-in file may define `text_table()`, [N, C]: the embeddings of the images' captions.json, in its order, for
+    the teacher of its factory `text_aligned`, which then need not embed text itself.
+    """
+    loaded = [load_teacher(spec, device) for spec in specs]
+    if len({t.name for t in loaded}) < len(loaded):
+        raise ValueError(f"two teachers of one name: {', '.join(t.name for t in loaded)}")
+    captions = Path(images) / "captions.json"
+    for spec, teacher in zip(specs, loaded, strict=True):
+        table = getattr(sys.modules[type(teacher).__module__], "text_table", None)
+        if table and spec.endswith(":text_aligned") and captions.is_file() and not hasattr(teacher, "encode_text"):
+            entries, rows_NC = json.loads(captions.read_text()), table()
+            if len(entries) != len(rows_NC):
+                raise ValueError(
+                    f"{captions} has {len(entries)} entries and the text_table() of {spec} {len(rows_NC)} rows"
+                )
+            row = {entry["caption"]: i for i, entry in enumerate(entries)}
+            teacher.encode_text = lambda texts, row=row, rows_NC=rows_NC: rows_NC[[row[text] for text in texts]]
+    return loaded
+
+
+@torch.no_grad()
+def run_teachers(teachers, batch):
+    """{teacher: {"patch" [T, C], "summary" [M, C], "registers" [M, R, C]}}, float32 copies on the batch's device.
+
+    On CUDA teachers run under bfloat16. ValueError where an answer has not the shapes that the teacher announced, or is
+    not finite.
+    """
+    device, answers = batch.rows.device, {}
+    for t in teachers:
+        with autocast(device):
+            answer = t(batch)
+        want = {"patch": (batch.n_tokens, t.dim), "summary": (batch.n_images, t.dim)}
+        if t.registers:
+            want["registers"] = (batch.n_images, t.registers, t.dim)
+        for kind, shape in want.items():
+            got = answer.get(kind)
+            if got is None or tuple(got.shape) != shape:
+                got = None if got is None else list(got.shape)
+                raise ValueError(
+                    f"teacher '{t.name}' answered {kind} {got} where its dim and registers mean {list(shape)}"
+                )
+            if not torch.isfinite(got).all():
+                raise ValueError(
+                    f"teacher '{t.name}' answered {kind} with NaN or infinity for images {batch.ids[:8].tolist()}"
+                )
+        # Copies: what a plug-in computed under inference_mode could not be used where gradients are taken.
+        answers[t.name] = {kind: answer[kind].to(device, torch.float32, copy=True) for kind in want}
+    return answers
+
+
+def make_targets(teachers, spaces, batch):
+    """What a Batch holds as `targets`, unquantised: patches in balanced space, the rest in the teacher's own."""
+    device, answers = batch.rows.device, run_teachers(teachers, batch)
+    return {s.name: answers[s.name] | {"patch": s.phi_s.to(device).apply(answers[s.name]["patch"])} for s in spaces}
+
+
+def embed_captions(teacher, captions):
+    """Text embeddings [N, C] float32 of captions (None gives NaN), or None where the teacher embeds no text."""
+    if not hasattr(teacher, "encode_text"):
+        return None
+    out = np.full((len(captions), teacher.dim), np.nan, np.float32)
+    known = [i for i, caption in enumerate(captions) if caption]
+    if known:
+        try:
+            out[known] = teacher.encode_text([captions[i] for i in known]).float().cpu().numpy()
+        except ValueError as error:  # SigLIP 2 without its text tower or tokenizer still has images to teach
+            print(f"captions are not embedded: {error}", file=sys.stderr, flush=True)
+            return None
+    return out
+
+
+def in_packs(decoded, device, n_tokens=16384):
+    """(slice, Batch) of decoded images [(rows, shape, id)], n_tokens at a time."""
+    for part in split_by_tokens([5 + len(rows) for rows, _, _ in decoded], n_tokens):  # pack's CLS and four registers
+        rows, shapes, ids = zip(*decoded[part], strict=True)
+        yield part, pack(rows, shapes, ids=ids).to(device)
+
+
+def fit_spaces(teachers, decoded, device):
+    """A Space for every teacher from a sample [(rows, shape, id)]: PHI-S by the moments of its patches, and spreads."""
+    moments = {t.name: [0, 0.0, 0.0] for t in teachers}
+    summaries, registers = {t.name: [] for t in teachers}, {t.name: [] for t in teachers}
+    for _, batch in in_packs(decoded, device):
+        kept = batch.all_patch_rows().to(device)
+        for name, answer in run_teachers(teachers, batch).items():
+            x = answer["patch"][kept].double()
+            m = moments[name]
+            moments[name] = [m[0] + len(x), m[1] + x.sum(0).cpu(), m[2] + (x.T @ x).cpu()]
+            summaries[name].append(answer["summary"].double().cpu())
+            registers[name].append(answer["registers"].double().cpu() if "registers" in answer else torch.zeros(0))
+    spaces = []
+    for t in teachers:
+        summary = torch.cat(summaries[t.name])
+        variance_R = torch.cat(registers[t.name]).var(0, correction=0).mean(1).tolist() if t.registers else []
+        pool = getattr(t, "pool", None)
+        spaces.append(
+            Space(
+                t.name,
+                t.dim,
+                t.registers,
+                phi_s=PhiS.from_moments(*moments[t.name]).float32(),
+                summary_mean=summary.mean(0).float(),
+                summary_variance=float(summary.var(0, correction=0).mean()),
+                register_variance=tuple(variance_R),
+                pool=pool and {key: value.detach().cpu() for key, value in pool.items()},
+                pool_heads=getattr(t, "pool_heads", 16),
+                pool_eps=getattr(t, "pool_eps", 1e-6),
+            )
+        )
+        for kind, value in (("summaries", spaces[-1].summary_variance), *(("registers", v) for v in variance_R)):
+            if value <= 0:
+                raise ValueError(f"teacher '{t.name}' gave all {len(summary)} calibration images the same {kind}")
+    return spaces
+
+
+def summaries_of(teachers, decoded, device):
+    """Teachers' summaries [C] of one image (rows, shape, id), on the CPU."""
+    ((_, batch),) = in_packs([decoded], device)
+    return {name: answer["summary"][0].cpu() for name, answer in run_teachers(teachers, batch).items()}
+
+
+def space_bytes(space, probe_C):
+    """A Space as a .safetensors file, every scalar included, with the teacher's summary of one image to know it by."""
+    tensors = {f"phi_s.{k}": v for k, v in space.phi_s.state_dict().items()}
+    tensors |= {
+        "summary_mean": space.summary_mean,
+        "summary_variance": torch.tensor(space.summary_variance, dtype=torch.float64),
+        "register_variance": torch.tensor(space.register_variance, dtype=torch.float64),
+    }
+    tensors["probe"] = probe_C
+    tensors |= {f"pool.{k}": v.contiguous() for k, v in (space.pool or {}).items()}
+    scalars = {"name": space.name, "dim": space.dim, "registers": space.registers}
+    scalars |= {"pool_heads": space.pool_heads, "pool_eps": space.pool_eps}
+    return safetensors.torch.save(tensors, metadata={"space": json.dumps(scalars)})
+
+
+def space_from(raw):
+    """The inverse of space_bytes."""
+    tensors = safetensors.torch.load(raw)
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    pool = {k.removeprefix("pool."): v for k, v in tensors.items() if k.startswith("pool.")}
+    return Space(
+        **json.loads(header["__metadata__"]["space"]),
+        phi_s=PhiS(tensors["phi_s.mean"], tensors["phi_s.rotation"], tensors["phi_s.sigma"]),
+        summary_mean=tensors["summary_mean"],
+        summary_variance=float(tensors["summary_variance"]),
+        register_variance=tuple(tensors["register_variance"].tolist()),
+        pool=pool or None,
+    )

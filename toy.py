@@ -12,6 +12,10 @@ differ, as those of SigLIP 2 and DINOv3 do, so that balancing them matters.
 Shape letters: N points or scenes, h x w patches of a scene, C channels of a teacher, K concepts, T tokens, M images.
 """
 
+import evaluate
+from images import Source
+
+# isort: split
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -21,8 +25,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-
-from images import Source
 
 COLOURS = {
     "red": (205, 45, 40),
@@ -302,3 +304,37 @@ class DenseOracle(Oracle):
         summary = self.concept_KC[first.concept] + 0.5 * self.shape_C[first.shape] + 0.3 * layout @ self.extra_C[2:7]
         ground = tint + scene.grain * self.extra_C[7]
         return patch, summary, np.stack([ground, layout @ self.extra_C[8:13]])
+
+
+# ---- how well a student reads this world ----
+
+
+def scores(world, dataset, models):
+    """{who: {"zeroshot", "knn", "miou"}} on the toy's held-out images, for {who: model}; "teacher" is cached."""
+    trained, held = evaluate.split(dataset)
+    bank = trained[:: max(1, len(trained) // 1500)]  # spread over the cache
+    names = {e: dataset.meta(e)["source"] for e in [*bank, *held]}
+    label = {e: world.scenes[int(name[:6])].label for e, name in names.items()}
+    masks = {e: torch.from_numpy(np.array(Image.open(world.folder / "masks" / name))) for e, name in names.items()}
+    shapes = {e: tuple(dataset.shard(e[0]).shapes[e[1]].tolist()) for e in names}
+    classes = len(CLASSES) + 1
+    share = torch.cat([evaluate.patch_labels(masks[e], *shapes[e], classes) for e in bank])
+    bank_labels, held_labels = (torch.tensor([label[e] for e in part]) for part in (bank, held))
+    oracle = TextOracle(world)
+    text = torch.stack([oracle.encode_text([f"a {c} {s}" for s in SHAPES]).mean(0) for c in CLASSES])
+    result = {}
+    for who, model in models.items():
+        known, asked = (
+            evaluate.gather(evaluate.stream(model, dataset, part, stored=who == "teacher")) for part in (bank, held)
+        )
+        probe = evaluate.linear_probe(torch.cat(known["dense"]["patch"]), share)
+        pixels = sum(
+            evaluate.confusion(probe, x, shapes[e], masks[e], classes)
+            for e, x in zip(held, asked["dense"]["patch"], strict=True)
+        )
+        result[who] = {
+            "zeroshot": evaluate.zeroshot(asked["text"]["summary"], text, held_labels),
+            "knn": evaluate.knn(known["dense"]["summary"], bank_labels, asked["dense"]["summary"], held_labels),
+            "miou": evaluate.mean_iou(pixels),
+        }
+    return result

@@ -1,9 +1,21 @@
 """Distil teachers into one student: `python train.py` on the toy world, with `--cache DIR` on your own features.
 
-The loop is at the bottom, in `train`; `gradients` is a step's mathematics. Alone means a world of one: no branch of the
-code asks whether it runs distributed. The run's folder holds log.jsonl, step-XXXXXX.pt, pca.png and result.json.
+In the order of a run: flags, the loop (`train`), one step (`gradients` is its mathematics), checkpoints, preparing,
+finishing. Alone means a world of one: no branch of the code asks whether it runs distributed. The run's folder holds
+log.jsonl, step-XXXXXX.pt, student.safetensors, pca.png and result.json.
 """
 
+import amoe
+import data
+import evaluate
+import kernels.moe
+import toy
+from amoe import autocast
+from images import Images, find_sources
+from kernels.attention import block_mask, image_runs, mask_blocks
+from teachers import Teacher, embed_captions, load_teachers, make_targets
+
+# isort: split
 import argparse
 import contextlib
 import ctypes
@@ -25,17 +37,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
-
-import amoe
-import data
-import evaluate
-import kernels.moe
-import targets
-import toy
-from amoe import autocast
-from images import find_sources
-from kernels.attention import block_table, mask_of, runs
-from teachers import Teacher
 
 # ---- flags ----
 
@@ -80,7 +81,7 @@ class Flags:
     )
     checkpoint: bool = flag(False, SPEED, "recompute activations in the backward pass: less memory, a third more time")
     fsdp: bool = flag(False, SPEED, "shard parameters over ranks (FSDP2) in place of replicating them")
-    workers: int = flag(0, SPEED, "processes that read the data; with 0, threads do beside a GPU")
+    workers: int = flag(0, SPEED, "threads that read packs ahead of the step; 0: two beside a GPU, none on a CPU")
     threads: int = flag(0, SPEED, "CPU threads of torch; 0 leaves its choice")
 
     cache: str = flag("", PATHS, "feature cache to train on; without it, nor --images, the toy world")
@@ -129,96 +130,108 @@ def parse(argv=None):
     return flags
 
 
-# ---- where it runs ----
+# ---- the loop ----
 
 
 @dataclass
-class Place:
-    rank: int
-    world: int
-    device: torch.device
+class Run:
+    """What `prepare` makes and the loop works with; a checkpoint holds what changes from step to step (`state_of`)."""
 
-    def sum(self, tensor):
-        """The tensor summed over ranks, in place."""
-        if self.world > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
-    @property
-    def group(self):
-        """The process group of all ranks; None alone."""
-        return dist.group.WORLD if self.world > 1 else None
-
-    def counts(self, n):
-        """[n of every rank], from host to host: asking the device would make it wait."""
-        if self.world == 1:
-            return [n]
-        counts = [torch.tensor([0]) for _ in range(self.world)]
-        dist.all_gather(counts, torch.tensor([n]))
-        return [int(count) for count in counts]
-
-    def gather(self, x_NC, counts):
-        """Rows of all ranks [B, C] in rank order, `counts` of them each."""
-        if self.world == 1:
-            return x_NC
-        padded = x_NC.new_zeros(max(counts), x_NC.shape[1])
-        padded[: len(x_NC)] = x_NC
-        parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(parts, padded)
-        return torch.cat([p[:n] for p, n in zip(parts, counts, strict=True)])
+    flags: Flags
+    process: object  # Process
+    compiled: bool
+    folder: Path
+    dataset: object  # data.Cache, or Images when training without a cache
+    spaces: list  # an amoe.Space a teacher
+    teachers: list  # those to run at every step; none with a cache
+    world: object  # toy.World, or None
+    model: amoe.AMoE
+    wrapped: object  # the model as ranks share it
+    forward: object  # `forward`, compiled or not
+    optimizer: torch.optim.Optimizer
+    average: dict  # {parameter: its average} under --ema
+    bad_steps: torch.Tensor  # [2] int64, steps that were not finite: in a row, in all
+    log: object = None  # Log
+    step: int = 0
+    position: data.Position = field(default_factory=data.Position)
+    tokens: int = 0  # trained on, padding not counted
+    seconds: float = 0.0  # in training
+    recent: deque = field(default_factory=lambda: deque(maxlen=10))  # image ids of the last steps
 
 
-def setup(flags):
-    """The Place of this process; alone means a world of one. Prints what was chosen, and why, on rank 0."""
-    device, why = flags.device, "asked for"
-    if device == "auto":
-        device, why = ("cuda", "a GPU is there") if torch.cuda.is_available() else ("cpu", "no GPU is there")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda, and torch sees no GPU; use --device cpu")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if device == "cuda":
-        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
-    if device == "cpu" and sys.platform == "linux":
-        # Keep freed memory: glibc hands large tensors back, and faulting their pages in anew is 14% of the toy's step.
-        with contextlib.suppress(OSError, AttributeError):
-            libc = ctypes.CDLL("libc.so.6")
-            libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its largest
-            libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
-    if flags.threads:
-        torch.set_num_threads(flags.threads)
-    experts = kernels.moe.choose(
-        flags.kernels, torch.device(device), torch.bfloat16 if device != "cpu" else torch.float32
-    )
-    compiled = flags.compile == "on" or (flags.compile == "auto" and device.startswith("cuda"))
-    if rank == 0:
-        form = "FlexAttention, compiled" if compiled and device != "cpu" else "SDPA on each image"
-        print(
-            f"device {device} ({why}), {world} rank(s), attention: {form}, experts: {experts}, "
-            f"compile {'on' if compiled else 'off'}",
-            flush=True,
-        )
-    return Place(rank, world, torch.device(device)), compiled
+def train(flags, process, compiled):
+    """A run: prepare, loop, finish. A signal saves, and leaves a student behind as well."""
+    began = time.perf_counter()
+    run = prepare(flags, process, compiled)
+    signals = catch_signals()
+    order = data.Order(run.dataset, flags.tokens, flags.seed, load_subset(flags), run.model.config.registers)
+    threads = flags.workers or (2 if process.device.type == "cuda" else 0)
+    reading = {"per_step": flags.accumulate, "threads": threads, "on_corrupt": flags.on_corrupt}
+    batches = data.loader(order, run.position, process.rank, process.world, **reading)
+    bar = tqdm(total=flags.steps, initial=run.step, unit="step", disable=process.rank > 0, mininterval=1.0)
+    interval, signalled = Interval(), 0
+    while run.step < flags.steps and not signalled:
+        packs = []
+        for _ in range(flags.accumulate):
+            batch, run.position = interval.wait(batches)
+            packs.append(to_device(batch, process, compiled, run.teachers, run.spaces))
+        run.recent.append([i for batch, _ in packs for i in batch.ids.tolist()])
+        measured, expert_load = gradients(run.wrapped, packs, run.spaces, flags, process, run.forward)
+        norm = update(run.model, run.optimizer, run.average, measured, expert_load, run.bad_steps, run.step, flags)
+        run.step += 1
+        bar.update()
+        interval.add(measured)
+        last, at_line = run.step == flags.steps, run.step % flags.log_every == 0
+        if at_line or last:
+            bar.set_postfix(interval.end(run, norm, expert_load))
+            stop_if_diverged(run)
+        signalled = agree_on_signal(signals, process, at_line)
+        if run.step % flags.save_every == 0 or last or signalled:
+            save_checkpoint(run)
+    bar.close()
+    finish(run, began, signalled)
+
+
+def catch_signals():
+    """The list that SIGINT and SIGTERM will append themselves to, so that a run is saved before it ends."""
+    caught = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, _: caught.append(n))
+    return caught
+
+
+def agree_on_signal(signals, process, at_line):
+    """The signal that ends the run after this step, or 0. Ranks stop at the same step, so they ask one another.
+
+    That makes the device wait, hence only at lines of the log.
+    """
+    if process.world == 1:
+        return max(signals, default=0)
+    mine = torch.tensor(float(max(signals, default=0)), device=process.device)
+    return max(signals, default=signal.SIGTERM) if at_line and process.sum(mine) > 0 else 0
+
+
+def stop_if_diverged(run):
+    if run.bad_steps[0] >= 10:
+        ids = [i for step in run.recent for i in step]
+        raise ValueError(f"ten steps in a row had a loss that is not finite; they held the images {ids}")
 
 
 # ---- a step ----
 
 
-def forward(model, spaces, batch, groups):
+def forward(model, spaces, batch, extents):
     """A pack's forward pass and its (E2), which torch.compile makes one graph: (summaries, losses, expert load).
 
     ARKD stays outside: it couples the summaries of all packs and ranks, which have to be gathered first. Under DDP the
     model and the losses are a graph each, for a compiler does not follow the wrapper's own bookkeeping.
     """
-    out, load = model(batch, groups)
+    out, expert_load = model(batch, extents)
     summaries = {space.name: out[space.name]["summary"].float() for space in spaces}
-    return summaries, amoe.distillation_loss(out, batch, spaces), load
+    return summaries, amoe.distillation_loss(out, batch, spaces), expert_load
 
 
-def gradients(model, packs, spaces, flags, place, forward=forward):
+def gradients(model, packs, spaces, flags, process, forward=forward):
     """Leave the gradient of (E5) over the step's packs in .grad; return ({measure: scalar tensor}, expert load).
 
         L = 1/B sum over images of all packs and ranks of L(q)  +  arkd * sum over teachers of ARKD on all B summaries
@@ -231,11 +244,11 @@ def gradients(model, packs, spaces, flags, place, forward=forward):
     The host only hands out work here; nothing is read back from the device, so it never waits.
     """
     bare = model.module if hasattr(model, "module") else model
-    counts = place.counts(sum(batch.n_images for batch, _ in packs))
-    images, start = sum(counts), sum(counts[: place.rank])
-    own = start, start + counts[place.rank]
+    counts = process.counts(sum(batch.n_images for batch, _ in packs))
+    images, start = sum(counts), sum(counts[: process.rank])
+    own = start, start + counts[process.rank]
     measured, first = {}, None
-    with autocast(place.device):
+    with autocast(process.device):
         if flags.arkd and len(packs) == 1:
             first = forward(model, spaces, *packs[0])
             summaries = {name: summary.detach() for name, summary in first[0].items()}
@@ -245,42 +258,32 @@ def gradients(model, packs, spaces, flags, place, forward=forward):
             summaries = {space.name: torch.cat([out[space.name] for out in outs]) for space in spaces}
     pull = {}
     for space in spaces if flags.arkd else ():
-        student = place.gather(summaries[space.name], counts).requires_grad_()
-        teacher = place.gather(torch.cat([batch.targets[space.name]["summary"] for batch, _ in packs]), counts)
-        loss = amoe.arkd_loss(student, teacher, flags.arkd_mode, own, place.group)
+        student = process.gather(summaries[space.name], counts).requires_grad_()
+        teacher = process.gather(torch.cat([batch.targets[space.name]["summary"] for batch, _ in packs]), counts)
+        loss = amoe.arkd_loss(student, teacher, flags.arkd_mode, own, process.group)
         pull[space.name] = torch.autograd.grad(loss, student)[0][slice(*own)]
         measured[f"{space.name}_arkd"] = loss.detach()
-    load, done = 0, 0
+    expert_load, done = 0, 0
     for n, pack in enumerate(packs):
         last = n + 1 == len(packs)
         hold = contextlib.nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync()
         with hold:
-            with autocast(place.device):
+            with autocast(process.device):
                 summaries, losses, pack_load = forward(model, spaces, *pack) if first is None else first
             total = sum(sum(kinds.values()) for kinds in losses.values()) / images
             end = done + pack[0].n_images
             for name, g in pull.items():
                 total = total + flags.arkd * (summaries[name] * g[done:end]).sum()
-            (total * place.world).backward()  # the wrapper averages over ranks; (E3) wants the sum
+            (total * process.world).backward()  # the wrapper averages over ranks; (E3) wants the sum
         for name, kinds in losses.items():
             for kind, value in kinds.items():
                 measured[f"{name}_{kind}"] = measured.get(f"{name}_{kind}", 0) + value.detach() / images
-        load, done = load + pack_load.detach(), end
+        expert_load, done = expert_load + pack_load.detach(), end
     if measured:
-        together = place.sum(torch.stack(list(measured.values())))
+        together = process.sum(torch.stack(list(measured.values())))
         measured = dict(zip(measured, together, strict=True))
     measured["loss"] = sum(v * (flags.arkd if k.endswith("_arkd") else 1) for k, v in measured.items())
-    return measured, place.sum(load)
-
-
-def make_optimizer(model, flags):
-    """AdamW, fused; decay on matrices only, and not on the CLS and register tokens."""
-    decayed, free = [], []
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            (decayed if p.ndim >= 2 and not name.endswith("_tokens") and "cls_token" not in name else free).append(p)
-    groups = [{"params": decayed, "weight_decay": flags.weight_decay}, {"params": free, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=flags.lr, betas=(0.9, 0.95), fused=True)
+    return measured, process.sum(expert_load)
 
 
 def learning_rate(step, flags):
@@ -294,10 +297,10 @@ def learning_rate(step, flags):
 
 
 @torch.no_grad()
-def update(model, optimizer, average, measured, load, streak, step, flags):
+def update(model, optimizer, average, measured, expert_load, bad_steps, step, flags):
     """Clip, step, balance, average; all skipped, on the device, where the loss or the gradient is not finite.
 
-    streak: [2] int64 on the device: bad steps in a row, bad steps in all. Returns the gradient's norm.
+    bad_steps: [2] int64 on the device: of such steps, in a row and in all. Returns the gradient's norm.
     """
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), flags.clip)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
@@ -307,13 +310,35 @@ def update(model, optimizer, average, measured, load, streak, step, flags):
     optimizer.found_inf = (~good).float()  # the fused kernel leaves weights and moments alone where this is 1
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    model.balance(load, flags.balance * good)
+    model.balance(expert_load, flags.balance * good)
     if average:
         for name, p in model.named_parameters():
             average[name].lerp_(p.detach(), (1 - flags.ema) * good)
-    streak[0] = torch.where(good, 0, streak[0] + 1)
-    streak[1] += ~good
+    bad_steps[0] = torch.where(good, 0, bad_steps[0] + 1)
+    bad_steps[1] += ~good
     return norm
+
+
+def to_device(batch, process, compiled, teachers, spaces):
+    """(the batch on the device, what its attention takes as extents): a BlockMask for FlexAttention, else image_runs.
+
+    Both are made on the host before the batch leaves it. Without a cache, the teachers make the targets here.
+    """
+    if compiled and process.device.type == "cuda":
+        if not batch.mask_blocks:  # a pack that is not the loader's
+            batch = replace(batch, mask_blocks=mask_blocks(batch.starts, batch.n_tokens)).pin_memory()
+        batch = batch.to(process.device)
+        extents = block_mask(batch.mask_blocks, batch.image)
+    else:
+        extents = image_runs(batch.starts, batch.n_tokens)
+        batch = batch.to(process.device)
+    if teachers:
+        batch.targets = make_targets(teachers, spaces, batch)
+    if compiled:  # a pack's number of images: one graph from the start, where the second number would make another
+        per_image = [t for target in batch.targets.values() for kind, t in target.items() if kind != "patch"]
+        for t in [batch.starts, batch.shapes, batch.ids, *per_image]:
+            torch._dynamo.maybe_mark_dynamic(t, 0)
+    return batch, extents
 
 
 # ---- checkpoints ----
@@ -327,50 +352,35 @@ def checkpoints(folder):
 
 def save(folder, state, keep):
     """Write step-XXXXXX.pt so that it is whole or not there at all, then drop all but the newest `keep`."""
-    path = Path(folder) / f"step-{state['step']:06d}.pt"
-    temporary = path.with_suffix(".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError
-        temporary.unlink(missing_ok=True)
-        raise ValueError(
-            f"cannot write {path}: {str(error).splitlines()[0]}; earlier checkpoints are untouched"
-        ) from error
-    directory = os.open(folder, os.O_RDONLY)
-    os.fsync(directory)  # the rename, too, must outlive a power cut
-    os.close(directory)
+    amoe.write_atomically(Path(folder) / f"step-{state['step']:06d}.pt", lambda file: torch.save(state, file))
     for old in checkpoints(folder)[:-keep]:
         old.unlink()
 
 
-def state_of(model, optimizer, average, streak, step, position, flags):
+def state_of(run):
     """Everything that a run goes on from, as plain tensors and numbers; sharded weights are gathered."""
-    if flags.fsdp:
+    if run.flags.fsdp:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
-        weights, moments = get_state_dict(
-            model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-        )
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights, moments = get_state_dict(run.model, run.optimizer, options=options)
     else:
-        weights, moments = model.state_dict(), optimizer.state_dict()
+        weights, moments = run.model.state_dict(), run.optimizer.state_dict()
     return {
-        "step": step,
+        "step": run.step,
         "model": weights,
         "optimizer": moments,
-        "average": average,
-        "streak": streak,
-        "position": asdict(position),
-        "config": flags.model,
-        "flags": asdict(flags),
+        "average": run.average,
+        "bad_steps": run.bad_steps,
+        "position": asdict(run.position),
+        "tokens": run.tokens,
+        "seconds": run.seconds,
+        "flags": asdict(run.flags),
     }
 
 
-def restore(path, model, optimizer, average, streak, flags):
-    """Load a checkpoint; returns (step, Position). ValueError names a flag that changes results and differs."""
+def restore(run, path):
+    """Load a checkpoint into the run. ValueError names a flag that changes results and differs."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -378,24 +388,23 @@ def restore(path, model, optimizer, average, streak, flags):
             f"{path} is not a readable checkpoint: {str(error).splitlines()[0]}; delete it to use an older one"
         ) from error
     for f in fields(Flags):
-        before, now = state["flags"].get(f.name), getattr(flags, f.name)
+        before, now = state["flags"].get(f.name), getattr(run.flags, f.name)
         if f.metadata["group"] == RESULTS and before != now and f.name != "steps":
             raise ValueError(f"--resume: {path} was trained with --{f.name.replace('_', '-')} {before}, not {now}")
-    if flags.fsdp:
+    if run.flags.fsdp:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
-        options = StateDictOptions(full_state_dict=True)
-        set_state_dict(
-            model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=options
-        )
+        both = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
+        set_state_dict(run.model, run.optimizer, **both, options=StateDictOptions(full_state_dict=True))
     else:
-        amoe.load_exactly(model, state["model"], path)
-        optimizer.load_state_dict(state["optimizer"])
-    for name in average:
-        average[name].copy_(state["average"][name])
-    streak.copy_(state["streak"])
+        amoe.load_exactly(run.model, state["model"], path)
+        run.optimizer.load_state_dict(state["optimizer"])
+    for name in run.average:
+        run.average[name].copy_(state["average"][name])
+    run.bad_steps.copy_(state["bad_steps"])
+    run.step, run.tokens, run.seconds = state["step"], state["tokens"], state["seconds"]
     p = state["position"]
-    return state["step"], data.Position(p["epoch"], p["window"], p["pack"], tuple(tuple(c) for c in p["carried"]))
+    run.position = data.Position(p["epoch"], p["window"], p["pack"], tuple(tuple(c) for c in p["carried"]))
 
 
 # ---- the log ----
@@ -420,65 +429,252 @@ class Log:
                 file.write(json.dumps(entry) + "\n")
 
 
-def describe(flags, place, config):
+def describe(flags, process, config):
     """The log's first line: what a reader needs to run it again."""
-    here = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip()
-    device = (
-        torch.cuda.get_device_name()
-        if place.device.type == "cuda"
-        else f"{os.cpu_count()} CPU cores, {platform.machine()}"
-    )
+    commit = ""
+    with contextlib.suppress(OSError):  # no git on this machine
+        words = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(words, capture_output=True, text=True).stdout.strip()
+    gpu = process.device.type == "cuda"
+    device = torch.cuda.get_device_name() if gpu else f"{os.cpu_count()} CPU cores, {platform.machine()}"
     return {
         "config": asdict(flags),
         "model": asdict(config),
         "argv": sys.argv,
-        "commit": commit or "not a git checkout",
+        "commit": commit or "unknown",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "device": device,
-        "world": place.world,
+        "world": process.world,
     }
 
 
-# ---- entry ----
+class Interval:
+    """What happens between two lines of the log: losses averaged over its steps, tokens, waiting for data."""
+
+    def __init__(self):
+        self.begin()
+
+    def begin(self):
+        self.total, self.steps, self.tokens, self.waited, self.began = {}, 0, 0, 0.0, time.perf_counter()
+
+    def wait(self, batches):
+        """The next of `batches`, with the time that it took."""
+        asked = time.perf_counter()
+        batch, position = next(batches)
+        self.waited += time.perf_counter() - asked
+        self.tokens += int(batch.starts[-1])
+        return batch, position
+
+    def add(self, measured):
+        """Count a step; its losses stay on the device."""
+        self.steps += 1
+        self.total = {name: self.total.get(name, 0) + value for name, value in measured.items()}
+
+    def end(self, run, norm, expert_load):
+        """Write the line of the log; this is the one place where the host waits for the device."""
+        losses = {name: float(value) / self.steps for name, value in self.total.items()}
+        seconds, tokens = time.perf_counter() - self.began, self.tokens * run.process.world
+        relative = expert_load / expert_load.mean(1, keepdim=True) if expert_load.numel() else torch.ones(1, 1)
+        run.log.write(
+            step=run.step,
+            **losses,
+            lr=learning_rate(run.step - 1, run.flags),
+            grad_norm=float(norm),
+            epoch=run.position.epoch,
+            step_ms=1e3 * seconds / self.steps,
+            tokens_per_s=tokens / seconds,
+            data_wait_share=self.waited / seconds,
+            expert_load_min=float(relative.min()),
+            expert_load_max=float(relative.max()),
+            expert_load=[[round(x, 3) for x in row] for row in relative.tolist()],
+            skipped_steps=int(run.bad_steps[1]),
+        )
+        run.tokens, run.seconds = run.tokens + tokens, run.seconds + seconds
+        self.begin()
+        return {"loss": f"{losses['loss']:.3f}", "tokens_per_s": f"{tokens / seconds:.0f}"}
 
 
-def main(argv=None):
-    flags = parse(argv)
-    place, compiled = setup(flags)
-    train(flags, place, compiled)
-    if place.world > 1:
-        dist.barrier()  # a rank that leaves early takes the others' connections with it
-        dist.destroy_process_group()
+# ---- where it runs ----
 
 
-# ---- the loop ----
+@dataclass
+class Process:
+    """This process among those that train together; alone it is a world of one."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    def sum(self, tensor):
+        """The tensor summed over ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    @property
+    def group(self):
+        """The process group of all ranks; None alone."""
+        return dist.group.WORLD if self.world > 1 else None
+
+    def barrier(self):
+        if self.world > 1:
+            dist.barrier()
+
+    def counts(self, n):
+        """[n of every rank], from host to host: asking the device would make it wait."""
+        if self.world == 1:
+            return [n]
+        counts = [torch.tensor([0]) for _ in range(self.world)]
+        dist.all_gather(counts, torch.tensor([n]))
+        return [int(count) for count in counts]
+
+    def gather(self, x_NC, counts):
+        """Rows of all ranks [B, C] in rank order, `counts` of them each."""
+        if self.world == 1:
+            return x_NC
+        padded = x_NC.new_zeros(max(counts), x_NC.shape[1])
+        padded[: len(x_NC)] = x_NC
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        return torch.cat([p[:n] for p, n in zip(parts, counts, strict=True)])
 
 
-def reading(flags, place):
-    """How packs are read: by worker processes, by threads while a GPU steps, or in turn with a step on the CPU."""
-    threads = 2 if place.device.type == "cuda" else 0
-    return {"workers": flags.workers, "threads": threads, "on_corrupt": flags.on_corrupt}
+def setup(flags):
+    """(this Process, whether to compile); prints what was chosen, and why, on rank 0."""
+    device, why = flags.device, "asked for"
+    if device == "auto":
+        device, why = ("cuda", "a GPU is there") if torch.cuda.is_available() else ("cpu", "no GPU is there")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda, and torch sees no GPU; use --device cpu")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device == "cuda":
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+    if device == "cpu" and sys.platform == "linux":
+        keep_freed_memory()
+    if flags.threads:
+        torch.set_num_threads(flags.threads)
+    experts = kernels.moe.choose(
+        flags.kernels, torch.device(device), torch.bfloat16 if device != "cpu" else torch.float32
+    )
+    compiled = flags.compile == "on" or (flags.compile == "auto" and device.startswith("cuda"))
+    if rank == 0:
+        form = "FlexAttention, compiled" if compiled and device != "cpu" else "SDPA on each image"
+        print(
+            f"device {device} ({why}), {world} rank(s), attention: {form}, experts: {experts}, "
+            f"compile {'on' if compiled else 'off'}",
+            flush=True,
+        )
+    return Process(rank, world, torch.device(device)), compiled
 
 
-def on_device(batch, place, compiled, teachers, spaces):
-    """(the batch on the device, attention's groups), both made on the host: a BlockMask for FlexAttention, or runs.
+def keep_freed_memory():
+    """glibc hands large freed tensors back to the system; faulting their pages in anew was 14% of the toy's step."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its largest
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
-    Training without a cache, this is where the teachers are asked.
+
+# ---- preparing ----
+
+
+def prepare(flags, process, compiled):
+    """The Run at its beginning, or at the newest checkpoint of --out under --resume."""
+    folder = Path(flags.out)
+    if process.rank == 0:
+        make_run_folder(folder, flags)
+    dataset, spaces, teachers, world = open_data(flags, process, compiled)
+    model = build(flags, spaces, process.device)
+    wrapped = wrap(model, flags, process)
+    run = Run(
+        flags,
+        process,
+        compiled,
+        folder,
+        dataset,
+        spaces,
+        teachers,
+        world,
+        model,
+        wrapped,
+        torch.compile(forward) if compiled else forward,
+        make_optimizer(model, flags),
+        {name: p.detach().clone() for name, p in model.named_parameters()} if flags.ema else {},
+        torch.zeros(2, dtype=torch.int64, device=process.device),
+    )
+    found = checkpoints(folder) if flags.resume else []
+    if found:
+        restore(run, found[-1])
+        if process.rank == 0:
+            print(f"resuming from {found[-1]}", flush=True)
+    elif flags.resume and process.rank == 0:
+        print(f"--resume: {folder} holds no checkpoint, so this is the beginning", flush=True)
+    run.log = Log(folder, process.rank, run.step)
+    if not found:
+        run.log.write(**describe(flags, process, model.config))
+    return run
+
+
+def make_run_folder(folder, flags):
+    """Make the run's folder; a run that is there already is an error unless it is to be resumed or overwritten."""
+    names = ("log.jsonl", "result.json", "skipped.jsonl", "student.safetensors")
+    files = [*checkpoints(folder), *(folder / name for name in names if (folder / name).exists())]
+    if files and not flags.resume:
+        if not flags.overwrite:
+            raise ValueError(
+                f"{folder} holds a run: --resume goes on with it, --overwrite begins anew, or choose an --out"
+            )
+        for path in files:
+            path.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def load_subset(flags):
+    return np.load(flags.subset) if flags.subset else None
+
+
+def open_data(flags, process, compiled=False):
+    """(dataset, spaces, the teachers to run at every step, toy world or None).
+
+    Without a cache the teachers' spaces are fitted first, by rank 0, and kept under --out for --resume; the toy's
+    oracles are cached, for they are slow.
     """
-    groups = None if compiled and place.device.type == "cuda" else runs(batch.starts, batch.n_tokens)
-    if groups is None and batch.blocks is None:  # a pack that is not the loader's
-        batch = replace(batch, blocks=block_table(batch.starts, batch.n_tokens).pin_memory())
-    batch = batch.to(place.device)
-    if groups is None:
-        groups = mask_of(batch.blocks, batch.n_tokens)
-    if teachers:
-        batch.targets = targets.targets(teachers, spaces, batch)
-    if compiled:  # a pack's number of images: one graph from the start, where the second number would make another
-        per_image = [t for target in batch.targets.values() for kind, t in target.items() if kind != "patch"]
-        for t in [batch.starts, batch.shapes, batch.ids, *per_image]:
-            torch._dynamo.maybe_mark_dynamic(t, 0)
-    return batch, groups
+    if flags.cache:
+        cache = data.Cache(flags.cache).drop_damaged(flags.on_corrupt)
+        return cache, cache.spaces, [], None
+    if flags.images:
+        return *open_images(flags, process, compiled), None
+    world = toy.World(Path(flags.out) / "toy", flags.toy_images)
+    if process.rank == 0:
+        print(f"caching two oracle teachers' features of {world.n} toy images in {world.folder}", flush=True)
+        oracles = [toy.TextOracle(world), toy.DenseOracle(world)]
+        data.cache(world.write(), oracles, world.folder / "cache", max_tokens=64)
+    process.barrier()
+    cache = data.Cache(world.folder / "cache")
+    return cache, cache.spaces, [], world
+
+
+def open_images(flags, process, compiled):
+    """(Images, spaces, teachers) of --images and --teacher; the spaces are fitted by rank 0 where they are new."""
+    out, teachers = Path(flags.out), load_teachers(flags.teacher, flags.images, process.device)
+    layout = {"min_tokens": flags.min_tokens, "max_tokens": flags.max_tokens, "views": flags.views}
+    skipped, quiet = out / "skipped.jsonl", process.rank > 0
+    dataset = Images(find_sources(flags.images), flags.images, **layout, seed=flags.seed, skipped=skipped, quiet=quiet)
+    store = data.open_store(out)
+    if process.rank == 0:
+        print(f"running {', '.join(t.name for t in teachers)} at every step; PHI-S is fitted first", flush=True)
+        data.fit_or_read_spaces(store, "spaces.json", {}, out, dataset, teachers, flags.calibrate, process.device)
+    process.barrier()
+    if compiled:
+        for teacher in teachers:
+            if isinstance(teacher, Teacher):
+                teacher.compile()
+    about = data.unseal(store.read("spaces.json").result().value)
+    return dataset, data.read_spaces(store, about, out), teachers
 
 
 def build(flags, spaces, device):
@@ -498,68 +694,24 @@ def build(flags, spaces, device):
         fresh = amoe.inherit(model, parent)
         if fresh:
             print(f"--init {flags.init}: the heads of {', '.join(fresh)} begin afresh", flush=True)
-    model.checkpoint_blocks = flags.checkpoint
+    model.recompute = flags.checkpoint
     for module in model.modules():
         if isinstance(module, amoe.MoE):
             module.impl = flags.kernels
     return model.to(device)
 
 
-def open_data(flags, place, compiled=False):
-    """(dataset, spaces, the teachers to ask, toy world or None).
-
-    Without a cache the teachers' spaces are fitted first, by rank 0, and kept under --out for --resume; the toy's
-    oracles are cached, for they are slow.
-    """
-    if flags.cache:
-        cache = data.Cache(flags.cache).sound(flags.on_corrupt)
-        return cache, cache.spaces, [], None
-    out = Path(flags.out)
-    if flags.images:
-        teachers = targets.load_teachers(flags.teacher, flags.images, place.device)
-        layout = {"min_tokens": flags.min_tokens, "max_tokens": flags.max_tokens, "views": flags.views}
-        skipped, quiet = out / "skipped.jsonl", place.rank > 0
-        dataset = targets.Images(
-            find_sources(flags.images), flags.images, **layout, seed=flags.seed, skipped=skipped, quiet=quiet
-        )
-        if place.rank == 0:
-            print(f"asking {', '.join(t.name for t in teachers)} as training goes; calibrating first", flush=True)
-            data.begin(out / "teachers", dataset, teachers, "none", flags.calibrate, place.device)
-        if place.world > 1:
-            dist.barrier()
-        if compiled:
-            for teacher in teachers:
-                if isinstance(teacher, Teacher):
-                    teacher.compile()
-        return dataset, data.Cache(out / "teachers").spaces, teachers, None
-    world = toy.World(out / "toy", flags.toy_images)
-    if place.rank == 0:
-        print(f"caching two oracle teachers' features of {world.n} toy images in {world.folder}", flush=True)
-        oracles = [toy.TextOracle(world), toy.DenseOracle(world)]
-        data.cache(world.write(), oracles, world.folder / "cache", max_tokens=64)
-    if place.world > 1:
-        dist.barrier()
-    cache = data.Cache(world.folder / "cache")
-    return cache, cache.spaces, [], world
+def make_optimizer(model, flags):
+    """AdamW, fused; decay on matrices only, and not on the CLS and register tokens."""
+    decayed, free = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            (decayed if p.ndim >= 2 and not name.endswith("_tokens") and "cls_token" not in name else free).append(p)
+    groups = [{"params": decayed, "weight_decay": flags.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=flags.lr, betas=(0.9, 0.95), fused=True)
 
 
-def claim(folder, flags):
-    """Make the run's folder; a run that is there already is an error unless it is to be resumed or overwritten."""
-    files = [
-        *checkpoints(folder),
-        *(p for p in (folder / "log.jsonl", folder / "result.json", folder / "skipped.jsonl") if p.exists()),
-    ]
-    if files and not flags.resume:
-        if not flags.overwrite:
-            raise ValueError(
-                f"{folder} holds a run: --resume goes on with it, --overwrite begins anew, or choose an --out"
-            )
-        for path in files:
-            path.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
-
-
-def wrap(model, flags, place):
+def wrap(model, flags, process):
     """The model as ranks share it: sharded (FSDP2), replicated (DDP), or alone."""
     if flags.fsdp:
         from torch.distributed.fsdp import fully_shard
@@ -567,7 +719,7 @@ def wrap(model, flags, place):
         for block in model.layers:
             fully_shard(block)
         return fully_shard(model)
-    if place.world == 1:
+    if process.world == 1:
         return model
     # Buffers are the same on all ranks by construction: the load that moves expert biases is summed first.
     with warnings.catch_warnings():
@@ -575,136 +727,77 @@ def wrap(model, flags, place):
         return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
 
 
-def train(flags, place, compiled):
-    began = time.perf_counter()
-    folder = Path(flags.out)
-    if place.rank == 0:
-        claim(folder, flags)
-    dataset, spaces, teachers, world = open_data(flags, place, compiled)
-    found = checkpoints(folder) if flags.resume else []
-    model = build(flags, spaces, place.device)
-    subset = np.load(flags.subset) if flags.subset else None
-    order = data.Order(dataset, flags.tokens, flags.seed, subset, model.config.registers)
-    wrapped = wrap(model, flags, place)
-    run = torch.compile(forward) if compiled else forward
-    optimizer = make_optimizer(model, flags)
-    average = {name: p.detach().clone() for name, p in model.named_parameters()} if flags.ema else {}
-    streak = torch.zeros(2, dtype=torch.int64, device=place.device)
-    step, position = 0, data.Position()
-    if found:
-        step, position = restore(found[-1], model, optimizer, average, streak, flags)
-        if place.rank == 0:
-            print(f"resuming from {found[-1]}", flush=True)
-    elif flags.resume and place.rank == 0:
-        print(f"--resume: {folder} holds no checkpoint, so this is the beginning", flush=True)
-    log = Log(folder, place.rank, step)
-    if not found:
-        log.write(**describe(flags, place, model.config))
-    stop = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda n, _: stop.append(n))
-    batches = iter(data.loader(order, position, place.rank, place.world, flags.accumulate, **reading(flags, place)))
-    recent, state = deque(maxlen=10), None
-    bar = tqdm(total=flags.steps, initial=step, unit="step", disable=place.rank > 0, mininterval=1.0)
-    tokens, seconds, waited, mark = 0, 0.0, 0.0, time.perf_counter()
-    trained_tokens, trained_seconds = 0, 0.0
-    while step < flags.steps:
-        packs = []
-        for _ in range(flags.accumulate):
-            asked = time.perf_counter()
-            batch, position = next(batches)
-            waited += time.perf_counter() - asked
-            recent.append(batch.ids.tolist())
-            tokens += int(batch.starts[-1])
-            packs.append(on_device(batch, place, compiled, teachers, spaces))
-        measured, load = gradients(wrapped, packs, spaces, flags, place, run)
-        norm = update(model, optimizer, average, measured, load, streak, step, flags)
-        step += 1
-        bar.update()
-        if step % flags.log_every == 0 or step == flags.steps:
-            # The one place where the host waits for the device.
-            values = {name: float(v) for name, v in measured.items()}
-            now = time.perf_counter()
-            seconds, mark = now - mark, now
-            relative = load / load.mean(1, keepdim=True) if load.numel() else torch.ones(1, 1)
-            steps_since = (step - 1) % flags.log_every + 1
-            log.write(
-                step=step,
-                **values,
-                lr=learning_rate(step - 1, flags),
-                grad_norm=float(norm),
-                epoch=position.epoch,
-                step_ms=1e3 * seconds / steps_since,
-                tokens_per_s=tokens * place.world / seconds,
-                data_wait_share=waited / seconds,
-                expert_load_min=float(relative.min()),
-                expert_load_max=float(relative.max()),
-                expert_load=[[round(x, 3) for x in row] for row in relative.tolist()],
-                skipped_steps=int(streak[1]),
-            )
-            bar.set_postfix(loss=f"{values['loss']:.3f}", tokens_per_s=f"{tokens * place.world / seconds:.0f}")
-            trained_tokens, trained_seconds = trained_tokens + tokens * place.world, trained_seconds + seconds
-            tokens, waited = 0, 0.0
-            if streak[0] >= 10:
-                ids = [i for pack in recent for i in pack]
-                raise ValueError(f"ten steps in a row had a loss that is not finite; they held the images {ids}")
-        # Ranks must stop at the same step, and asking one another makes the device wait: only at lines of the log.
-        signalled = max(stop, default=0)
-        if place.world > 1:
-            asked = step % flags.log_every == 0 and place.sum(torch.tensor(float(signalled), device=place.device)) > 0
-            signalled = max(stop, default=signal.SIGTERM) if asked else 0
-        if step % flags.save_every == 0 or step == flags.steps or signalled:
-            state = state_of(model, optimizer, average, streak, step, position, flags)
-            if place.rank == 0:
-                save(folder, state, flags.keep)
+# ---- finishing ----
+
+
+def save_checkpoint(run):
+    """Write the run's checkpoint on rank 0; all ranks help to gather sharded weights."""
+    state = state_of(run)
+    if run.process.rank == 0:
+        save(run.folder, state, run.flags.keep)
+    return state
+
+
+def finish(run, began, signalled):
+    """Leave a student; after the last step also its scores and pictures, after a signal an exit code."""
+    state = state_of(run)
+    if run.process.rank == 0:
+        student = build(run.flags, run.spaces, run.process.device)
+        amoe.load_exactly(student, state["model"], "the run's last state")
+        student.load_state_dict(state["average"], strict=False)  # empty but under --ema
+        amoe.save(student, run.folder / "student.safetensors")
         if signalled:
-            bar.close()
-            if place.rank == 0:
-                name = signal.Signals(signalled).name
-                print(f"stopped by {name} after step {step}, which is saved: --resume goes on", flush=True)
-            sys.exit(128 + signalled)
-    bar.close()
-    if state is None:  # a run that was finished already and is resumed
-        state = state_of(model, optimizer, average, streak, step, position, flags)
-    if place.rank == 0 and flags.evaluate:
-        result = {"steps": step, "tokens": trained_tokens, "tokens_per_s": trained_tokens / max(trained_seconds, 1e-9)}
-        result |= finish(flags, dataset, spaces, teachers, world, state, place)
-        result["seconds"] = time.perf_counter() - began
-        (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-        print(
-            f"{result['seconds']:.0f} s in all, {result['tokens_per_s']:.0f} tokens/s in training; see {folder}",
-            flush=True,
-        )
+            name = signal.Signals(signalled).name
+            print(f"stopped by {name} after step {run.step}, which is saved: --resume goes on", flush=True)
+        elif run.flags.evaluate:
+            result = {"steps": run.step, "tokens": run.tokens, "tokens_per_s": run.tokens / max(run.seconds, 1e-9)}
+            result |= measure(run, student)
+            result["seconds"] = time.perf_counter() - began
+            text = json.dumps(result, indent=1) + "\n"
+            amoe.write_atomically(run.folder / "result.json", lambda file: file.write(text.encode()))
+            rate = result["tokens_per_s"]
+            print(f"{result['seconds']:.0f} s in all, {rate:.0f} tokens/s in training; see {run.folder}", flush=True)
+    if signalled:
+        sys.exit(128 + signalled)
 
 
-def finish(flags, dataset, spaces, teachers, world, state, place):
-    """From a run's last state: write student.safetensors, draw pca.png, print the table; returns its scores."""
-    student, untrained = (build(flags, spaces, place.device) for _ in range(2))
-    amoe.load_exactly(student, state["model"], "the run's last state")
-    student.load_state_dict(state["average"], strict=False)  # empty but under --ema
-    amoe.save(student, Path(flags.out) / "student.safetensors")
-    imitated = evaluate.of_targets(spaces, teachers, place.device)
+def measure(run, student):
+    """Draw pca.png and print the table of the student, its teachers and the untrained student; returns their scores."""
+    dataset, spaces, teachers, device = run.dataset, run.spaces, run.teachers, run.process.device
+    untrained = build(run.flags, spaces, device)
+    imitated = evaluate.of_targets(spaces, teachers, device)
     models = {"student": evaluate.of_student(student), "teacher": imitated, "untrained": evaluate.of_student(untrained)}
 
     def texts(name, entries):
         if not teachers:
             return dataset.text(name, entries)
         teacher = next(t for t in teachers if t.name == name)
-        rows = targets.embed_captions(teacher, [dataset.meta(entry)["caption"] for entry in entries])
+        rows = embed_captions(teacher, [dataset.meta(entry)["caption"] for entry in entries])
         return None if rows is None else torch.from_numpy(rows)
 
-    scores = (
-        evaluate.toy_scores(world, dataset, models)
-        if world
-        else evaluate.imitation_scores(dataset, spaces, models, texts)
-    )
+    if run.world:
+        scores = toy.scores(run.world, dataset, models)
+    else:
+        scores = evaluate.imitation_scores(dataset, spaces, models, texts)
     _, held = evaluate.split(dataset, 2000)
     shown = held[:: max(1, len(held) // 8)][:8]
     if shown:
-        evaluate.run_sheet(dataset, shown, models).save(Path(flags.out) / "pca.png")
+        evaluate.run_sheet(dataset, shown, models).save(run.folder / "pca.png")
     if scores:
         evaluate.print_table(scores)
     return scores
+
+
+# ---- entry ----
+
+
+def main(argv=None):
+    flags = parse(argv)
+    process, compiled = setup(flags)
+    train(flags, process, compiled)
+    if process.world > 1:
+        dist.barrier()  # a rank that leaves early takes the others' connections with it
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

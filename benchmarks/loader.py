@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from packs import WINDOW
 
 import data
 import images
-from packs import WINDOW
 
 SECONDS = 1.0  # of a warm measurement
 

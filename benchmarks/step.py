@@ -24,8 +24,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository, also when run as a script
 
-import amoe
 import packs
+
+import amoe
 from kernels.attention import block_table
 from kernels.bench import median_ms, peaks, record
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from amoe import ROW, autocast
-from teachers import NAMES, SigLIP2, Sizes, Text, DINOv3, file_key, load_state
+from teachers import NAMES, DINOv3, SigLIP2, Sizes, Text, file_key, load_state
 
 # ---- packed against padded, at real sizes ----
 

@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 BLOCK = 128  # queries and keys in a block of the mask, FlexAttention's default
 
 
-def runs(starts, n_tokens):
+def image_runs(starts, n_tokens):
     """Neighbouring images of one length as (first token, images, length): each run is one dense batch for SDPA.
 
     Padding, the tokens from starts[-1] on, is a last group of its own.
@@ -34,13 +34,14 @@ def runs(starts, n_tokens):
     return out
 
 
-def block_table(starts, n_tokens):
-    """All that FlexAttention is told of a pack, from `starts` alone, on the host: int32 [2 (n + n * n) + T], n blocks.
+def mask_blocks(starts, n_tokens):
+    """Which blocks of keys each block of queries attends to, from `starts` alone: {name: int32}, on the host.
 
-    First for the block pairs that need the mask, then for those that are whole: how many of them each query block
-    touches [n], and which [n, n], those that count in front, in order. Then every token's image [T]. A row of query
-    blocks touches the key blocks from the start of its first image to the end of its last; a block pair inside one
-    image is whole. The blocks are those that `create_block_mask` finds by evaluating the rule on every pair of tokens.
+    "partial" are the block pairs in which only some tokens are of one image, "full" those inside one image. Of n blocks
+    of queries, `partial_count` [n] says how many key blocks each has, and `partial_index` [n, n] which, those that
+    count in front; `full_count` and `full_index` likewise. A row of query blocks touches the key blocks from the start
+    of its first image to the end of its last. The blocks are those that `create_block_mask` finds by evaluating the
+    rule on every pair of tokens.
     """
     # numpy: so small, these run in 0.3 ms on one thread, and torch's threads have taken 7 ms to agree on them
     edges = np.append(starts.numpy(force=True), n_tokens)  # an empty last image where there is no padding
@@ -51,65 +52,69 @@ def block_table(starts, n_tokens):
     low, high = edges[image_first] // BLOCK, (edges[image_last + 1] - 1) // BLOCK  # high inclusive
     column = np.arange(n)
     touched = (column >= low[:, None]) & (column <= high[:, None])
-    # A last block cut short by the end of the sequence is never whole, as create_block_mask has it.
+    # A last block cut short by the end of the sequence is never full, as create_block_mask has it.
     inside = (image_first == image_last) & (first + BLOCK <= n_tokens)
-    whole = touched & inside[:, None] & inside & (image_first[:, None] == image_first)
-    lists = [(dense.sum(1), (~dense).argsort(axis=1, kind="stable")) for dense in (touched & ~whole, whole)]
-    image = np.repeat(np.arange(len(edges) - 1), np.diff(edges))
-    return torch.from_numpy(np.concatenate([part.ravel() for part in (*lists[0], *lists[1], image)]).astype(np.int32))
+    full = touched & inside[:, None] & inside & (image_first[:, None] == image_first)
+    blocks = {}
+    for name, dense in (("partial", touched & ~full), ("full", full)):
+        blocks[f"{name}_count"] = dense.sum(1)
+        blocks[f"{name}_index"] = (~dense).argsort(axis=1, kind="stable")
+    return {name: torch.from_numpy(array.astype(np.int32)) for name, array in blocks.items()}
 
 
-def mask_of(table, n_tokens):
-    """The BlockMask that a `block_table` describes, on the table's device; nothing is computed.
+def block_mask(blocks, image_T):
+    """FlexAttention's BlockMask of `mask_blocks` and the image of every token (Batch.image); nothing is computed.
 
     Being of one image is symmetric: the query blocks that touch a key block are the key blocks that it touches as a
     query block. `BlockMask.from_kv_blocks` would transpose the lists, which was most of a mask's cost.
     """
-    n = -(-n_tokens // BLOCK)
-    *lists, image = table.split([n, n * n, n, n * n, n_tokens])
-    shapes = [(1, 1, n), (1, 1, n, n)] * 2
-    number, index, whole_number, whole_index = (t.view(shape) for t, shape in zip(lists, shapes, strict=True))
 
     def same_image(b, h, q, k):
-        return image[q] == image[k]
+        return image_T[q] == image_T[k]
 
+    count, index, full_count, full_index = (
+        blocks[name][None, None] for name in ("partial_count", "partial_index", "full_count", "full_index")
+    )
     return BlockMask(
-        seq_lengths=(n_tokens, n_tokens),
-        kv_num_blocks=number,
+        seq_lengths=(len(image_T), len(image_T)),
+        kv_num_blocks=count,
         kv_indices=index,
-        full_kv_num_blocks=whole_number,
-        full_kv_indices=whole_index,
-        q_num_blocks=number,
+        full_kv_num_blocks=full_count,
+        full_kv_indices=full_index,
+        q_num_blocks=count,
         q_indices=index,
-        full_q_num_blocks=whole_number,
-        full_q_indices=whole_index,
+        full_q_num_blocks=full_count,
+        full_q_indices=full_index,
         BLOCK_SIZE=(BLOCK, BLOCK),
         mask_mod=same_image,
     )
 
 
-def block_mask(starts, n_tokens, device="cpu"):
-    """FlexAttention's mask of a pack on `device`, by one copy."""
-    return mask_of(block_table(starts, n_tokens).to(device), n_tokens)
+def mask_of(starts, n_tokens, device="cpu"):
+    """The BlockMask of images that begin at `starts` [M + 1]; tokens from the last of them on are padding."""
+    edges = torch.cat([starts.cpu().int(), torch.tensor([n_tokens], dtype=torch.int32)])
+    image_T = torch.repeat_interleave(torch.arange(len(edges) - 1, dtype=torch.int32), edges.diff())
+    blocks = {name: t.to(device) for name, t in mask_blocks(starts, n_tokens).items()}
+    return block_mask(blocks, image_T.to(device))
 
 
-def attend(q_THd, k_THd, v_THd, groups, sinks_H=None):
+def attend(q_THd, k_THd, v_THd, extents, sinks_H=None):
     """Attention within each image of the pack, scale 1 / sqrt(d), [T, H, d]; with sinks, out *= sigmoid(lse - sink).
 
-    `groups` chooses the form. A BlockMask runs FlexAttention, which wants torch.compile around it. `runs(...)` runs
-    SDPA on each image, on any device: there a sink is one more key with score `sink` and value zero, which is the same
-    function, since sigmoid(lse - sink) = e^lse / (e^lse + e^sink).
+    `extents` chooses the form. A BlockMask runs FlexAttention, which wants torch.compile around it. `image_runs(...)`
+    runs SDPA on each image, on any device: there a sink is one more key with score `sink` and value zero, which is the
+    same function, since sigmoid(lse - sink) = e^lse / (e^lse + e^sink).
     """
     d = q_THd.shape[-1]
-    if isinstance(groups, BlockMask):
+    if isinstance(extents, BlockMask):
         q, k, v = (t.transpose(0, 1)[None] for t in (q_THd, k_THd, v_THd))
-        out, aux = flex_attention(q, k, v, block_mask=groups, return_aux=AuxRequest(lse=True))
+        out, aux = flex_attention(q, k, v, block_mask=extents, return_aux=AuxRequest(lse=True))
         if sinks_H is not None:
             out = out * torch.sigmoid(aux.lse - sinks_H[:, None])[..., None].to(out.dtype)
         return out[0].transpose(0, 1)
-    sizes = [images * length for _, images, length in groups]  # split: its gradient is one concatenation
+    sizes = [images * length for _, images, length in extents]  # split: its gradient is one concatenation
     outs = []
-    for (_, images, length), *qkv in zip(groups, *(t.split(sizes) for t in (q_THd, k_THd, v_THd)), strict=True):
+    for (_, images, length), *qkv in zip(extents, *(t.split(sizes) for t in (q_THd, k_THd, v_THd)), strict=True):
         q, k, v = (t.unflatten(0, (images, length)).transpose(1, 2) for t in qkv)
         if sinks_H is not None:
             # Queries gain a constant channel; the extra key is zero but there, where it holds the sink's score.

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
@@ -12,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
 import amoe
-from data import pack
-from kernels.attention import attend, block_mask, runs
+from amoe import pack
+from kernels.attention import attend, image_runs, mask_of
 
 
 def image_of_tokens(starts, T):
@@ -21,7 +23,15 @@ def image_of_tokens(starts, T):
 
 
 def small(spaces=(), **changes):
-    sizes = {"layers": 2, "dim": 32, "heads": 2, "head_dim": 16, "hidden": 24, "experts": 4, "top_k": 2} | changes
+    sizes = {
+        "layers": 2,
+        "dim": 32,
+        "heads": 2,
+        "head_dim": 16,
+        "experts": 4,
+        "top_k": 2,
+        "expert_hidden": 24,
+    } | changes
     torch.manual_seed(0)
     model = amoe.AMoE(amoe.Config(**sizes), list(spaces))
     for p in model.parameters():  # away from the initial zeros, which would hide a wrong block
@@ -52,6 +62,61 @@ def test_siglino_outputs_match_the_reference(shared, kind):
             assert (answers[i]["summary"][ours] - summary).abs().max() < 1e-4
     fresh = amoe.golden_frequencies(config["n_heads"], config["head_dim"])
     assert (fresh - state["freqs_cis_golden"]).abs().max() < 1e-5
+
+
+def plain_block(x, block, rotation):
+    """A block over the tokens [L, D] of one image, token by token where the packed model sorts them by expert."""
+    L, attention = len(x), block.attention
+    h = block.attention_norm(x)
+    q, k, v = (w(h).view(L, -1, attention.head_dim) for w in (attention.wq, attention.wk, attention.wv))
+    q, k = (amoe.rotate(t / (t.square().mean(-1, keepdim=True) + amoe.QK_EPS).sqrt(), *rotation) for t in (q, k))
+    score = torch.einsum("qhd,khd->hqk", q, k) / attention.head_dim**0.5
+    weight = score.exp() / (score.exp().sum(-1, keepdim=True) + attention.sinks.exp()[:, None, None])
+    x = x + attention.wo(torch.einsum("hqk,khd->qhd", weight, v).flatten(1))
+    h = block.ffn_norm(x)
+    if not hasattr(block, "moe"):
+        return x + block.feed_forward(h)
+    w, out = block.moe.experts, []
+    for token in h:
+        gate = torch.sigmoid(block.moe.router.gate.weight @ token)
+        chosen = (gate + block.moe.expert_bias).topk(block.moe.router.top_k).indices.tolist()
+        out.append(sum(gate[e] * (w.w2[e] @ (F.silu(w.w1[e] @ token) * (w.w3[e] @ token))) for e in chosen))
+    return x + torch.stack(out)
+
+
+@pytest.mark.parametrize("dense_layers", [0, 1, 2, 3])
+def test_leading_dense_layers_are_read_off_a_checkpoint_and_run(dense_layers, random_images):
+    """Catches a model dense or sparse as a whole, widths mixed up between the two, and expert loads of dense layers."""
+    pool = amoe.MapPool(32, 28, 16, 1e-5).state_dict()
+    spaces = [amoe.Space("dinov3", 12, registers=2), amoe.Space("siglip2", 32, pool=pool, pool_eps=1e-5)]
+    experts = (
+        {"experts": 4, "top_k": 2, "expert_hidden": 24}
+        if dense_layers < 3
+        else {"experts": 0, "top_k": 0, "expert_hidden": 0}
+    )
+    model = small(spaces, layers=3, dense_layers=dense_layers, dense_hidden=40, registers=2, **experts)
+    official = {
+        re.sub(r"^heads\.(\w+)\.(fc|norm)", r"\1_adapter.\2", key).replace(
+            "heads.siglip2.pool.", "siglip2_multihead_attention_pooling_head."
+        ): value
+        for key, value in model.state_dict().items()
+    }
+    read = amoe.load_siglino(official, top_k=2)
+    assert read.config == replace(model.config, dense_hidden=40 if dense_layers else 0)
+    rows, shapes = random_images
+    [first, *_], [want, *_] = read.encode(rows, shapes), model.encode(rows, shapes)
+    assert all(torch.equal(first["patch"][name], want["patch"][name]) for name in ("dinov3", "siglip2", "amoe"))
+    with torch.no_grad():
+        out, expert_load = model(pack(rows, shapes, registers=2))
+        assert expert_load.shape == ((3 - dense_layers, 4) if dense_layers < 3 else (0, 0))
+        start = 0
+        for r, (h, w) in zip(rows, shapes, strict=True):
+            yx = torch.cat([torch.zeros(3, 2), amoe.grid_positions(h, w)])
+            x = torch.cat([model.cls_token[0], model.storage_tokens[0], model.img_projector(amoe.normalise(r))])
+            for block in model.layers:
+                x = plain_block(x, block, amoe.rotations(yx, model.freqs_cis_golden))
+            assert (model.norm(x) - out["amoe"]["patch"][start : start + len(x)]).abs().max() < 1e-4
+            start += len(x)
 
 
 def test_siglino_errors_name_the_key(shared):
@@ -113,7 +178,7 @@ def test_attention_and_its_gradient_match_the_dense_definition():
     q, k, v = (torch.randn(T, 3, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
     sinks = torch.randn(3, dtype=torch.float64, requires_grad=True)
     want = dense_attention(q, k, v, image, sinks)
-    got = attend(*(t.float() for t in (q, k, v)), runs(torch.tensor(starts), T), sinks.float())
+    got = attend(*(t.float() for t in (q, k, v)), image_runs(torch.tensor(starts), T), sinks.float())
     assert (got - want).abs().max() < 1e-5
     weight = torch.randn(T, 3, 8, dtype=torch.float64)
     wanted = torch.autograd.grad((want * weight).sum(), (q, k, v, sinks))
@@ -126,12 +191,12 @@ def test_flex_attention_equals_sdpa():
     torch.manual_seed(0)
     starts, T = [0, 40, 41, 170, 300], 310
     q, k, v, sinks = *(torch.randn(T, 2, 16) for _ in range(3)), torch.randn(2)
-    mask = block_mask(torch.tensor(starts), T)
+    mask = mask_of(torch.tensor(starts), T)
     out, aux = flex_attention(
         *(t.transpose(0, 1)[None] for t in (q, k, v)), block_mask=mask, return_aux=AuxRequest(lse=True)
     )
     out = (out * torch.sigmoid(aux.lse - sinks[:, None])[..., None])[0].transpose(0, 1)
-    assert (attend(q, k, v, runs(torch.tensor(starts), T), sinks) - out).abs().max() < 1e-5
+    assert (attend(q, k, v, image_runs(torch.tensor(starts), T), sinks) - out).abs().max() < 1e-5
     with torch.no_grad():
         assert (attend(q, k, v, mask, sinks) - out).abs().max() < 1e-6
 
@@ -143,7 +208,7 @@ def test_block_mask_from_starts_equals_evaluating_the_rule(starts, T):
     """Catches an inclusive end taken as exclusive in the range of key blocks, and cut-short last blocks called full."""
     image = image_of_tokens(starts, T)
     want = create_block_mask(lambda b, h, q, k: image[q] == image[k], None, None, T, T, device="cpu")
-    got = block_mask(torch.tensor(starts), T)
+    got = mask_of(torch.tensor(starts), T)
     assert torch.equal(got.to_dense(), want.to_dense())
     assert torch.equal(got.full_kv_num_blocks, want.full_kv_num_blocks)
     assert torch.equal(got.kv_num_blocks, want.kv_num_blocks)

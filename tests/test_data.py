@@ -17,10 +17,9 @@ from PIL import Image
 
 import amoe
 import data
-import shards
 import toy
 from images import find_sources, load_image
-from targets import load_teachers
+from teachers import load_teachers
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -211,7 +210,7 @@ def test_large_shards_are_read_by_image(cache, monkeypatch):
     """Catches the two ways of reading, whole arrays and rows, that disagree."""
     entries = [(3, 7), (0, 2), (0, 3)]
     whole = data.Cache(cache.path).read(entries, 400)
-    monkeypatch.setattr(shards, "MEMORY", 1000)
+    monkeypatch.setattr(data, "MEMORY", 1000)
     by_image = data.Cache(cache.path)
     read = by_image.read(entries, 400)
     assert sum(a.nbytes for a in by_image.held.values()) <= 1000
@@ -277,14 +276,14 @@ def test_the_order_goes_on_from_any_position(cache):
     assert walk(data.Order(cache, 300, seed=2), 40) != whole
 
 
-@pytest.mark.parametrize(("workers", "threads"), [(0, 0), (2, 0), (0, 2)])
-def test_ranks_and_workers_share_one_global_order(cache, workers, threads):
-    """Catches ranks that draw orders of their own, and workers or threads that return packs out of turn."""
+@pytest.mark.parametrize("threads", [0, 2])
+def test_ranks_and_threads_share_one_global_order(cache, threads):
+    """Catches ranks that draw orders of their own, and threads that return packs out of turn."""
     order = data.Order(cache, 300, seed=1)
     whole = [[int(cache.shard(n).ids[i]) for n, i in pack] for pack, _ in walk(order, 8)]
     ranks = []
     for rank in range(2):
-        batches = iter(data.loader(order, data.Position(), rank, 2, 2, workers, threads))
+        batches = iter(data.loader(order, data.Position(), rank, 2, 2, threads))
         ranks.append([next(batches) for _ in range(4)])
     assert [ranks[n % 2][n // 2][0].ids.tolist() for n in range(8)] == whole
     after = walk(order, 8)[3][1]

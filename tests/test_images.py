@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps, features
 
+import amoe
 import images
 
 
@@ -40,11 +41,11 @@ def test_small_images_keep_their_native_grid_or_reach_the_least():
 def test_rows_are_row_column_channel():
     """Catches (channel, row, column) inside a patch, the order of raw images in the reference code."""
     image = torch.arange(32 * 48 * 3).reshape(32, 48, 3).to(torch.uint8)
-    rows, shape = images.to_rows(image)
+    rows, shape = amoe.to_rows(image)
     assert shape == (2, 3) and torch.equal(rows[4], image[16:32, 16:32].reshape(-1))
-    assert torch.equal(images.from_rows(rows, shape), image)
+    assert torch.equal(amoe.from_rows(rows, shape), image)
     with pytest.raises(ValueError, match="16 h"):
-        images.to_rows(image[:30])
+        amoe.to_rows(image[:30])
 
 
 def test_alpha_lies_over_white():

@@ -2,7 +2,6 @@
 
 import filecmp
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -16,8 +15,7 @@ import torch
 from PIL import Image
 
 import data
-import shards
-from targets import load_teachers
+from teachers import load_teachers
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -97,7 +95,7 @@ def test_a_lost_or_truncated_file_is_named_and_never_trained_on(cache, tmp_path,
         assert "00002" in complaint and file.parts[2] in complaint.replace("not committed", "shard.json")
         if file.name == "shard.json":
             with pytest.raises(ValueError, match="shard 00002"):
-                opened.sound()
+                opened.drop_damaged()
         elif file.parts[2].split(".")[0] not in ("meta", "views", "text") and not (
             how == "longer" and "c" in file.parts
         ):
@@ -115,15 +113,15 @@ def test_packs_leave_damage_out_only_when_told_to(cache, tmp_path, capsys, monke
     raw[2000] ^= 4
     pixels.write_bytes(raw)
     (path / "shards/00002/patch.dense/c/0/0").unlink()
-    for memory in (shards.MEMORY, 1000):  # whole arrays, rows
-        monkeypatch.setattr(shards, "MEMORY", memory)
+    for memory in (data.MEMORY, 1000):  # whole arrays, rows
+        monkeypatch.setattr(data, "MEMORY", memory)
         damaged = data.Cache(path)
-        item = [(1, 0), (0, 3), (2, 5)], None
+        entries = [(1, 0), (0, 3), (2, 5)]
         with pytest.raises(data.Damage, match="shard 00001, array pixels"):
-            data.Packs(damaged, 400)[item]
+            data.read_pack(damaged, entries, 400, 4)
         with pytest.raises(data.Damage, match=r"shard 00002, array patch.dense"):
             damaged.read([(2, 5)])
-        batch, _ = data.Packs(damaged, 400, on_corrupt="skip")[item]
+        batch = data.read_pack(damaged, entries, 400, 4, on_corrupt="skip")
         assert batch.ids.tolist() == [int(damaged.shard(0).ids[3])]
         assert "shard 00001" in capsys.readouterr().err
 
@@ -134,11 +132,11 @@ def test_a_missing_or_damaged_shard_is_not_passed_over_in_silence(cache, tmp_pat
     shutil.rmtree(path / "shards/00001")
     (path / "shards/00003/shard.json").write_bytes(b"{}")
     with pytest.raises(ValueError, match=r"shard 00001: missing.*--on-corrupt skip"):
-        data.Cache(path).sound()
-    assert data.Cache(path).sound("skip").numbers == [0, 2]
+        data.Cache(path).drop_damaged()
+    assert data.Cache(path).drop_damaged("skip").numbers == [0, 2]
     said = capsys.readouterr().err
     assert "shard 00001" in said and "shard 00003" in said
-    assert data.Cache(cache.path).sound().numbers == [0, 1, 2, 3]
+    assert data.Cache(cache.path).drop_damaged().numbers == [0, 1, 2, 3]
 
 
 # ---- the wrong cache ----
@@ -171,7 +169,7 @@ def test_other_weights_under_the_same_name_are_an_error(plug_in, tmp_path):
         def __call__(self, batch):
             return {kind: 255 - value for kind, value in super().__call__(batch).items()}
 
-    with pytest.raises(ValueError, match="begun with another teacher 't'"):
+    with pytest.raises(ValueError, match="made with another teacher 't'"):
         data.cache(tmp_path, [Other()], tmp_path / "c", shard_images=4, progress=False)
 
 
@@ -206,23 +204,27 @@ def command(images, plug_in, out, *more):
 
 
 @pytest.mark.slow
-def test_workers_and_ranges_write_the_cache_that_one_writer_does(plug_in, tmp_path):
-    """Catches workers that share a shard or leave one out, and spaces fitted by each."""
+def test_processes_that_share_the_shards_write_the_cache_that_one_does(plug_in, tmp_path):
+    """Catches two that write one shard or leave one out, and spaces fitted by each."""
     images = noise(tmp_path / "images", [64] * 23)
     run = lambda out, *more: subprocess.run(  # noqa: E731
         command(images, plug_in, tmp_path / out, *more), cwd=ROOT, capture_output=True, text=True
     )
     assert run("one").returncode == 0
-    assert run("two", "--workers", "2").returncode == 0
+    both = [
+        subprocess.Popen(command(images, plug_in, tmp_path / "two", "--shard-range", f"{i}/2"), cwd=ROOT)
+        for i in (0, 1)
+    ]
+    assert [process.wait() for process in both] == [0, 0]
     assert same(tmp_path / "one", tmp_path / "two")
-    first = run("parts", "--shard-range", "1/2", "--workers", "2")
+    first = run("parts", "--shard-range", "1/2")
     assert first.returncode == 0 and "3 of 6 shards" in first.stdout
     assert run("parts", "--shard-range", "0/2").returncode == 0
     assert same(tmp_path / "one", tmp_path / "parts")
     bad = run("x", "--shard-range", "2/2")
     assert bad.returncode and "0 <= I < N" in bad.stderr and "Traceback" not in bad.stderr
     (tmp_path / "plug.py").write_text((tmp_path / "plug.py").read_text().replace("x[batch", "x[0 * batch"))
-    bad = run("y", "--workers", "2", "--calibrate", "4")
+    bad = run("y", "--calibrate", "4")
     assert bad.returncode and bad.stderr.strip().splitlines()[-1].startswith("data.py: ")
 
 
@@ -298,27 +300,3 @@ def test_killed_writers_and_a_rerun_make_the_undisturbed_cache(world, tmp_path, 
         (tmp_path / f"killed{k}/shards/00003/pixels.__lock").unlink(missing_ok=True)  # in a shard committed before
         assert same(tmp_path / f"killed{k}", tmp_path / "undisturbed")
     print(f"{kills} kills in {seconds:.2f} s of writing each, shards committed at each: {shards}")
-
-
-@pytest.mark.slow
-def test_workers_die_with_their_parent(plug_in, tmp_path):
-    """Catches orphans that go on writing the shards that a rerun writes too."""
-    images = noise(tmp_path / "images", [64] * 23)
-    text = (tmp_path / "plug.py").read_text()
-    (tmp_path / "plug.py").write_text(
-        "import time\n" + text.replace("        x =", "        time.sleep(0.5)\n        x =")
-    )
-    process = subprocess.Popen(command(images, plug_in, tmp_path / "c", "--workers", "2"), cwd=ROOT)
-    while not list((tmp_path / "c").glob("shards/*/shard.json")):
-        time.sleep(0.02)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    process.kill()
-    process.wait()
-    began = time.monotonic()
-    while any(os.path.exists(f"/proc/{child}") for child in children):
-        assert time.monotonic() - began < 5
-        time.sleep(0.02)
-    (tmp_path / "plug.py").write_text(text)
-    for out in ("c", "undisturbed"):
-        subprocess.run(command(images, plug_in, tmp_path / out), cwd=ROOT, check=True, capture_output=True)
-    assert same(tmp_path / "c", tmp_path / "undisturbed")

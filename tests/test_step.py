@@ -12,9 +12,9 @@ import amoe
 import data
 import kernels.moe
 import train
-from kernels.attention import block_mask, block_table, mask_of, runs
+from kernels.attention import block_mask, image_runs, mask_blocks, mask_of
 
-CPU = train.Place(0, 1, torch.device("cpu"))
+CPU = train.Process(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -38,10 +38,10 @@ def test_model_and_losses_are_one_graph_whatever_the_pack_holds(cache, as_on_cud
     compiled = torch.compile(train.forward, backend=counter, fullgraph=True)
     sizes = set()
     for _ in range(5):
-        batch, groups = train.on_device(cache.read(next(order)[0], 512), CPU, True, [], cache.spaces)
+        batch, groups = train.to_device(cache.read(next(order)[0], 512), CPU, True, [], cache.spaces)
         sizes.add(batch.n_images)
         results = []
-        for pack, run in (((batch, block_mask(batch.starts, 512)), compiled), ((batch, groups), train.forward)):
+        for pack, run in (((batch, mask_of(batch.starts, 512)), compiled), ((batch, groups), train.forward)):
             model.zero_grad()
             measured, _ = train.gradients(model, [pack], cache.spaces, flags, CPU, run)
             gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
@@ -55,8 +55,9 @@ def test_model_and_losses_are_one_graph_whatever_the_pack_holds(cache, as_on_cud
 def test_the_loader_makes_what_attention_is_told(cache):
     """Catches a table of the images alone, without the padding, and one that a copy of the batch leaves behind."""
     batch, _ = next(iter(data.loader(data.Order(cache, 512), data.Position())))
-    assert torch.equal(batch.to("cpu").blocks, block_table(batch.starts, 512))
-    assert torch.equal(mask_of(batch.blocks, 512).to_dense(), block_mask(batch.starts, 512).to_dense())
+    want = mask_blocks(batch.starts, 512)
+    assert want and all(torch.equal(blocks, want[name]) for name, blocks in batch.to("cpu").mask_blocks.items())
+    assert torch.equal(block_mask(batch.mask_blocks, batch.image).to_dense(), mask_of(batch.starts, 512).to_dense())
 
 
 @pytest.mark.parametrize("B", [2, 9, 100])
@@ -81,10 +82,10 @@ class NoWaiting(TorchFunctionMode):
 @pytest.mark.parametrize("packs", [1, 2])
 def test_a_step_never_waits_for_the_device(cache, as_on_cuda, packs, monkeypatch):
     """Catches .item(), .tolist(), bool(), nonzero() and torch.tensor(numbers, device=...) in a step: on the meta device
-    there is no data to read. Attention's groups are made on the host, before the batch leaves it."""
+    there is no data to read. Attention's extents are made on the host, before the batch leaves it."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # meta has none
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
-    meta = train.Place(0, 1, torch.device("meta"))
+    meta = train.Process(0, 1, torch.device("meta"))
     flags = flags_for(cache, "--ema", "0.9")
     spaces = [amoe.Space("text", 96), amoe.Space("dense", 48, 2, register_variance=(2.0, 3.0))]
     model = amoe.AMoE(amoe.CONFIGS["toy"], spaces).to("meta")
@@ -97,7 +98,7 @@ def test_a_step_never_waits_for_the_device(cache, as_on_cuda, packs, monkeypatch
                 "summary": torch.zeros(12, space.dim),
                 "registers": torch.zeros(12, 2, space.dim),
             }
-        batches.append(train.on_device(batch, meta, False, [], spaces))
+        batches.append(train.to_device(batch, meta, False, [], spaces))
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
     streak = torch.zeros(2, dtype=torch.int64, device="meta")
     optimizer = torch.optim.RMSprop(model.parameters())  # fused AdamW is torch's own, and has no meta form
@@ -106,7 +107,7 @@ def test_a_step_never_waits_for_the_device(cache, as_on_cuda, packs, monkeypatch
         norm = train.update(model, optimizer, average, measured, load, streak, 5, flags)
     assert {t.device.type for t in (norm, load, *measured.values())} == {"meta"}
     with NoWaiting(), pytest.raises((RuntimeError, NotImplementedError)):
-        runs(batches[0][0].starts, 1024)
+        image_runs(batches[0][0].starts, 1024)
     for wait in (lambda: torch.tensor([1.0], device="meta"), lambda: norm.new_tensor([1.0])):
         with NoWaiting(), pytest.raises(AssertionError, match="would wait"):
             wait()
@@ -124,7 +125,7 @@ def test_compiled_steps_give_the_loss_of_eager_ones(cache, monkeypatch):
         run = torch.compile(train.forward) if compiled else train.forward
         losses = []
         for step in range(3):
-            pack = train.on_device(cache.read(entries_of(cache, 8), 512), CPU, compiled, [], cache.spaces)
+            pack = train.to_device(cache.read(entries_of(cache, 8), 512), CPU, compiled, [], cache.spaces)
             measured, load = train.gradients(model, [pack], cache.spaces, flags, CPU, run)
             train.update(model, optimizer, {}, measured, load, streak, step, flags)
             losses.append(measured["loss"].item())

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import teachers
-from amoe import MapPool
+from amoe import MapPool, pack
+from benchmarks import teachers_bench
 from images import to_rows
-from packs import pack
 
 SHARED = Path(os.environ.get("AMOE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 SHAPES = [(3, 5), (1, 4), (6, 2), (3, 5), (4, 4)]
@@ -569,7 +569,7 @@ def test_the_wrong_teacher_for_a_file_is_said(given, held, tmp_path):
     path = tmp_path / "weights.pth"
     torch.save(state, path)
     with pytest.raises(ValueError, match=f"weights.pth is a {held} checkpoint and was given as {given}"):
-        teachers.load(f"{given}={path}")
+        teachers.load_teacher(f"{given}={path}")
 
 
 # ---- specs ----
@@ -584,14 +584,14 @@ def test_load_reads_the_kind_off_the_keys_and_takes_the_name(suffix, tmp_path):
     ):
         path = tmp_path / f"{kind}.{suffix}"
         torch.save(state, path) if suffix == "pth" else save_file(state, path)
-        teacher, batch = teachers.load(f"big-one={path}"), packed(pictures())
+        teacher, batch = teachers.load_teacher(f"big-one={path}"), packed(pictures())
         assert teacher.name == "big-one" and not teacher.training
         assert torch.equal(teacher(batch)["patch"], teachers.load_state(kind, state)(batch)["patch"])
     with pytest.raises(ValueError, match=r"dinov3.*lacks 'norm.bias' \[384\]"):
         state = dinov3_state(384, 48, 1)
         del state["norm.bias"]
         torch.save(state, tmp_path / "dinov3.pth")
-        teachers.load(f"dinov3={tmp_path / 'dinov3.pth'}")
+        teachers.load_teacher(f"dinov3={tmp_path / 'dinov3.pth'}")
 
 
 class Payload:
@@ -604,7 +604,7 @@ def test_a_pickle_that_is_no_state_dict_is_refused(tmp_path, capsys):
     path = tmp_path / "evil.pth"
     path.write_bytes(pickle.dumps({"blocks.0": Payload()}, protocol=2))
     with pytest.raises(ValueError, match=r"evil\.pth") as error:
-        teachers.load(f"dinov3={path}")
+        teachers.load_teacher(f"dinov3={path}")
     assert "ran code" not in capsys.readouterr().out and "\n" not in str(error.value)
 
 
@@ -629,7 +629,7 @@ def test_a_spec_that_makes_no_teacher_is_a_one_line_error(spec, message, tmp_pat
     (tmp_path / "plug.py").write_text(PLUG_IN)
     torch.save({"encoder.weight": rand(2)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=message) as error:
-        teachers.load(spec.format(tmp=tmp_path))
+        teachers.load_teacher(spec.format(tmp=tmp_path))
     assert "\n" not in str(error.value)
 
 
@@ -663,7 +663,7 @@ def bare(device):
 def test_a_plug_in_is_called_with_the_device_and_named(tmp_path):
     """Wrong variant: keeping the plug-in's own name, under which two of them would share one cache entry."""
     (tmp_path / "plug.py").write_text(PLUG_IN)
-    teacher, batch = teachers.load(f"mine={tmp_path / 'plug.py'}:make", "cpu"), packed(pictures())
+    teacher, batch = teachers.load_teacher(f"mine={tmp_path / 'plug.py'}:make", "cpu"), packed(pictures())
     assert (teacher.name, teacher.device, teacher.dim, teacher.registers) == ("mine", "cpu", 768, 0)
     assert teacher(batch)["summary"].shape == (len(SHAPES), 768)
 
@@ -674,7 +674,7 @@ def test_the_shared_plug_ins_load_and_answer(factory):
     path = SHARED / "teachers" / "real.py"
     if not path.is_file():
         pytest.skip(f"no plug-in teachers at {path}: set AMOE_SHARED to the folder that holds teachers/")
-    teacher, batch = teachers.load(f"mine={path}:{factory}"), packed(pictures([(3, 4), (5, 2)]))
+    teacher, batch = teachers.load_teacher(f"mine={path}:{factory}"), packed(pictures([(3, 4), (5, 2)]))
     out = teacher(batch)
     assert teacher.name == "mine" and out["summary"].shape == (2, teacher.dim)
     assert torch.isfinite(out["patch"]).all()
@@ -724,10 +724,12 @@ def test_what_text_needs_is_said(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", teachers.REAL)
+@pytest.mark.parametrize("kind", teachers_bench.REAL)
 def test_real_sizes_run_on_a_cpu_within_24_gib(kind):
     """Wrong variant: a position table [P, G, G, D], or every image padded to the largest."""
-    run = [sys.executable, teachers.__file__, "--bench", kind, "--repeats", "1"]
-    line = json.loads(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
+    run = [sys.executable, "-m", "benchmarks.teachers_bench", "--bench", kind, "--repeats", "1"]
+    line = json.loads(
+        subprocess.run(run, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True).stdout
+    )
     print(line)
     assert line["peak_host_gib"] < 24 and line["packed_over_padded"] > 1

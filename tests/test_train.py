@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 import amoe
 import data
 import evaluate
-import targets
 import teachers
 import train
-from images import find_sources
+from benchmarks.teachers_bench import random_state
+from images import Images, find_sources
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -29,7 +29,7 @@ def flags_for(cache, *more):
 
 
 def place():
-    return train.Place(0, 1, torch.device("cpu"))
+    return train.Process(0, 1, torch.device("cpu"))
 
 
 def student(cache, flags):
@@ -201,7 +201,7 @@ def test_accumulated_blocks_recompute_to_the_same_gradient(cache):
     grads = []
     for recompute in (False, True):
         model = student(cache, flags)
-        model.checkpoint_blocks = recompute
+        model.recompute = recompute
         batch = cache.read(entries_of(cache, 8))
         _, load = train.gradients(model, [(batch, None)], cache.spaces, flags, place())
         grads.append((torch.cat([p.grad.flatten() for p in model.parameters()]), load))
@@ -299,7 +299,7 @@ def small_teachers():
         ("siglip2", (2, 64, 4, 96)),
         ("dinov3", (2, 48, 4, 96, 1e-5, "none", False, True, False, True)),
     ):
-        state = teachers.random_state(kind, teachers.Sizes(*sizes), vocabulary=50)
+        state = random_state(kind, teachers.Sizes(*sizes), vocabulary=50)
         made.append(teachers.load_state(kind, {key: 8 * value for key, value in state.items()}, n_heads=4))
     return made
 
@@ -308,7 +308,7 @@ def small_teachers():
 def test_cached_and_online_training_see_the_same(world, oracles, cache, tmp_path, real):
     """Catches online targets left in the teacher's own space, other views or pixels, another order of packs, and a MAP
     head that the cache forgets (the student's summary would then be its CLS)."""
-    images = targets.Images(find_sources(world.folder / "images"), max_tokens=64, shard_images=20)
+    images = Images(find_sources(world.folder / "images"), max_tokens=64, shard_images=20)
     said = oracles
     if real:
         said, words = small_teachers(), {"max_tokens": 64, "shard_images": 20, "progress": False}
@@ -320,7 +320,7 @@ def test_cached_and_online_training_see_the_same(world, oracles, cache, tmp_path
     for dataset, asked in ((cache, []), (images, said)):
         batches = data.loader(data.Order(dataset, 400, seed=1), data.Position())
         batch, position = next(iter(batches))
-        packs = [train.on_device(batch, place(), False, asked, cache.spaces)]
+        packs = [train.to_device(batch, place(), False, asked, cache.spaces)]
         measured, _ = train.gradients(model, packs, cache.spaces, flags, place())
         found.append((batch, position, {name: float(value) for name, value in measured.items()}))
     (stored, at, cached), (decoded, there, asked) = found
