@@ -300,7 +300,9 @@ def imitation_scores(dataset, spaces, models, texts, most=2000):
     _, held = split(dataset, most)
     if not held:
         return {}
-    features = {who: gather(stream(m, dataset, held, stored=who == "teacher")) for who, m in models.items()}
+    features = {
+        who: gather(stream(m, dataset, held, stored=who == "teacher", progress=who)) for who, m in models.items()
+    }
     result = {who: {} for who in models}
     for space in spaces:
         want = features["teacher"][space.name]
@@ -326,16 +328,16 @@ def imitation_scores(dataset, spaces, models, texts, most=2000):
     return result
 
 
-def print_table(result):
-    """A row a measure: student, teacher, untrained student, and the student's share of its teacher's score."""
+def print_table(result, first="untrained"):
+    """A row a measure: student, teacher, the student as it began (`first` names it), the share of its teacher's."""
     measures = list(result["student"])
     width = max(len(m) for m in measures) + 2
-    print(f"{'':{width}}{'student':>10}{'teacher':>10}{'untrained':>11}{'share':>8}")
+    print(f"{'':{width}}{'student':>10}{'teacher':>10}{first:>14}{'share':>8}")
     for m in measures:
         cells = [result[who].get(m) for who in ("student", "teacher", "untrained")]
         share = f"{cells[0] / cells[1]:8.0%}" if cells[1] else ""
         student, teacher, untrained = (f"{c:.3f}" if c is not None else "" for c in cells)
-        print(f"{m:{width}}{student:>10}{teacher:>10}{untrained:>11}{share}")
+        print(f"{m:{width}}{student:>10}{teacher:>10}{untrained:>14}{share}")
 
 
 # ---- measures of a folder, for the command line: each answers {head: {figure: value}} at one token budget ----

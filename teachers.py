@@ -46,6 +46,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
 # Heads cannot be read off shapes. These are the published widths: DINOv3 S and S+, B, L, H+, 7B; SigLIP 2 B, L, So, g.
 HEADS = {
@@ -692,7 +693,7 @@ def fit_spaces(teachers, decoded, device):
     """A Space for every teacher from a sample [(rows, shape, id)]: PHI-S by the moments of its patches, and spreads."""
     moments = {t.name: [0, 0.0, 0.0] for t in teachers}
     summaries, registers = {t.name: [] for t in teachers}, {t.name: [] for t in teachers}
-    for _, batch in in_packs(decoded, device):
+    for _, batch in tqdm(in_packs(decoded, device), desc="fitting PHI-S", unit="pack", disable=len(decoded) < 64):
         kept = batch.all_patch_rows().to(device)
         for name, answer in run_teachers(teachers, batch).items():
             x = answer["patch"][kept].double()

@@ -325,7 +325,8 @@ def scores(world, dataset, models):
     result = {}
     for who, model in models.items():
         known, asked = (
-            evaluate.gather(evaluate.stream(model, dataset, part, stored=who == "teacher")) for part in (bank, held)
+            evaluate.gather(evaluate.stream(model, dataset, part, stored=who == "teacher", progress=who))
+            for part in (bank, held)
         )
         probe = evaluate.linear_probe(torch.cat(known["dense"]["patch"]), share)
         pixels = sum(

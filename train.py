@@ -151,6 +151,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     average: dict  # {parameter: its average} under --ema
     bad_steps: torch.Tensor  # [2] int64, steps that were not finite: in a row, in all
+    interval: object  # Interval
     log: object = None  # Log
     step: int = 0
     position: data.Position = field(default_factory=data.Position)
@@ -169,7 +170,8 @@ def train(flags, process, compiled):
     reading = {"per_step": flags.accumulate, "threads": threads, "on_corrupt": flags.on_corrupt}
     batches = data.loader(order, run.position, process.rank, process.world, **reading)
     bar = tqdm(total=flags.steps, initial=run.step, unit="step", disable=process.rank > 0, mininterval=1.0)
-    interval, signalled = Interval(), 0
+    interval, signalled = run.interval, 0
+    interval.begin()
     while run.step < flags.steps and not signalled:
         packs = []
         for _ in range(flags.accumulate):
@@ -375,12 +377,13 @@ def state_of(run):
         "position": asdict(run.position),
         "tokens": run.tokens,
         "seconds": run.seconds,
+        "interval": run.interval.total,
         "flags": asdict(run.flags),
     }
 
 
 def restore(run, path):
-    """Load a checkpoint into the run. ValueError names a flag that changes results and differs."""
+    """Load a checkpoint into the run. ValueError names a flag that changes results and differs; --steps may grow."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -391,6 +394,16 @@ def restore(run, path):
         before, now = state["flags"].get(f.name), getattr(run.flags, f.name)
         if f.metadata["group"] == RESULTS and before != now and f.name != "steps":
             raise ValueError(f"--resume: {path} was trained with --{f.name.replace('_', '-')} {before}, not {now}")
+    before, step = state["flags"]["steps"], state["step"]
+    if run.flags.steps < step:
+        raise ValueError(f"--steps {run.flags.steps} lies behind {path}: give at least {step}, or another --out")
+    if run.flags.steps != before and run.process.rank == 0:
+        rates = [learning_rate(step, replace(run.flags, steps=steps)) for steps in (before, run.flags.steps)]
+        print(
+            f"--steps was {before} and is {run.flags.steps}: the schedule is another from here on, the learning rate "
+            f"{rates[1]:.2e} in the place of {rates[0]:.2e}",
+            flush=True,
+        )
     if run.flags.fsdp:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
@@ -402,6 +415,7 @@ def restore(run, path):
     for name in run.average:
         run.average[name].copy_(state["average"][name])
     run.bad_steps.copy_(state["bad_steps"])
+    run.interval.total = {name: value.to(run.process.device) for name, value in state["interval"].items()}
     run.step, run.tokens, run.seconds = state["step"], state["tokens"], state["seconds"]
     p = state["position"]
     run.position = data.Position(p["epoch"], p["window"], p["pack"], tuple(tuple(c) for c in p["carried"]))
@@ -449,13 +463,17 @@ def describe(flags, process, config):
 
 
 class Interval:
-    """What happens between two lines of the log: losses averaged over its steps, tokens, waiting for data."""
+    """What happens between two lines of the log: losses averaged over its finite steps, tokens, waiting for data.
+
+    `total` is what a checkpoint keeps of it: sums of losses and, under "steps", of how many steps; on the device.
+    """
 
     def __init__(self):
+        self.total = {}
         self.begin()
 
     def begin(self):
-        self.total, self.steps, self.tokens, self.waited, self.began = {}, 0, 0, 0.0, time.perf_counter()
+        self.steps, self.tokens, self.waited, self.began = 0, 0, 0.0, time.perf_counter()
 
     def wait(self, batches):
         """The next of `batches`, with the time that it took."""
@@ -468,11 +486,15 @@ class Interval:
     def add(self, measured):
         """Count a step; its losses stay on the device."""
         self.steps += 1
-        self.total = {name: self.total.get(name, 0) + value for name, value in measured.items()}
+        finite = torch.isfinite(measured["loss"])
+        for name, value in (measured | {"steps": torch.ones_like(measured["loss"])}).items():
+            self.total[name] = self.total.get(name, 0) + torch.where(finite, value, 0)
 
     def end(self, run, norm, expert_load):
         """Write the line of the log; this is the one place where the host waits for the device."""
-        losses = {name: float(value) / self.steps for name, value in self.total.items()}
+        total = {name: float(value) for name, value in self.total.items()}
+        counted = total.pop("steps") or math.nan  # no finite step: the line says NaN
+        losses, self.total = {name: value / counted for name, value in total.items()}, {}
         seconds, tokens = time.perf_counter() - self.began, self.tokens * run.process.world
         relative = expert_load / expert_load.mean(1, keepdim=True) if expert_load.numel() else torch.ones(1, 1)
         run.log.write(
@@ -605,6 +627,7 @@ def prepare(flags, process, compiled):
         make_optimizer(model, flags),
         {name: p.detach().clone() for name, p in model.named_parameters()} if flags.ema else {},
         torch.zeros(2, dtype=torch.int64, device=process.device),
+        Interval(),
     )
     found = checkpoints(folder) if flags.resume else []
     if found:
@@ -692,8 +715,12 @@ def build(flags, spaces, device):
     model = amoe.AMoE(config, spaces)
     if parent:
         fresh = amoe.inherit(model, parent)
-        if fresh:
-            print(f"--init {flags.init}: the heads of {', '.join(fresh)} begin afresh", flush=True)
+        kept = [name for name in model.heads if name not in fresh]
+        print(
+            f"--init {flags.init}: the trunk and the heads of {', '.join(kept) or 'no teacher'} go on from it"
+            + (f"; the heads of {', '.join(fresh)} begin afresh" if fresh else ""),
+            flush=True,
+        )
     model.recompute = flags.checkpoint
     for module in model.modules():
         if isinstance(module, amoe.MoE):
@@ -784,7 +811,7 @@ def measure(run, student):
     if shown:
         evaluate.run_sheet(dataset, shown, models).save(run.folder / "pca.png")
     if scores:
-        evaluate.print_table(scores)
+        evaluate.print_table(scores, "at the start" if run.flags.init else "untrained")
     return scores
 
 

@@ -1,6 +1,7 @@
 """The step's mathematics, checkpoints and the command line."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -251,6 +252,27 @@ def test_resume_after_kill_equals_uninterrupted_bit_for_bit(cache, tmp_path):
     assert len(train.checkpoints(cut)) == 2
 
 
+def test_a_line_of_the_log_is_the_mean_since_the_last_one_also_after_a_resume(cache, tmp_path, capsys):
+    """Catches the last step's loss alone, a mean that a resumed run begins anew, and steps in it that are not finite."""
+    every, some = tmp_path / "every", tmp_path / "some"
+    run = lambda out, steps, *more: train.main(command(cache, out, "--steps", steps, *more)[2:])  # noqa: E731
+    run(every, "10", "--warmup", "10")
+    run(some, "7", "--log-every", "4", "--warmup", "10")
+    (some / "step-000007.pt").unlink()  # the newest is step 5, in the middle of a line
+    run(some, "10", "--log-every", "4", "--warmup", "10", "--resume")
+    assert "--steps was 7 and is 10: the schedule is another" in capsys.readouterr().out
+    run(tmp_path / "whole", "10", "--log-every", "4", "--warmup", "10")
+    assert losses(some) == losses(tmp_path / "whole") and sorted(losses(some)) == [4, 8, 10]
+    means = [sum(losses(every)[s] for s in steps) / len(steps) for steps in ((1, 2, 3, 4), (5, 6, 7, 8), (9, 10))]
+    assert list(losses(some).values()) == pytest.approx(means, rel=1e-6)
+    with pytest.raises(ValueError, match=r"--steps 6 lies behind .*step-000010.pt: give at least 10"):
+        run(some, "6", "--log-every", "4", "--warmup", "10", "--resume")
+    interval = train.Interval()
+    for loss in (1.0, math.nan, 3.0):
+        interval.add({"loss": torch.tensor(loss), "text_patch": torch.tensor(loss)})
+    assert [float(interval.total[name]) for name in ("loss", "text_patch", "steps")] == [4, 4, 2]
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_saves_and_exits(cache, tmp_path, name):
     """Catches a KeyboardInterrupt that loses the steps since the last checkpoint."""
@@ -262,6 +284,7 @@ def test_a_signal_saves_and_exits(cache, tmp_path, name):
     assert process.returncode == 128 + getattr(signal, name) and "--resume goes on" in out and "Traceback" not in err
     (saved,) = train.checkpoints(tmp_path / "run")
     assert torch.load(saved)["step"] >= 3
+    assert amoe.load(tmp_path / "run" / "student.safetensors").config == amoe.CONFIGS["toy"]
 
 
 def test_wrong_words_get_one_line(cache, tmp_path):
