@@ -92,7 +92,7 @@ def of_image(features, batch, i):
 def test_e2_loss_of_one_image():
     """Catches: a sum over channels (1152 of them then outweigh 1024); a sum over patches or registers; no v, or one v
     for all registers; CLS, registers or padding counted as patches."""
-    batch = amoe.pack([torch.zeros(6, 768, dtype=torch.uint8)], [(3, 2)], n_tokens=18)  # CLS, 4, 6 patches, 7 of padding
+    batch = amoe.pack([torch.zeros(6, 768, dtype=torch.uint8)], [(3, 2)], n_tokens=18)  # 5, 6 patches, 7 of padding
     said = {space.name: made_up(space, 18, 1, seed=1) for space in SPACES}
     batch.targets = {space.name: made_up(space, 18, 1, seed=5) for space in SPACES}
     got = amoe.distillation_loss(said, batch, SPACES)

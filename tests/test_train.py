@@ -253,7 +253,7 @@ def test_resume_after_kill_equals_uninterrupted_bit_for_bit(cache, tmp_path):
 
 
 def test_a_line_of_the_log_is_the_mean_since_the_last_one_also_after_a_resume(cache, tmp_path, capsys):
-    """Catches the last step's loss alone, a mean that a resumed run begins anew, and steps in it that are not finite."""
+    """Catches the last step's loss alone, a mean that a resume begins anew, and steps in it that are not finite."""
     every, some = tmp_path / "every", tmp_path / "some"
     run = lambda out, steps, *more: train.main(command(cache, out, "--steps", steps, *more)[2:])  # noqa: E731
     run(every, "10", "--warmup", "10")
