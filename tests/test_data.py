@@ -267,6 +267,46 @@ def test_packs_of_mixed_resolutions_are_full(n_tokens):
     assert np.mean(fills) > 0.97 and max(fills) <= 1
 
 
+def planned_by_asking_every_pack(order, position):
+    """The rule, as plainly as it can be said: every image into the first pack with room for it."""
+    numbers = np.random.default_rng([order.seed, position.epoch]).permutation(order.dataset.numbers)
+    numbers = numbers[position.window * data.WINDOW : (position.window + 1) * data.WINDOW].tolist()
+    images = [(number, int(i)) for number in numbers for i in order.kept(number)]
+    shuffle = np.random.default_rng([order.seed, position.epoch, position.window + 1]).permutation(len(images))
+    room, packs = [], []
+    for image in [*position.carried, *(images[j] for j in shuffle)]:
+        length = order.length(image)
+        p = next((p for p in range(len(packs)) if room[p] >= length), len(packs))
+        if p == len(packs):
+            packs.append([])
+            room.append(order.n_tokens)
+        packs[p].append(image)
+        room[p] -= length
+    late = [p for p in range(len(packs))[-data.OPEN_PACKS :] if room[p] > (1 - data.FULL) * order.n_tokens]
+    carried = tuple(image for p in late for image in packs[p])
+    return [sorted(packs[p], key=order.length) for p in range(len(packs)) if p not in late], carried
+
+
+@pytest.mark.parametrize(
+    "low, high, n_tokens", [(8, 33, 2048), (8, 33, 16384), (15, 17, 512), (1, 23, 600), (16, 17, 300)]
+)
+def test_packs_are_those_of_first_fit(low, high, n_tokens):
+    """Catches a pack taken for full while a later image fits it, and a sort that is not stable."""
+
+    def shard(number):
+        shapes = np.random.default_rng(number).integers(low, high, (40, 2)).astype(np.int32)
+        return SimpleNamespace(ids=np.arange(40) + 40 * number, shapes=shapes)
+
+    dataset = SimpleNamespace(path="synthetic", numbers=list(range(2 * data.WINDOW + 3)), shard=functools.cache(shard))
+    order, position = data.Order(dataset, n_tokens, seed=5, subset=np.arange(0, 1400, 3)), data.Position()
+    for epoch, window in ((0, 0), (0, 1), (0, 2), (1, 0)):
+        position = data.Position(epoch, window, 0, position.carried)
+        packs, carried = order.plan(position)
+        assert (packs, carried) == planned_by_asking_every_pack(order, position)
+        assert all(i in order.subset for p in packs for i in (dataset.shard(n).ids[j] for n, j in p))
+        position = data.Position(carried=carried)
+
+
 def test_the_order_goes_on_from_any_position(cache):
     """Catches a sampler that begins anew on resume."""
     order = data.Order(cache, 300, seed=1)
