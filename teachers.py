@@ -316,7 +316,8 @@ class SigLIP2(Teacher):
         x_PD = self.embed(rows_PC)
         x_SD = self.trunk(own.spread(x_PD + self.positions(own).to(x_PD.dtype)), extents)
         x_PD = x_SD[own.own_P]
-        summary_MD = self.head(x_PD.to(self.patch.weight.dtype), own.image_P, batch.n_images).float()
+        with torch.autocast(x_PD.device.type, enabled=False):  # the pooled summary in the weights' own dtype
+            summary_MD = self.head(x_PD.to(self.patch.weight.dtype), own.image_P, batch.n_images).float()
         return {"patch": self.answer(batch, own, x_PD.float()), "summary": summary_MD}
 
     @torch.no_grad()

@@ -31,11 +31,13 @@ import time
 import warnings
 from collections import deque
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch._functorch import config as functorch
 from tqdm import tqdm
 
 # ---- flags ----
@@ -231,6 +233,16 @@ def forward(model, spaces, batch, extents):
     out, expert_load = model(batch, extents)
     summaries = {space.name: out[space.name]["summary"].float() for space in spaces}
     return summaries, amoe.distillation_loss(out, batch, spaces), expert_load
+
+
+def compile_forward():
+    """`forward`, compiled. Its backward pass runs without autocast, as in eager code.
+
+    By default the compiler would run it under the forward's autocast, and the gradients of what stays float32 (router,
+    PHI-S, MAP pooling) would be products in bfloat16.
+    """
+    functorch.backward_pass_autocast = "off"
+    return torch.compile(forward)
 
 
 def gradients(model, packs, spaces, flags, process, forward=forward):
@@ -526,6 +538,7 @@ class Process:
     rank: int
     world: int
     device: torch.device
+    patient: object = None  # a process group whose barrier waits for days, where NCCL gives up after ten minutes
 
     def sum(self, tensor):
         """The tensor summed over ranks, in place."""
@@ -539,8 +552,9 @@ class Process:
         return dist.group.WORLD if self.world > 1 else None
 
     def barrier(self):
+        """Wait for all ranks, for as long as it takes: one may be calibrating or evaluating for the others."""
         if self.world > 1:
-            dist.barrier()
+            dist.barrier(group=self.patient)
 
     def counts(self, n):
         """[n of every rank], from host to host: asking the device would make it wait."""
@@ -590,7 +604,8 @@ def setup(flags):
             f"compile {'on' if compiled else 'off'}",
             flush=True,
         )
-    return Process(rank, world, torch.device(device)), compiled
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if world > 1 else None
+    return Process(rank, world, torch.device(device), patient), compiled
 
 
 def keep_freed_memory():
@@ -623,7 +638,7 @@ def prepare(flags, process, compiled):
         world,
         model,
         wrapped,
-        torch.compile(forward) if compiled else forward,
+        compile_forward() if compiled else forward,
         make_optimizer(model, flags),
         {name: p.detach().clone() for name, p in model.named_parameters()} if flags.ema else {},
         torch.zeros(2, dtype=torch.int64, device=process.device),
@@ -822,8 +837,8 @@ def main(argv=None):
     flags = parse(argv)
     process, compiled = setup(flags)
     train(flags, process, compiled)
+    process.barrier()  # a rank that leaves early takes the others' connections with it
     if process.world > 1:
-        dist.barrier()  # a rank that leaves early takes the others' connections with it
         dist.destroy_process_group()
 
 

@@ -12,15 +12,14 @@ except ImportError:  # a torch build without it: the plain-torch forms remain
     triton = None
 
 
-def why_not_on(device, kernel):
-    """Why a Triton kernel cannot run on the device, or None. `kernel()` is the one asked about."""
+# Whether kernels are defined for Triton's interpreter. A constant: torch 2.11 cannot trace a question about a kernel.
+INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def why_not_on(device):
+    """Why a Triton kernel cannot run on the device, or None."""
     if triton is None:
         return "needs the triton package, which is not installed (pip install triton)"
-    if device.type != "cuda" and not interpreted(kernel()):
+    if device.type != "cuda" and not INTERPRETED:
         return f"needs a CUDA device and was asked to run on {device.type} (TRITON_INTERPRET=1 runs it there, slowly)"
     return None
-
-
-def interpreted(kernel):
-    """Whether TRITON_INTERPRET=1 was set when the kernel was defined."""
-    return not isinstance(kernel, triton.JITFunction)

@@ -21,13 +21,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from kernels import why_not_on
+from kernels import triton, why_not_on
 
-try:
-    import triton
+if triton is not None:
     import triton.language as tl
-except ImportError:  # a torch build without it: the plain-torch forms remain
-    triton = None
 
 MODES = ("arkd", "rkd")
 IMPLS = ("ref", "chunked", "triton")
@@ -381,7 +378,7 @@ def choose(impl, device, dtype, n, rows=None):
 
 def why_not_triton(device, dtype):
     """Why the kernels cannot run here, or None."""
-    if reason := why_not_on(device, lambda: pair_kernel):
+    if reason := why_not_on(device):
         return reason
     if dtype != torch.float32:
         return f"computes in float32 and was given {str(dtype).removeprefix('torch.')}"

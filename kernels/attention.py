@@ -117,9 +117,12 @@ def attend(q_THd, k_THd, v_THd, extents, sinks_H=None):
     for (_, images, length), *qkv in zip(extents, *(t.split(sizes) for t in (q_THd, k_THd, v_THd)), strict=True):
         q, k, v = (t.unflatten(0, (images, length)).transpose(1, 2) for t in qkv)
         if sinks_H is not None:
-            # Queries gain a constant channel; the extra key is zero but there, where it holds the sink's score.
-            key = F.pad(sinks_H.to(k.dtype)[:, None, None] * math.sqrt(d), (d, 0)).expand(images, -1, 1, -1)
-            q, k, v = F.pad(q, (0, 1), value=1.0), torch.cat([F.pad(k, (0, 1)), key], dim=2), F.pad(v, (0, 1, 0, 1))
+            # Queries gain a constant channel; the extra key is zero but there, where it holds the sink's score. On CUDA
+            # it becomes 8 channels: of a width that is no multiple of 8, SDPA's fused forms take nothing.
+            wide = 8 if q.is_cuda else 1
+            key = F.pad(sinks_H.to(k.dtype)[:, None, None] * math.sqrt(d), (d, wide - 1)).expand(images, -1, 1, -1)
+            q = F.pad(q, (0, wide), value=1.0)
+            k, v = torch.cat([F.pad(k, (0, wide)), key], dim=2), F.pad(v, (0, wide, 0, 1))
         out = F.scaled_dot_product_attention(q, k, v, scale=1 / math.sqrt(d))[..., :d]
         outs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outs)

@@ -41,7 +41,7 @@ from kernels import arkd as arkd_file
 from kernels import kmeans as kmeans_file
 from kernels import moe as moe_file
 from kernels.arkd import arkd
-from kernels.attention import attend, block_mask, runs
+from kernels.attention import attend, image_runs, mask_of
 from kernels.moe import moe
 
 if moe_file.triton is not None:
@@ -147,12 +147,12 @@ def relational(student_BD, teacher_BD, impl):
 
 def attention_case(device, compiled, dtype, H, d, starts, T, sinks=True):
     starts = torch.tensor(starts, dtype=torch.int32)
-    groups = runs(starts, T)
+    groups = image_runs(starts, T)
     q, k, v = (torch.randn(T, H, d, device=device, dtype=dtype) for _ in range(3))
     sdpa = lambda *a: attend(*a[:3], groups, a[3])  # noqa: E731
     forms = {"ref": sdpa}
     if device.type == "cuda":
-        mask = block_mask(starts, T, device)
+        mask = mask_of(starts, T, device)
         forms["compiled flex"] = compile_if(compiled, lambda *a: attend(*a[:3], mask, a[3]))
     else:
         forms["compiled flex"] = "FlexAttention has gradients on CUDA only; SDPA on runs of equal images here"

@@ -171,7 +171,7 @@ def top3_triton(x_ND, c_KD, bias_K):
 
 def obstacle(device):
     """Why the Triton kernel cannot run on `device`, or None."""
-    reason = why_not_on(device, lambda: _top3_kernel)
+    reason = why_not_on(device)
     if reason is None and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return "this GPU has no bfloat16 (compute capability below 8.0)"
     return reason

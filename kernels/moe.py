@@ -14,13 +14,10 @@ of their experts, M tiles of rows.
 import torch
 import torch.nn.functional as F
 
-from kernels import interpreted, why_not_on
+from kernels import INTERPRETED, triton, why_not_on
 
-try:
-    import triton
+if triton is not None:
     import triton.language as tl
-except ImportError:  # a torch build without it: the plain-torch forms remain
-    triton = None
 
 IMPLS = ("ref", "grouped", "triton")
 
@@ -396,9 +393,9 @@ def choose(impl, device, dtype=torch.bfloat16):
 
 def why_not_triton(device, dtype):
     """Why the kernels cannot run here, or None."""
-    if reason := why_not_on(device, lambda: up_kernel):
+    if reason := why_not_on(device):
         return reason
-    if interpreted(up_kernel) and dtype == torch.bfloat16:  # it would multiply the bit patterns as integers
+    if INTERPRETED and dtype == torch.bfloat16:  # it would multiply the bit patterns as integers
         return "cannot compute in bfloat16 under TRITON_INTERPRET=1, whose dot product knows float32 and float16"
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"computes in float32, float16 or bfloat16 and was given {str(dtype).removeprefix('torch.')}"

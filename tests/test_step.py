@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from test_train import entries_of, flags_for, student
+from torch._functorch import config as functorch
 from torch.overrides import TorchFunctionMode
 
 import amoe
@@ -111,6 +112,29 @@ def test_a_step_never_waits_for_the_device(cache, as_on_cuda, packs, monkeypatch
     for wait in (lambda: torch.tensor([1.0], device="meta"), lambda: norm.new_tensor([1.0])):
         with NoWaiting(), pytest.raises(AssertionError, match="would wait"):
             wait()
+
+
+@pytest.mark.slow
+def test_what_is_float32_stays_so_in_a_compiled_backward_pass(cache, monkeypatch):
+    """Catches the compiler's default, a backward pass under the forward's autocast: the router's gradient, a product of
+    float32 in eager code, would be one of bfloat16."""
+    monkeypatch.setattr(train, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
+    flags = flags_for(cache, "--arkd", "0")
+    monkeypatch.setitem(amoe.CONFIGS, "toy", replace(amoe.CONFIGS["toy"], layers=1))
+    model = student(cache, flags)
+    pack = train.to_device(cache.read(entries_of(cache, 4), 256), CPU, False, [], cache.spaces)
+    gate, gradients = model.layers[0].moe.router.gate.weight, {}
+    for form in ("eager", "same_as_forward", "ours"):
+        functorch.backward_pass_autocast = "same_as_forward"
+        if form == "ours":
+            train.compile_forward()
+        torch._dynamo.reset()
+        run = train.forward if form == "eager" else torch.compile(train.forward, backend="aot_eager")
+        model.zero_grad()
+        train.gradients(model, [pack], cache.spaces, flags, CPU, run)
+        gradients[form] = gate.grad.clone()
+    error = {form: float((g - gradients["eager"]).norm() / gradients["eager"].norm()) for form, g in gradients.items()}
+    assert error["ours"] < 0.1 * error["same_as_forward"], error
 
 
 @pytest.mark.slow
