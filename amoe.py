@@ -15,12 +15,13 @@ R registers, N rows of anything, B images of the global batch.
 # kernels before anything else: it sets, before torch is loaded, how OpenMP's threads wait
 from kernels.arkd import arkd
 from kernels.attention import attend, image_runs
+from kernels.hadamard import hadamard
 from kernels.moe import moe
+from kernels.rope import golden_frequencies, positions, rotate, rotations
 
 # isort: split
 import contextlib
 import copy
-import functools
 import json
 import math
 import os
@@ -31,7 +32,6 @@ import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from scipy.linalg import hadamard as sylvester
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -61,21 +61,6 @@ def from_rows(rows, shape):
 
 
 # ---- a pack of images ----
-
-
-def grid_positions(h, w):
-    """Patch positions [h * w, 2] (y, x), row-major: y spans +-sqrt(h / w), x +-sqrt(w / h), ends included.
-
-    An axis of a single patch sits at its minimum. The area spanned is the same for every shape.
-    """
-    axes = [
-        -limit + 2 * limit * torch.arange(n) / max(n - 1, 1)
-        for n, limit in ((h, math.sqrt(h / w)), (w, math.sqrt(w / h)))
-    ]
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).view(h * w, 2)
-
-
-positions = functools.lru_cache(4096)(grid_positions)  # shapes recur; making them anew was a third of packing
 
 
 @dataclass
@@ -231,42 +216,6 @@ class Float32Buffers(nn.Module):
         return self
 
 
-# ---- golden RoPE ----
-
-
-def golden_frequencies(heads, head_dim, low=1.0, high=20.0):
-    """Rotation frequencies [heads, head_dim / 4, 2] in radians per unit of (y, x), float32.
-
-    Magnitudes are geometric from `low` to `high` within a head; directions follow the plastic-number low-discrepancy
-    sequence over all (head, frequency) pairs, mapped through erfinv to a Gaussian plane and normalised to the circle.
-    """
-    n = head_dim // 4
-    plastic = 2.0  # the real root of x^3 = x + 1, by the fixed point x = (1 + x)^(1/3)
-    for _ in range(10):  # ten steps, as the released buffers were made: the last digits of a direction depend on it
-        plastic = (1 + plastic) ** (1 / 3)
-    index = torch.arange(1, heads * n + 1, dtype=torch.float64)
-    point = torch.stack([index / plastic, index / plastic**2], dim=1) % 1
-    direction = F.normalize(torch.erfinv(2 * point - 1), dim=1)
-    magnitude = low * (high / low) ** torch.linspace(0, 1, n, dtype=torch.float64)
-    return (direction.view(heads, n, 2) * magnitude[:, None]).float()
-
-
-def rotations(yx_T2, freqs_Hf2):
-    """cos and sin of theta = yx . f, each [T, H, head_dim / 4], float32. Position 0 does not rotate."""
-    # Not a matrix product: autocast would compute it in bfloat16, wrong by up to 0.13 radians.
-    y_T11, x_T11 = yx_T2.float()[:, :, None, None].unbind(1)
-    theta_THf = y_T11 * freqs_Hf2[..., 0] + x_T11 * freqs_Hf2[..., 1]
-    return theta_THf.cos(), theta_THf.sin()
-
-
-def rotate(x_THd, cos_THf, sin_THf):
-    """Rotate the second half of each head in interleaved pairs; the first half carries no position. Same dtype out."""
-    half = x_THd.shape[-1] // 2
-    a, b = x_THd[..., half:].float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([a * cos_THf - b * sin_THf, a * sin_THf + b * cos_THf], dim=-1).flatten(-2)
-    return torch.cat([x_THd[..., :half], turned.to(x_THd.dtype)], dim=-1)
-
-
 # ---- blocks ----
 
 
@@ -364,38 +313,6 @@ class Block(nn.Module):
 
 
 # ---- PHI-S ----
-
-
-def hadamard(n):
-    """A Hadamard matrix of order n (entries +-1, orthogonal rows), float64; None where no construction here reaches n.
-
-    Sylvester doubling, Paley I (n - 1 prime, 3 mod 4) and Paley II (n / 2 - 1 prime, 1 mod 4), and their doublings.
-    """
-    if n & (n - 1) == 0:
-        return torch.from_numpy(sylvester(n)).double()
-    if n % 2 == 0 and (half := hadamard(n // 2)) is not None:
-        return torch.cat([torch.cat([half, half], 1), torch.cat([half, -half], 1)])
-    prime = lambda q: q > 1 and all(q % f for f in range(2, math.isqrt(q) + 1))  # noqa: E731
-
-    def conference(q, symmetric):  # Paley's core [q + 1, q + 1]: zero diagonal, +-1 elsewhere, rows orthogonal
-        square = torch.full((q,), -1.0, dtype=torch.float64)
-        square[[x * x % q for x in range(1, q)]] = 1
-        square[0] = 0
-        i = torch.arange(q)
-        core = torch.zeros(q + 1, q + 1, dtype=torch.float64)
-        core[1:, 1:] = square[(i[:, None] - i) % q]
-        core[0, 1:] = 1
-        core[1:, 0] = 1 if symmetric else -1
-        return core
-
-    if n % 4 == 0 and prime(n - 1):
-        return conference(n - 1, symmetric=False) + torch.eye(n, dtype=torch.float64)
-    if n % 4 == 0 and prime(n // 2 - 1) and (n // 2 - 1) % 4 == 1:
-        core, eye = conference(n // 2 - 1, symmetric=True), torch.eye(n // 2, dtype=torch.float64)
-        a = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
-        b = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64)
-        return torch.kron(core, a) + torch.kron(eye, b)
-    return None
 
 
 class PhiS(Float32Buffers):

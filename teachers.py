@@ -31,6 +31,7 @@ from amoe import (
     split_by_tokens,
 )
 from kernels.attention import attend, image_runs, mask_of
+from kernels.rope import rotate_half
 
 # isort: split
 import importlib.util
@@ -116,13 +117,6 @@ class Layout:
 
 
 # ---- the transformer both families share ----
-
-
-def rotate_half(x_SHd, cos_Sd, sin_Sd):
-    """Rotate channel i of a head with channel i + d / 2, in float32; cos and sin [S, d / 2]. Same dtype out."""
-    cos, sin = cos_Sd[:, None], sin_Sd[:, None]
-    a, b = x_SHd.float().chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x_SHd.dtype)
 
 
 class Block(nn.Module):

@@ -19,6 +19,7 @@ import amoe
 import data
 import toy
 from images import find_sources, load_image
+from kernels import rope
 from teachers import load_teachers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,7 +35,7 @@ def test_a_pack_holds_its_images(random_images):
     assert (batch.n_tokens, batch.n_images) == (120, 5) and batch.ids.tolist() == [5, 6, 7, 8, 9]
     for i, (r, (h, w)) in enumerate(zip(rows, shapes, strict=True)):
         assert torch.equal(batch.rows[batch.patch_rows(i)], r)
-        assert torch.equal(batch.yx[batch.patch_rows(i)], amoe.grid_positions(h, w))
+        assert torch.equal(batch.yx[batch.patch_rows(i)], rope.grid_positions(h, w))
         assert batch.images()[i].shape == (16 * h, 16 * w, 3)
         assert (batch.image[int(batch.starts[i]) : int(batch.starts[i + 1])] == i).all()
     used = int(batch.starts[-1])
