@@ -19,6 +19,7 @@ from teachers import load_teachers, make_targets, run_teachers
 
 # isort: split
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -49,13 +50,18 @@ def of_student(model):
             features[name]["patch"] = head.own(features[name]["patch"].float())
         return features
 
-    answer.registers = model.config.registers
+    answer.registers, answer.heads = model.config.registers, [*model.heads, "amoe"]
     return answer
 
 
 def of_teacher(teacher, device="cpu"):
     """The features of a teacher, under its name."""
-    return lambda batch: run_teachers([teacher], batch.to(device))
+
+    def answer(batch):
+        return run_teachers([teacher], batch.to(device))
+
+    answer.heads = [teacher.name]
+    return answer
 
 
 def of_targets(spaces, teachers=(), device="cpu"):
@@ -218,11 +224,15 @@ def confusion(probe, patch_NC, shape, mask_HW, classes, void=VOID):
     return torch.bincount(pair, minlength=classes**2).view(classes, classes)
 
 
+def class_ious(confusion_KK):
+    """Intersection over union [K] float64 of each class; NaN where a class does not occur."""
+    union = confusion_KK.sum(0) + confusion_KK.sum(1) - confusion_KK.diag()
+    return (confusion_KK.diag() / union).double().where(confusion_KK.sum(1) > 0, torch.nan)
+
+
 def mean_iou(confusion_KK):
     """Mean intersection over union of the classes that occur."""
-    union = confusion_KK.sum(0) + confusion_KK.sum(1) - confusion_KK.diag()
-    seen = confusion_KK.sum(1) > 0
-    return float((confusion_KK.diag()[seen] / union[seen]).double().mean())
+    return float(class_ious(confusion_KK).nanmean())
 
 
 def cosine(a, b, mean):
@@ -329,15 +339,19 @@ def imitation_scores(dataset, spaces, models, texts, most=2000):
 
 
 def print_table(result, first="untrained"):
-    """A row a measure: student, teacher, the student as it began (`first` names it), the share of its teacher's."""
-    measures = list(result["student"])
-    width = max(len(m) for m in measures) + 2
-    print(f"{'':{width}}{'student':>10}{'teacher':>10}{first:>14}{'share':>8}")
-    for m in measures:
-        cells = [result[who].get(m) for who in ("student", "teacher", "untrained")]
-        share = f"{cells[0] / cells[1]:8.0%}" if cells[1] else ""
-        student, teacher, untrained = (f"{c:.3f}" if c is not None else "" for c in cells)
-        print(f"{m:{width}}{student:>10}{teacher:>10}{untrained:>14}{share}")
+    """A row a measure: student, teacher, the student as it began (`first` names it), the share of its teacher's.
+
+    Columns without a value are left out.
+    """
+    titles = {"student": "student", "teacher": "teacher", "untrained": first}
+    titles = {who: title for who, title in titles.items() if result.get(who)}
+    width = max(map(len, result["student"])) + 2
+    last = "   share" if "teacher" in titles else ""
+    print(f"{'':{width}}" + "".join(f"{title:>14}" for title in titles.values()) + last)
+    for measure, score in result["student"].items():
+        cells = "".join(f"{result[who][measure]:14.3f}" if measure in result[who] else " " * 14 for who in titles)
+        teacher = result["teacher"].get(measure)
+        print(f"{measure:{width}}{cells}" + (f"{score / teacher:8.0%}" if teacher else ""))
 
 
 # ---- measures of a folder, for the command line: each answers {head: {figure: value}} at one token budget ----
@@ -390,8 +404,6 @@ def chosen(features, head):
     patches are concatenated as they are, for a linear probe standardises every channel.
     """
     names = head.split("+")
-    if missing := [name for name in names if name not in features]:
-        raise ValueError(f"the model has no head '{missing[0]}': its heads are {', '.join(features)}")
     if len(names) == 1:
         return features[head]
     summary = torch.cat([F.normalize(features[name]["summary"], dim=-1) for name in names], dim=-1)
@@ -504,7 +516,12 @@ def measure_segment(args, model, budget):
                 probe, chosen(features, head)["patch"], shape, truth, classes, args.void
             )
     return {
-        head: {"miou": mean_iou(c), "pixel_accuracy": float(c.diag().sum() / c.sum()), "images": images}
+        head: {
+            "miou": mean_iou(c),
+            "pixel_accuracy": float(c.diag().sum() / c.sum()),
+            "images": images,
+            "iou_by_class": {k: iou for k, iou in enumerate(class_ious(c).tolist()) if iou == iou},
+        }
         for head, c in pixels.items()
     }
 
@@ -514,7 +531,11 @@ def measure_pca(args, model, budget):
     entries = entries[:: max(1, len(entries) // args.count)][: args.count]
     features = gather(stream(model, dataset, entries))
     batch = dataset.read(entries)
-    columns = [(head, f["patch"], f["patch"]) for head, f in features.items() if not args.head or head in args.head]
+    columns = [
+        (head, f["patch"], f["patch"])
+        for head, f in features.items()
+        if not args.head or head.split(": ")[-1] in args.head
+    ]
     path = Path(args.out).with_suffix(".png")
     if len(args.max_tokens) > 1:
         path = path.with_stem(f"{path.stem}-{budget}")
@@ -562,7 +583,8 @@ def parse(argv):
         add = measures.add_parser(
             name, help=text, description=text, allow_abbrev=False, formatter_class=shown
         ).add_argument
-        add("--model", required=True, help="student.safetensors, a SigLino checkpoint, or NAME=SPEC of a teacher")
+        models = "student, SigLino checkpoint, NAME=SPEC of a teacher, or untrained: " + ", ".join(amoe.CONFIGS)
+        add("--model", required=True, nargs="+", help=f"what to measure, several in one table: {models}")
         add("--top-k", type=int, default=6, help="experts a token of a SigLino checkpoint: 6 for 0.3B, 2 for 0.15B")
         add("--max-tokens", type=int, nargs="+", default=[256], help="token budgets; the table has a line for each")
         add("--head", nargs="+", help="heads by name (None: all), 'amoe' being the trunk; a+b is an ensemble")
@@ -596,39 +618,61 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
-def open_model(args):
-    """The model that --model names; for measures with text, args gains `encode_text` and `text_head`."""
-    place = getattr(args, "images", None) or getattr(args, "train", None) or "."
-    text = None
-    if "=" in args.model and not Path(args.model).exists():
-        [teacher] = load_teachers([args.model], place, args.device)
-        model, text = of_teacher(teacher, args.device), teacher
-    else:
-        student = amoe.read_student(args.model, args.top_k)
-        model = of_student(student.to(args.device))
-    if args.measure in ("zeroshot", "retrieval"):
-        if args.text:
-            [text] = load_teachers([args.text], place, args.device)
-        if text is None:
-            raise ValueError("a student has no text tower: give --text NAME=SPEC, the teacher that its head imitates")
-        if not hasattr(text, "encode_text"):
-            raise ValueError(f"teacher '{text.name}' embeds no text")
-        args.encode_text, args.text_head = text.encode_text, text.name
-    return model
+def open_model(name, args):
+    """(the model that a --model names, the teacher that it is or None)."""
+    if "=" in name and not Path(name).exists():
+        [teacher] = load_teachers([name], images_folder(args), args.device)
+        return of_teacher(teacher, args.device), teacher
+    if name in amoe.CONFIGS:
+        torch.manual_seed(0)
+        return of_student(amoe.AMoE(amoe.CONFIGS[name], []).eval().to(args.device)), None
+    return of_student(amoe.read_student(name, args.top_k).to(args.device)), None
+
+
+def images_folder(args):
+    return getattr(args, "images", None) or getattr(args, "train", None) or "."
+
+
+def set_text(args, teacher):
+    """For measures with text, args gains the `encode_text` of the teacher, and the head that it belongs to."""
+    if teacher is None:
+        raise ValueError("a student has no text tower: give --text NAME=SPEC, the teacher that its head imitates")
+    if not hasattr(teacher, "encode_text"):
+        raise ValueError(f"teacher '{teacher.name}' embeds no text")
+    args.encode_text, args.text_head = teacher.encode_text, teacher.name
+
+
+def side_by_side(models):
+    """One model that answers with the heads of all, {label: model}, each named by its label too."""
+    return lambda batch: {f"{label}: {head}": f for label, m in models.items() for head, f in m(batch).items()}
 
 
 def main(argv=None):
     args = parse(argv)
     said = {key: value for key, value in vars(args).items() if key != "measure"}
-    began, model, scores = time.perf_counter(), open_model(args), []
-    for budget in args.max_tokens:
+    began, scores = time.perf_counter(), []
+    opened = {name: open_model(name, args) for name in args.model}
+    text = getattr(args, "text", None) and load_teachers([args.text], images_folder(args), args.device)[0]
+    for name, (model, _) in opened.items():
+        for head in itertools.chain.from_iterable(h.split("+") for h in args.head or ()):
+            if head not in model.heads:
+                raise ValueError(f"--head {head}: {name} has the heads {', '.join(model.heads)}")
+    if args.measure == "pca" and len(opened) > 1:
+        opened = {"all": (side_by_side({Path(name).name: model for name, (model, _) in opened.items()}), None)}
+    for budget, (name, (model, teacher)) in itertools.product(args.max_tokens, opened.items()):
+        if args.measure in ("zeroshot", "retrieval"):
+            set_text(args, text or teacher)
         for head, figures in MEASURES[args.measure][0](args, model, budget).items():
-            scores.append({"max_tokens": budget, "head": head, **figures})
-    columns = list(scores[0])
-    table = [columns, *([f"{v:.3f}" if isinstance(v, float) else str(v) for v in score.values()] for score in scores)]
+            scores.append({"model": name, "max_tokens": budget, "head": head, **figures})
+    columns = [c for c in scores[0] if c != "iou_by_class" and (c != "model" or len(opened) > 1)]
+    table = [columns, *([f"{s[c]:.3f}" if isinstance(s[c], float) else str(s[c]) for c in columns] for s in scores)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for line in table:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+    for score in scores:
+        if ious := score.get("iou_by_class"):
+            shown = "  ".join(f"{k}: {iou:.3f}" for k, iou in ious.items())
+            print(f"IoU by class, {score['model']}, head {score['head']}, {score['max_tokens']} tokens: {shown}")
     result = {"measure": args.measure, "flags": said, "scores": scores, "torch": torch.__version__}
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)

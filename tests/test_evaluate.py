@@ -192,7 +192,7 @@ def test_an_oracle_gets_everything_right_on_folders(colours, tmp_path, monkeypat
     assert Image.open(scores_of("r.json")[0]["sheet"]).width > 200
 
 
-def test_a_student_is_measured_head_by_head_at_every_budget(cache, colours, tmp_path, monkeypatch):
+def test_a_student_is_measured_head_by_head_at_every_budget(cache, colours, tmp_path, monkeypatch, capsys):
     """Catches a budget that changes nothing, an ensemble that is one of its parts, and a head that is not its own."""
     monkeypatch.chdir(tmp_path)
     flags = train.parse(["--cache", str(cache.path)])
@@ -203,11 +203,25 @@ def test_a_student_is_measured_head_by_head_at_every_budget(cache, colours, tmp_
     assert [(s["max_tokens"], s["head"]) for s in found] == [
         (b, h) for b in (4, 16) for h in ("dense", "amoe", "text+dense")
     ]
+    both = ["--model", "student.safetensors", "toy", f"oracle={colours}/oracle.py:make", "--out", "r.json"]
+    evaluate.main(["knn", "--train", "classes", *both])
+    assert [(s["model"], s["head"]) for s in scores_of("r.json")] == [
+        *(("student.safetensors", head) for head in ("text", "dense", "amoe")),
+        ("toy", "amoe"),
+        (both[3], "oracle"),
+    ]
+    evaluate.main(["segment", "--train", "scenes", "--test", "scenes", *both])
+    table = capsys.readouterr().out
+    assert "IoU by class, toy, head amoe, 256 tokens: 0: " in table and "model" in table.split("written")[1]
+    perfect = scores_of("r.json")[-1]
+    assert perfect["model"] == both[3] and min(perfect["iou_by_class"].values()) > 0.99
+    evaluate.main(["pca", "--images", "classes", "--count", "2", *both])
+    assert Image.open(scores_of("r.json")[0]["sheet"]).width > 6 * 100
     evaluate.main(["speed", *words, "--tokens", "256"])
     slow, fast = scores_of("r.json")
     assert slow["pixels"] == 32 and fast["pixels"] == 64 and slow["images_per_s"] > fast["images_per_s"]
     text = ["--text", f"text={colours}/oracle.py:make"]
-    with pytest.raises(ValueError, match="the model has no head 'siglip'"):
+    with pytest.raises(ValueError, match=r"--head siglip: student.safetensors has the heads text, dense, amoe"):
         evaluate.main(["knn", "--train", "classes", *words, "--head", "siglip"])
     with pytest.raises(ValueError, match="give --text"):
         evaluate.main(["zeroshot", "--images", "classes", *words])
