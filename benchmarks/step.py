@@ -1,38 +1,50 @@
-"""The whole training step on synthetic packs: `python benchmarks/step.py [--model M] [--tokens T] [--out DIR]`.
+"""The training step's speed, on random packs or a cache's, and packs against the same images padded (see speed.py).
 
-No cache is needed: pixels and targets are random, the teachers have SigLIP 2's sizes (1152 channels, its MAP head) and
-DINOv3's (1024 channels, 4 registers). Packs lie on the host and are copied to the device inside the timed step, as in
-training. `--agree` compares compiled with eager steps instead. Without a GPU the sizes are small, and the figures say
-nothing of one. kernels/bench.py --all runs both.
-
-    step            packs of 256-patch images: the whole step, and its parts timed alone
-    packed, padded  images of 16 to 256 patches, log-uniform: as they are, and each padded to 256
-
-Shape letters: T tokens in the pack, M images in it, D model width.
+Shape letters: T tokens in the pack, M images in it, D model width, C channels of a teacher.
 """
 
-import argparse
-import contextlib
+import itertools
 import math
+import resource
 import statistics
-import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository, also when run as a script
-
-import packs
+import torch.nn.functional as F
 
 import amoe
-from kernels.attention import block_table
-from kernels.bench import median_ms, peaks, record
+import data
+import train
+from kernels.attention import mask_blocks
+from kernels.bench import median_ms, peaks
+
+CUDA = torch.cuda.is_available()
 
 
-def teacher_spaces(small):
-    """SigLIP 2 So400m's and DINOv3 ViT-L's sizes, or a sixteenth of them; rotations and the MAP head are random."""
+def in_turns(ways, repeats, before=lambda: None):
+    """{name: [seconds] of each turn} of ways {name: function}; `before` every run and a first turn are not timed."""
+    seconds = {name: [] for name in ways}
+    for turn in range(1 + repeats):
+        for name, way in ways.items():
+            before()
+            began = time.perf_counter()
+            way()
+            if CUDA:
+                torch.cuda.synchronize()
+            if turn:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+# ---- packs ----
+
+
+def random_spaces(small):
+    """Spaces of SigLIP 2 So400m's and DINOv3 ViT-L's sizes, or a sixteenth of them; the same at every call."""
+    torch.manual_seed(0)
     wide, dense, hidden, heads = (72, 64, 144, 4) if small else (1152, 1024, 4304, 16)
     phi_s = [amoe.PhiS(torch.zeros(C), torch.linalg.qr(torch.randn(C, C))[0], torch.tensor(1.0)) for C in (wide, dense)]
     pool = amoe.MapPool(wide, hidden, heads, 1e-6).state_dict()
@@ -42,263 +54,209 @@ def teacher_spaces(small):
     ]
 
 
-def synthetic(shapes, tokens, spaces, device, seed=0):
-    """A pack of random images of the given shapes, with random targets, in pinned memory where the device is a GPU."""
+def as_loaded(batch):
+    """The batch as the loader hands it over: with its mask's blocks, in pinned memory where there is a GPU."""
+    batch = replace(batch, mask_blocks=mask_blocks(batch.starts, batch.n_tokens))
+    return batch.pin_memory() if CUDA else batch
+
+
+def random_pack(shapes, tokens, spaces, seed=0):
+    """A pack of random images of the given shapes, with random targets."""
     random = torch.Generator().manual_seed(seed)
-    integers = lambda low, high, shape, dtype: torch.randint(low, high, shape, generator=random, dtype=dtype)  # noqa: E731
-    rows = [integers(0, 256, (h * w, amoe.ROW), torch.uint8) for h, w in shapes]
-    batch, M = packs.pack(rows, shapes, tokens), len(shapes)
-    batch.blocks = block_table(batch.starts, tokens)
-    for space in spaces:
-        batch.targets[space.name] = {
-            "patch": integers(-48, 49, (tokens, space.dim), torch.int8),
-            "summary": torch.randn(M, space.dim, generator=random),
-        }
-        if space.registers:
-            batch.targets[space.name]["registers"] = torch.randn(M, space.registers, space.dim, generator=random)
-    return batch.pin_memory() if device.type == "cuda" else batch
+    rows = [torch.randint(0, 256, (h * w, amoe.ROW), generator=random, dtype=torch.uint8) for h, w in shapes]
+    batch = amoe.pack(rows, shapes, tokens)
+    for s in spaces:
+        patch_TC = torch.randint(-48, 49, (tokens, s.dim), generator=random, dtype=torch.int8)
+        batch.targets[s.name] = {"patch": patch_TC, "summary": torch.randn(len(rows), s.dim, generator=random)}
+        if s.registers:
+            batch.targets[s.name]["registers"] = torch.randn(len(rows), s.registers, s.dim, generator=random)
+    return as_loaded(batch)
 
 
 def mixed_shapes(tokens, seed=0, special=5):
-    """Shapes of 16 to 256 patches, log-uniform, aspect up to 2, until the pack is full."""
-    random, shapes, used = np.random.default_rng(seed), [], 0
-    while True:
-        area, aspect = math.exp(random.uniform(math.log(16), math.log(256))), 2 ** random.uniform(-1, 1)
-        h = max(1, round(math.sqrt(area / aspect)))
-        shape = h, max(1, min(round(area / h), 256 // h))
-        used += special + math.prod(shape)
-        if used > tokens:
-            return shapes
-        shapes.append(shape)
+    """Shapes of 16 to 256 patches, log-uniform, aspect up to 2, as many as fill the pack."""
+    random = np.random.default_rng(seed)
+    area, aspect = np.exp(random.uniform(math.log(16), math.log(256), tokens)), 2 ** random.uniform(-1, 1, tokens)
+    h = np.sqrt(area / aspect).round().astype(int)
+    w = np.minimum((area / h).round().astype(int), 256 // h)
+    n = int(((special + h * w).cumsum() <= tokens).sum())
+    return list(zip(h[:n].tolist(), w[:n].tolist(), strict=True))
 
 
-def parts(model, batch, groups, spaces, compiled, autocast):
-    """Milliseconds of a step's parts, forward and backward, each timed alone (and compiled alone).
+def padded(batch, n_tokens=None):
+    """The batch with every image as long as the longest: what a dense [M, L] batch of the same images computes.
 
-    A layer's time is that of the first one times their number. Alone a part cannot be fused with its neighbours nor
+    Padding is counted as patches, so that no mask has to be paid for: this is a padded step at its best. n_tokens, for
+    compiled code, which wants one length: only as many of the images as fit.
+    """
+    lengths = batch.shapes.prod(1).tolist()
+    longest, special = max(lengths), int(batch.starts[1]) - lengths[0]
+    M = batch.n_images if n_tokens is None else n_tokens // (longest + special)
+    rows = [F.pad(batch.rows[batch.patch_rows(i)], (0, 0, 0, longest - lengths[i])) for i in range(M)]
+    out = amoe.pack(rows, [(1, longest)] * M, n_tokens, special - 1, batch.ids[:M])
+    for name, target in batch.targets.items():
+        patch_TC = target["patch"].new_zeros(out.n_tokens, target["patch"].shape[1])
+        out.targets[name] = {kind: value[:M] for kind, value in target.items()} | {"patch": patch_TC}
+    return as_loaded(out)
+
+
+# ---- the step ----
+
+
+def flops_per_token(model, mean_length):
+    """Of a training step, per token: 2 for every weight a token meets forward, twice that backward; attention besides.
+
+    A token meets all weights but those of experts it is not sent to. Attention multiplies every query with the
+    `mean_length` keys of its image and their values: 2 * 2 * H d L forward. Nothing else is counted.
+    """
+    c = model.config
+    matrices = sum(p.numel() for name, p in model.named_parameters() if p.ndim >= 2 and ".pool." not in name)
+    idle = (c.layers - c.dense_layers) * 3 * c.dim * c.hidden * (c.experts - c.top_k) if c.experts else 0
+    return 3 * (2 * (matrices - idle) + c.layers * 4 * c.heads * c.head_dim * mean_length)
+
+
+def part_times(model, batch, extents, spaces, compiled):
+    """Milliseconds of a step's parts, forward and backward, each timed (and compiled) alone.
+
+    A layer's time is that of the last one times their number. Alone a part can neither be fused with its neighbours nor
     hide behind them, so the sum is not the step's time.
     """
-    device, c, T = batch.rows.device, model.config, batch.n_tokens
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    x_TD = torch.randn(T, c.dim, device=device, dtype=dtype, requires_grad=True)
-    block, real_T = model.layers[0], batch.image < batch.n_images
-    rotation = amoe.rotations(batch.yx, model.freqs_cis_golden)
-    ffn = (lambda x: block.moe(x, real_T)[0]) if c.experts else block.feed_forward
+    n, device, block = model.config.layers, batch.rows.device, model.layers[-1]
+    x_TD = torch.randn(batch.n_tokens, model.config.dim, device=device, dtype=torch.bfloat16 if CUDA else None)
+    x_TD.requires_grad_()
+    rotation, real_T = amoe.rotations(batch.yx, model.freqs_cis_golden), batch.image < batch.n_images
+    ffn = (lambda x: block.moe(x, real_T)[0]) if hasattr(block, "moe") else block.feed_forward
     heads = lambda h: {name: head(h, batch) for name, head in model.heads.items()}  # noqa: E731
-    with torch.no_grad(), autocast():
+    with torch.no_grad(), amoe.autocast(device):
         out = heads(x_TD)
-    leaf = lambda v: v.detach().requires_grad_()  # noqa: E731
-    out = {name: {kind: leaf(v) for kind, v in answer.items()} for name, answer in out.items()}
-
-    def losses(out):
-        kinds = amoe.distillation_loss(out, batch, spaces)
-        return sum(v for values in kinds.values() for v in values.values())
+    out = {name: {kind: v.detach().requires_grad_() for kind, v in answer.items()} for name, answer in out.items()}
 
     def relations(out):
-        pairs = [(out[s.name]["summary"], batch.targets[s.name]["summary"]) for s in spaces]
-        return sum(amoe.arkd_loss(student, teacher) for student, teacher in pairs)
+        return {s.name: amoe.arkd_loss(out[s.name]["summary"], batch.targets[s.name]["summary"]) for s in spaces}
 
-    pieces = {  # function, its argument, how often a step runs it, whether the step compiles it
-        "attention": (lambda x: block.attention(block.attention_norm(x), rotation, groups), x_TD, c.layers, True),
-        "experts" if c.experts else "feed-forward": (lambda x: ffn(block.ffn_norm(x)), x_TD, c.layers, True),
-        "heads": (heads, x_TD, 1, True),
-        "distillation loss": (losses, out, 1, True),
-        "ARKD": (relations, out, 1, False),
-    }
-    result = {}
-    for name, (function, argument, times, in_graph) in pieces.items():
+    def total(value):
+        return sum(map(total, value.values())) if isinstance(value, dict) else value.float().sum()
+
+    def time_part(function, argument, times=1, in_graph=True):
         run = torch.compile(function) if compiled and in_graph else function
 
-        def both(run=run, argument=argument):
-            with autocast():
+        def forward_and_backward():
+            with amoe.autocast(device):
                 value = run(argument)
-            while isinstance(value, dict):
-                value = sum(
-                    v.float().sum() for inner in value.values() for v in inner.values() if isinstance(v, torch.Tensor)
-                )
-            value.float().sum().backward()
+            total(value).backward()
 
-        result[name] = times * median_ms(both, device)[0]
-    model.zero_grad(set_to_none=True)
-    return result
+        return times * median_ms(forward_and_backward, device)[0]
+
+    return {
+        "attention": time_part(lambda x: block.attention(block.attention_norm(x), rotation, extents), x_TD, n),
+        "experts" if hasattr(block, "moe") else "feed-forward": time_part(lambda x: ffn(block.ffn_norm(x)), x_TD, n),
+        "heads": time_part(heads, x_TD),
+        "distillation loss": time_part(lambda out: amoe.distillation_loss(out, batch, spaces), out),
+        "ARKD": time_part(relations, out, in_graph=False),
+    }
 
 
-def one_step(train, model, optimizer, streak, spaces, flags, place, compiled, run):
+def make_step(flags, process, compiled, spaces, online=()):
+    """(model, optimizer, step); step(batch) trains on a pack of the host as train.py does and returns its losses."""
+    model = train.build(flags, spaces, process.device)
+    optimizer = train.make_optimizer(model, flags)
+    bad_steps = torch.zeros(2, dtype=torch.int64, device=process.device)
+    forward = train.compile_forward() if compiled else train.forward
+
     def step(batch):
-        pack = train.on_device(batch, place, compiled, [], spaces)
-        measured, load = train.gradients(model, [pack], spaces, flags, place, run)
-        train.update(model, optimizer, {}, measured, load, streak, 0, flags)
+        pack = train.to_device(batch, process, compiled, online, spaces)
+        measured, expert_load = train.gradients(model, [pack], spaces, flags, process, forward)
+        train.update(model, optimizer, {}, measured, expert_load, bad_steps, 0, flags)
         return measured
 
-    return step
+    return model, optimizer, step
 
 
-def setup(words):
-    """(train, flags, place, compiled, spaces, model, step function, optimizer)."""
-    import train  # here, for train.py imports `parts` from this file
-
-    flags = train.parse(words)
-    place, compiled = train.setup(flags)
-    torch.manual_seed(0)
-    spaces = teacher_spaces(small=place.device.type == "cpu")
-    model = train.build(flags, spaces, place.device)
-    optimizer = train.make_optimizer(model, flags)
-    streak = torch.zeros(2, dtype=torch.int64, device=place.device)
-    run = torch.compile(train.forward) if compiled else train.forward
-    step = one_step(train, model, optimizer, streak, spaces, flags, place, compiled, run)
-    return train, flags, place, compiled, spaces, model, step, optimizer
+def open_packs(flags, process, compiled):
+    """(endless packs, four of mixed lengths, spaces, teachers to run online): of --cache or --images, else random."""
+    if flags.cache or flags.images:
+        dataset, spaces, online, _ = train.open_data(flags, process, compiled)
+        order = data.Order(dataset, flags.tokens, flags.seed, registers=amoe.CONFIGS[flags.model].registers)
+        packs = (batch for batch, _ in data.loader(order, data.Position(), threads=2 if CUDA else 0))
+        return packs, list(itertools.islice(packs, 4)), spaces, online
+    spaces = random_spaces(small=not CUDA)
+    uniform = [random_pack([(16, 16)] * (flags.tokens // 261), flags.tokens, spaces, seed) for seed in range(2)]
+    mixed = [random_pack(mixed_shapes(flags.tokens, seed), flags.tokens, spaces, seed) for seed in range(4)]
+    return itertools.cycle(uniform), mixed, spaces, []
 
 
-def agree(compile_mode, save):
-    """Losses of three steps, compiled beside eager, in bfloat16 (on CUDA) and float32; `save` gets every row so far."""
-    rows = []
-    amoe.CONFIGS["agree"] = amoe.Config(2, 128, 2, 64, 128, experts=8, top_k=2)
-    cuda = torch.cuda.is_available()
-    for dtype, kernels in (
-        (("bfloat16", "auto"), ("bfloat16", "triton"), ("float32", "triton")) if cuda else (("float32", "auto"),)
-    ):
-        row = {"dtype": dtype, "kernels": kernels}
-        rows.append(row)
-        try:
-            losses, weights = [], []
-            for mode in ("off", compile_mode):
-                words = [
-                    "--model",
-                    "agree",
-                    "--tokens",
-                    "1024",
-                    "--compile",
-                    mode,
-                    "--kernels",
-                    kernels,
-                    "--lr",
-                    "1e-3",
-                ]
-                train, _, place, _, spaces, model, step, _ = setup(words)
-                if dtype == "float32":
-                    torch.set_float32_matmul_precision("highest")
-                    train.autocast = lambda device: contextlib.nullcontext()
-                torch.manual_seed(1)
-                for p in model.parameters():  # away from the zeros that it begins with
-                    if p.requires_grad and p.ndim >= 2:
-                        torch.nn.init.normal_(p, std=0.5 / p.shape[-1] ** 0.5)
-                batch = synthetic(mixed_shapes(1024), 1024, spaces, place.device)
-                losses.append([step(batch)["loss"].item() for _ in range(3)])
-                weights.append(torch.cat([p.detach().float().flatten() for p in model.parameters()]))
-                torch._dynamo.reset()
-            error = max(abs(a / b - 1) for a, b in zip(*losses, strict=True))
-            tolerance = 1e-4 if dtype == "float32" else 2e-2
-            row |= {"eager": losses[0], "compiled": losses[1], "error": error, "tolerance": tolerance}
-            row["weights_error"] = float((weights[0] - weights[1]).norm() / weights[0].norm())
-            if not error <= tolerance:
-                row["wrong"] = f"losses differ by {error:.1e}"
-        except Exception as failure:  # the other precision is still worth its time
-            row["failed"] = f"{type(failure).__name__}: {str(failure).strip()[:500]}"
-        print("compiled against eager:", row, flush=True)
-        save(rows)
-    return rows
+def time_training(step, packs, repeats, tokens):
+    """Figures of steps as training takes them: the host runs ahead, and waits for the device after every few only."""
+    n = 10 if CUDA else 4
+    waited, lengths, host = [], [], []
 
+    def steps():
+        began = time.perf_counter()
+        for _ in range(n):
+            asked = time.perf_counter()
+            batch = next(packs)
+            waited.append(time.perf_counter() - asked)
+            lengths.append(batch.starts.diff().double())
+            step(batch)
+        host.append(time.perf_counter() - began)
 
-def figures(words, tokens, save):
-    """Times the step and hands the result to `save` after every part of it, so that what is cut short is not lost."""
-    train, flags, place, compiled, spaces, model, step, optimizer = setup([*words, "--tokens", str(tokens)])
-    cuda, device = place.device.type == "cuda", place.device
-    wait = torch.cuda.synchronize if cuda else lambda: None
-    special = 1 + model.config.registers
-    n_images = tokens // (256 + special)
-    uniform = [synthetic([(16, 16)] * n_images, tokens, spaces, device, seed) for seed in range(2)]
-    result = {
-        "model": flags.model,
-        "device": torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads",
-        "torch": torch.__version__,
-        "kernels": flags.kernels,
-        "compiled": compiled,
-        "tokens": tokens,
-        "images": n_images,
+    seconds = in_turns({"steps": steps}, repeats)["steps"]
+    useful, step_s = float(torch.cat(lengths).sum()) / len(lengths), statistics.median(seconds) / n
+    return {
+        "steps": n * repeats,
+        "step_ms": 1e3 * step_s,
+        "host_ms": 1e3 * statistics.median(host[1:]) / n,  # of it, until the host had handed out the work
+        "tokens_per_s": useful / step_s,
+        "data_wait_share": sum(waited[n:]) / sum(seconds),
+        "fill": useful / tokens,
+        "keys_per_query": float(torch.cat(lengths).square().sum() / torch.cat(lengths).sum()),
     }
+
+
+def time_padding(step, mixed, n_tokens, repeats):
+    """Useful tokens a second of packs, and of the same images padded; the ratio is a median over turns."""
+    wide = [padded(batch, n_tokens) for batch in mixed]
+    ways = {"packed": lambda: [step(b) for b in mixed], "padded": lambda: [step(b) for b in wide]}
+    seconds = in_turns(ways, repeats)
+    tokens = [int(batch.starts[-1]) for batch in mixed]
+    # of compiled packs, which hold fewer images: as if they had been the average ones of their pack
+    kept = [t * w.n_images / b.n_images for t, b, w in zip(tokens, mixed, wide, strict=True)]
+    rates = {name: [sum(n) / s for s in seconds[name]] for name, n in (("packed", tokens), ("padded", kept))}
+    out = {f"{name}_tokens_per_s": statistics.median(rate) for name, rate in rates.items()}
+    return out | {"packed_over_padded": statistics.median(a / b for a, b in zip(*rates.values(), strict=True))}
+
+
+def measure_step(words, repeats, save):
+    """The step's figures; `save` gets them after every part, so that what is cut short is not lost."""
+    flags = train.parse(words)
+    process, compiled = train.setup(flags)
+    packs, mixed, spaces, online = open_packs(flags, process, compiled)
+    model, optimizer, step = make_step(flags, process, compiled, spaces, online)
+    device, where = process.device, Path(flags.cache or flags.images).name or "random"
+    result = {"name": f"{flags.model} on {where}, experts {flags.kernels}", "torch": torch.__version__}
+    result["device"] = torch.cuda.get_device_name() if CUDA else f"{torch.get_num_threads()} CPU threads"
     began = time.perf_counter()
-    step(uniform[0])
-    wait()
-    result["first_step_s"] = time.perf_counter() - began
+    float(step(mixed[0])["loss"])
+    result |= {"tokens": flags.tokens, "compiled": compiled, "first_step_s": time.perf_counter() - began}
     save(result)
-
-    def speed(batches, repeats=3, steps=10 if cuda else 3):
-        """(ms a step, ms of it the host needed to hand the work out, useful tokens/s), medians."""
-        step(batches[0])
-        wait()
-        times, host = [], []
-        for _ in range(repeats):
-            began = time.perf_counter()
-            for n in range(steps):
-                step(batches[n % len(batches)])
-            host.append((time.perf_counter() - began) / steps)
-            wait()  # at the end only: in training, too, the host runs ahead
-            times.append((time.perf_counter() - began) / steps)
-        useful = statistics.mean(int(batch.starts[-1]) for batch in batches)
-        ms = 1e3 * statistics.median(times)
-        return ms, 1e3 * statistics.median(host), 1e3 * useful / ms
-
-    if cuda:
+    if CUDA:
         torch.cuda.reset_peak_memory_stats()
-    ms, host_ms, rate = speed(uniform)
-    result |= {"step_ms": ms, "host_ms": host_ms, "tokens_per_s": rate, "steps": 30 if cuda else 9}
-    if cuda:
-        result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    table_ms, _ = median_ms(lambda: block_table(uniform[0].starts, tokens), torch.device("cpu"))
-    result |= {"block_mask_ms": table_ms, "block_mask_share": table_ms / ms}
+    result |= time_training(step, packs, repeats, flags.tokens)
+    memory = torch.cuda.max_memory_allocated() if CUDA else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    result["peak_gib"] = memory / 2**30  # of the GPU; of the whole process on a CPU
     save(result)
-    peak = peaks(device)["matmul_flops"]
-    flops = train.flops_per_token(model, 256 + special)
-    result |= {"mflop_per_token": flops / 1e6, "matmul_tflops": peak / 1e12, "mfu": flops * rate / peak}
+    peak, flops = peaks()["matmul_flops"], flops_per_token(model, result["keys_per_query"])
+    result |= {"mflop_per_token": flops / 1e6, "matmul_tflops": peak / 1e12}
+    result["mfu"] = flops * result["tokens_per_s"] / peak
+    result |= time_padding(step, mixed, flags.tokens if compiled else None, repeats)
     save(result)
-
-    mixed = [synthetic(mixed_shapes(tokens, seed), tokens, spaces, device, seed) for seed in range(2)]
-    packed = speed(mixed)
-    wide = [synthetic([(16, 16)] * n_images, tokens, spaces, device, seed) for seed in range(2)]
-    padded = speed(wide)
-    lengths = [n for batch in mixed for n in (batch.starts[1:] - batch.starts[:-1]).tolist()]
-    share = statistics.mean(lengths) / (256 + special)  # of a padded pack, how much is image
-    result |= {"packed_tokens_per_s": packed[2], "padded_tokens_per_s": padded[2] * share}
-    result["packed_over_padded"] = packed[2] / (padded[2] * share)
-    result["packed_fill"] = statistics.mean(int(batch.starts[-1]) for batch in mixed) / tokens
-    save(result)
-
-    batch, groups = train.on_device(uniform[0], place, compiled, [], spaces)
-    result["parts_ms"] = parts(model, batch, groups, spaces, compiled, lambda: train.autocast(device))
+    blocks_ms, _ = median_ms(lambda: mask_blocks(mixed[0].starts, flags.tokens), torch.device("cpu"))
+    result |= {"mask_blocks_ms": blocks_ms, "mask_blocks_share": blocks_ms / result["step_ms"]}
+    pack = train.to_device(mixed[0], process, compiled, online, spaces)
+    result["parts_ms"] = part_times(model, *pack, spaces, compiled)
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
-    result["parts_ms"]["clip and AdamW"] = median_ms(
-        lambda: (torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0), optimizer.step()), device
-    )[0]
-    result["parts_ms"]["copy to the device"] = median_ms(lambda: (uniform[0].to(device), wait()), torch.device("cpu"))[
-        0
-    ]
-    save(result)
+    clip_and_step = lambda: (torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0), optimizer.step())  # noqa: E731
+    result["parts_ms"]["clip and AdamW"] = median_ms(clip_and_step, device)[0]
+    result["parts_ms"]["copy to the device"] = median_ms(lambda: mixed[0].to(device), device)[0]
     return result
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    cuda = torch.cuda.is_available()
-    parser.add_argument("--model", default="amoe-0.3b" if cuda else "toy", help="default: amoe-0.3b, toy without a GPU")
-    parser.add_argument("--tokens", type=int, default=16384 if cuda else 2048, help="in a pack")
-    parser.add_argument("--kernels", default="auto", help="form of the experts")
-    parser.add_argument("--compile", default="auto", help="auto (on CUDA), on, off")
-    parser.add_argument("--agree", action="store_true", help="compiled against eager losses, no figures")
-    parser.add_argument("--out", type=Path, help="folder to write step.json to")
-    args = parser.parse_args()
-    if args.agree:
-        save = lambda rows: record(args.out, "checks.json", "compiled against eager", rows)  # noqa: E731
-        rows = agree("on" if args.compile == "auto" else args.compile, save)
-        return any("wrong" in row or "failed" in row for row in rows)
-    words = ["--model", args.model, "--kernels", args.kernels, "--compile", args.compile]
-    result = figures(
-        words, args.tokens, lambda result: record(args.out, "step.json", f"experts {args.kernels}", result)
-    )
-    for key, value in result.items():
-        for name, v in value.items() if isinstance(value, dict) else [(None, value)]:
-            print(f"{key if name is None else '  ' + name:<24}{v if not isinstance(v, float) else f'{v:.4g}'}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,16 +1,16 @@
-"""Right first, then how fast: python kernels/bench.py [--all] [--only PART] [--out DIR] [--compiled].
+"""Right first, then how fast: python kernels/bench.py [--all] [--only PART] [--out DIR].
 
 --all runs every part below in a process of its own, each within its share of nine minutes: what fails, hangs or spoils
 the GPU's context costs its own part only. Results are written after every measurement.
 
     checks               every form of every operation at awkward sizes against float64, values and gradients
-    agree                compiled against eager losses of a small model (benchmarks/step.py)
-    step, step-triton    the whole step of amoe-0.3b, and of its parts; packed against padded (benchmarks/step.py)
+    agree                compiled against eager steps of a small model (tests/test_step.py, with pytest)
+    step, step-triton    the whole step of amoe-0.3b, and of its parts; packed against padded (benchmarks/speed.py)
     moe, attention, arkd, kmeans      an operation's forms at real sizes
 
-Each form is first compared with a float64 reference on the inputs it is timed on; one that is wrong is not timed, and
-the exit status is 1. Without a GPU shapes are small and Triton is left out: its interpreter is no measure of speed.
-Times are medians, of `triton.testing.do_bench` on CUDA (which clears L2 between runs), of wall time on a CPU.
+A form that is wrong against float64 on the inputs it is timed on is not timed, and the exit status is 1. Without a GPU
+shapes are small and Triton is left out: its interpreter is no measure of speed. Times are medians, of
+`triton.testing.do_bench` on CUDA (which clears L2 between runs), of wall time on a CPU.
 
 The floor of a shape is the longer of its operations at the rate of a large bfloat16 matrix product (float32 on a CPU)
 and its fewest bytes, each input read and each output written once, at the rate of a large copy, both measured in the
@@ -21,7 +21,6 @@ global batch, H heads, d head width, L tokens of an image, N points.
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import platform
@@ -46,6 +45,10 @@ from kernels.moe import moe
 
 if moe_file.triton is not None:
     import triton.testing
+
+ROOT = Path(__file__).resolve().parent.parent
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
 
 # In the order of their worth, with the seconds each may take; what one leaves over is there for those after it.
 PARTS = {"checks": 110, "agree": 130, "step": 260, "moe": 90, "attention": 60, "arkd": 50, "kmeans": 40}
@@ -72,18 +75,18 @@ class Case:
 # ---- the operations ----
 
 
-def moe_case(device, compiled, dtype, shape, empty=()):
+def moe_case(dtype, shape, empty=(), compiled=False):
     T, D, E, F, K = shape
     tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
-    score_TE = torch.rand(T, E, device=device)
+    score_TE = torch.rand(T, E, device=DEVICE)
     score_TE[:, list(empty)] = -1
     expert_TK = score_TE.topk(K, dim=1).indices
-    w1, w3, w2 = (torch.randn(s, device=device, dtype=dtype) * s[2] ** -0.5 for s in [(E, F, D)] * 2 + [(E, D, F)])
-    x_TD, weight_TK = torch.randn(T, D, device=device, dtype=dtype), torch.rand(T, K, device=device)
-    forms = {impl: form(moe_file.choose, moe, impl, device, dtype) for impl in moe_file.IMPLS}
+    w1, w3, w2 = (torch.randn(s, device=DEVICE, dtype=dtype) * s[2] ** -0.5 for s in [(E, F, D)] * 2 + [(E, D, F)])
+    x_TD, weight_TK = torch.randn(T, D, device=DEVICE, dtype=dtype), torch.rand(T, K, device=DEVICE)
+    forms = {impl: form(moe_file.choose, moe, impl, dtype) for impl in moe_file.IMPLS}
     if dtype != torch.bfloat16:
         forms["grouped"] = "computes in bfloat16"
-    for impl in ("grouped", "triton") if device.type == "cuda" else ("ref",):
+    for impl in ("grouped", "triton") if CUDA else ("ref",):
         forms[f"compiled {impl}"] = compile_if(compiled, forms[impl])
     flops = 2 * T * K * 3 * D * F  # three products forward; each has two in the backward
     size = x_TD.element_size()
@@ -95,67 +98,39 @@ def moe_case(device, compiled, dtype, shape, empty=()):
     )
 
 
-def moe_cases(device, compiled):
-    if device.type == "cuda":
-        yield moe_case(device, compiled, torch.bfloat16, (16384, 768, 28, 384, 6))
-        for shape in ((16384, 768, 28, 384, 2), (65536, 768, 28, 384, 6)):  # not compiled: that is most of the time
-            yield moe_case(device, False, torch.bfloat16, shape)
-    else:
-        yield moe_case(device, compiled, torch.float32, (1024, 128, 8, 128, 2))
-
-
-def moe_checks(device):
-    for dtype in (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,):
-        yield moe_case(device, False, dtype, (1, 16, 3, 24, 1))  # one token, most experts empty
-        yield moe_case(device, False, dtype, (1037, 72, 6, 40, 3), empty=(0, 4))  # several tiles, the last one ragged
-        yield moe_case(device, False, dtype, (512, 768, 28, 384, 6))
-
-
-def arkd_case(device, compiled, B, D, teacher_D, spread=1.0, duplicates=0):
-    student_BD, teacher_BD = torch.randn(B, D, device=device), spread * torch.randn(B, teacher_D, device=device)
+def arkd_case(B, D, teacher_D, spread=1.0, duplicates=0, compiled=False):
+    student_BD, teacher_BD = torch.randn(B, D, device=DEVICE), spread * torch.randn(B, teacher_D, device=DEVICE)
     student_BD[:duplicates] = student_BD[0]
-    forms = {impl: form(arkd_file.choose, relational, impl, device, torch.float32, B) for impl in arkd_file.IMPLS}
+    loss = lambda s, t, impl: arkd(s, t, "arkd", impl)  # noqa: E731
+    forms = {impl: form(arkd_file.choose, loss, impl, torch.float32, B) for impl in arkd_file.IMPLS}
     if B > arkd_file.MEDIAN_EXACT:
         forms["ref"] = f"its {B} x {B} tensors would take {B * B * 4 / 2**30:.0f} GiB each"
     forms["compiled ref"] = compile_if(compiled, forms["ref"])
     gram = 2 * B * B * D  # two for the means, two for the loss; in the backward two again and weights @ z
     flops, read = (4 * gram, 7 * gram), 4 * 2 * B * D
-    exact = lambda s, t: arkd(s, t, impl="chunked")  # noqa: E731
     # A gate is a step: in float32 a pair or two fall on the other side of the median, about 1 / B of the gradient.
     return Case(
-        *("arkd", f"B{B} D{D} float32", (student_BD, teacher_BD), (0,), forms, exact, flops),
+        *(
+            "arkd",
+            f"B{B} D{D} float32",
+            (student_BD, teacher_BD),
+            (0,),
+            forms,
+            lambda s, t: loss(s, t, "chunked"),
+            flops,
+        ),
         *((read, 2 * read), (1e-4, 2 / B)),
     )
 
 
-def arkd_cases(device, compiled):
-    for B, D in ((2048, 1152), (32768, 1152)) if device.type == "cuda" else ((512, 384),):
-        yield arkd_case(device, compiled, B, D, D)
-
-
-def arkd_checks(device):
-    yield arkd_case(device, False, 2, 3, 5)
-    yield arkd_case(device, False, 131, 33, 70, 0.1, duplicates=5)
-    if device.type == "cuda":  # several strips; then a median from a sample
-        yield arkd_case(device, False, 2500, 129, 65)
-        yield arkd_case(device, False, 5000, 64, 64)
-
-
-def relational(student_BD, teacher_BD, impl):
-    return arkd(student_BD, teacher_BD, "arkd", impl)
-
-
-def attention_case(device, compiled, dtype, H, d, starts, T, sinks=True):
+def attention_case(dtype, H, d, starts, T, compiled=False):
     starts = torch.tensor(starts, dtype=torch.int32)
-    groups = image_runs(starts, T)
-    q, k, v = (torch.randn(T, H, d, device=device, dtype=dtype) for _ in range(3))
-    sdpa = lambda *a: attend(*a[:3], groups, a[3])  # noqa: E731
-    forms = {"ref": sdpa}
-    if device.type == "cuda":
-        mask = mask_of(starts, T, device)
-        forms["compiled flex"] = compile_if(compiled, lambda *a: attend(*a[:3], mask, a[3]))
-    else:
-        forms["compiled flex"] = "FlexAttention has gradients on CUDA only; SDPA on runs of equal images here"
+    extents = image_runs(starts, T)
+    q, k, v = (torch.randn(T, H, d, device=DEVICE, dtype=dtype) for _ in range(3))
+    sdpa = lambda *a: attend(*a[:3], extents, a[3])  # noqa: E731
+    mask = mask_of(starts, T, DEVICE)
+    flex = compile_if(compiled, lambda *a: attend(*a[:3], mask, a[3])) if CUDA else "has gradients on CUDA only"
+    forms = {"ref": sdpa, "compiled flex": flex}
     lengths = [*starts.diff().tolist(), T - int(starts[-1])]
     flops = 4 * H * d * sum(n * n for n in lengths)
     size = 4 * T * H * d * q.element_size()
@@ -164,34 +139,14 @@ def attention_case(device, compiled, dtype, H, d, starts, T, sinks=True):
     # A flash backward is 2.5 forwards: it computes the scores once more.
     return Case(
         *("attention", f"T{T} H{H} d{d} M{len(lengths)} {name(dtype)}"),
-        *((q, k, v, torch.randn(H, device=device)), (0, 1, 2, 3), forms, sdpa),
+        *((q, k, v, torch.randn(H, device=DEVICE)), (0, 1, 2, 3), forms, sdpa),
         *((flops, 3.5 * flops), (size, 3 * size), tolerance),
     )
 
 
-def attention_cases(device, compiled):
-    if device.type == "cuda":
-        equal, mixed = list(range(0, 16384, 261)), [0]
-        while mixed[-1] + 261 <= 16384:
-            mixed.append(mixed[-1] + int(torch.randint(21, 262, ())))
-        for starts in (equal, mixed):
-            yield attention_case(device, compiled, torch.bfloat16, 8, 128, starts, 16384)
-    else:
-        yield attention_case(device, compiled, torch.float32, 4, 32, list(range(0, 1024, 69)), 1024)
-
-
-def attention_checks(device):
-    """Images within a block, on its edges, over several; padding, none; an odd end."""
-    cuda = device.type == "cuda"
-    for dtype in (torch.bfloat16, torch.float32) if cuda else (torch.float32,):
-        for starts, T in (([0, 100, 230, 600], 700), ([0, 128, 256, 512], 512), ([0, 7], 384)):
-            if dtype == torch.bfloat16 or not cuda or T == 700:  # compiling is most of the time
-                yield attention_case(device, cuda, dtype, 2, 64, starts, T)
-
-
-def kmeans_case(device, compiled, N, D, K, dtype=torch.float32):
+def kmeans_case(N, D, K, dtype=torch.float32):
     # bfloat16 products are exact and the sums are float32: the same tolerance
-    x_ND, c_KD = torch.randn(N, D, device=device, dtype=dtype), torch.randn(K, D, device=device, dtype=dtype)
+    x_ND, c_KD = torch.randn(N, D, device=DEVICE, dtype=dtype), torch.randn(K, D, device=DEVICE, dtype=dtype)
     bias_K = -c_KD.float().square().sum(1) / 2
 
     def excess(answer):
@@ -202,8 +157,7 @@ def kmeans_case(device, compiled, N, D, K, dtype=torch.float32):
         return float(((x - c[label]).square().sum() - nearest) / nearest)
 
     forms = {impl: lambda *a, impl=impl: kmeans_file.top3(*a, impl=impl) for impl in ("ref", "triton")}
-    forms["flash-kmeans"] = flash_kmeans(x_ND)
-    if device.type != "cuda":
+    if not CUDA:
         forms["triton"] = "needs a CUDA device"
     size = x_ND.element_size()
     sizes = (2 * N * K * D,) * 2, (size * (N * D + K * D) + 28 * N,) * 2
@@ -212,45 +166,62 @@ def kmeans_case(device, compiled, N, D, K, dtype=torch.float32):
     )
 
 
-def flash_kmeans(x_ND):
-    """The assignment of the flash-kmeans package, a peer to compare with, or why it is not there."""
-    if importlib.util.find_spec("flash_kmeans") is None:
-        return "a peer, not installed: pip install flash-kmeans"
-    if x_ND.device.type != "cuda" or x_ND.dtype != torch.bfloat16:
-        return "compared in bfloat16 on a CUDA device"
-    from flash_kmeans.assign_euclid_triton import euclid_assign_triton
-
-    square_N = x_ND.float().square().sum(1)
-    return lambda x, c, _: [euclid_assign_triton(x[None], c[None], square_N[None])[0][:, None]]
+def image_starts(low, high=261, T=16384):
+    """First tokens of images of `low` to `high` tokens, as many as fit the pack."""
+    random = torch.Generator().manual_seed(0)
+    starts = torch.randint(low, high + 1, (T // low,), generator=random).cumsum(0)
+    return [0, *starts[starts <= T].tolist()]
 
 
-def kmeans_cases(device, compiled):
-    if device.type == "cuda":
-        for dtype in (torch.bfloat16, torch.float32):
-            yield kmeans_case(device, compiled, 1_000_000, 384, 1000, dtype)
-        yield kmeans_case(device, compiled, 1_000_000, 256, 4096, torch.bfloat16)
-    else:
-        yield kmeans_case(device, compiled, 10_000, 64, 200)
+# The arguments of every operation's cases, at awkward sizes and at real ones; the last says whether to compile, which
+# is most of the time.
+FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
+BOTH = (FLOAT32, BFLOAT16) if CUDA else (FLOAT32,)
+CHECKS = {
+    "moe": [
+        (dtype, *rest)
+        for dtype in BOTH
+        for rest in (
+            ((1, 16, 3, 24, 1), ()),  # one token, most experts empty
+            ((1037, 72, 6, 40, 3), (0, 4)),  # several tiles, the last one ragged
+            ((512, 768, 28, 384, 6), ()),
+        )
+    ],
+    # on CUDA also several strips, then a median from a sample
+    "arkd": [(2, 3, 5), (131, 33, 70, 0.1, 5), *([(2500, 129, 65), (5000, 64, 64)] if CUDA else [])],
+    # images within a block, on its edges, over several; padding, none; an odd end
+    "attention": [
+        (dtype, 2, 64, starts, T, CUDA)
+        for dtype in BOTH
+        for starts, T in (([0, 100, 230, 600], 700), ([0, 128, 256, 512], 512), ([0, 7], 384))
+        if dtype == BFLOAT16 or not CUDA or T == 700
+    ],
+    "kmeans": [
+        (*shape, dtype) for dtype in (FLOAT32, BFLOAT16) for shape in ((1001, 33, 7), (1, 5, 1), (3000, 70, 300))
+    ],
+}
+CASES = {
+    "moe": [(BFLOAT16, (16384, 768, 28, 384, 6), (), True), (BFLOAT16, (16384, 768, 28, 384, 2)),
+            (BFLOAT16, (65536, 768, 28, 384, 6))],
+    "attention": [(BFLOAT16, 8, 128, image_starts(low), 16384, True) for low in (261, 21)],
+    "arkd": [(2048, 1152, 1152, 1.0, 0, True), (32768, 1152, 1152, 1.0, 0, True)],
+    "kmeans": [(1_000_000, 384, 1000, BFLOAT16), (1_000_000, 384, 1000, FLOAT32), (1_000_000, 256, 4096, BFLOAT16)],
+} if CUDA else {
+    "moe": [(FLOAT32, (1024, 128, 8, 128, 2))],
+    "attention": [(FLOAT32, 4, 32, list(range(0, 1024, 69)), 1024)],
+    "arkd": [(512, 384, 384)],
+    "kmeans": [(10_000, 64, 200)],
+}  # fmt: skip
+MAKE = {"moe": moe_case, "attention": attention_case, "arkd": arkd_case, "kmeans": kmeans_case}
 
 
-def kmeans_checks(device):
-    for dtype in (torch.bfloat16, torch.float32):
-        yield kmeans_case(device, False, 1001, 33, 7, dtype)
-        yield kmeans_case(device, False, 1, 5, 1, dtype)
-        yield kmeans_case(device, False, 3000, 70, 300, dtype)
-
-
-CASES = {"moe": moe_cases, "attention": attention_cases, "arkd": arkd_cases, "kmeans": kmeans_cases}
-CHECKS = {"moe": moe_checks, "attention": attention_checks, "arkd": arkd_checks, "kmeans": kmeans_checks}
-
-
-def form(choose, function, impl, device, *arguments):
+def form(choose, function, impl, *arguments):
     """`function` with that impl, or the reason why it does not run or is not timed here."""
     try:
-        choose(impl, device, *arguments)
+        choose(impl, DEVICE, *arguments)
     except ValueError as refusal:
         return str(refusal)
-    if impl == "triton" and device.type != "cuda":
+    if impl == "triton" and not CUDA:
         return "Triton's interpreter is no measure of speed"
     return lambda *a: function(*a, impl)
 
@@ -259,7 +230,7 @@ def compile_if(compiled, function):
     if isinstance(function, str):
         return function
     # A graph break is no error here: ref reads the counts on the host.
-    return torch.compile(function, dynamic=False) if compiled else "not compiled here (--compiled does on a CPU)"
+    return torch.compile(function, dynamic=False) if compiled else "not compiled here"
 
 
 # ---- checking and timing ----
@@ -290,7 +261,7 @@ def errors(outs, exacts):
     return [float((a - b).norm() / b.norm().clamp(min=1e-300)) for a, b in pairs]
 
 
-def median_ms(function, device):
+def median_ms(function, device=DEVICE):
     """(median milliseconds, n)."""
     if device.type == "cuda":
         times = triton.testing.do_bench(function, warmup=100, rep=400, return_mode="all")
@@ -304,58 +275,60 @@ def median_ms(function, device):
     return statistics.median(times), len(times)
 
 
-def peaks(device):
+def peaks():
     """Measured FLOP/s of a large matrix product and bytes/s of a large copy, read and written."""
-    cuda = device.type == "cuda"
-    n, dtype = (8192, torch.bfloat16) if cuda else (1024, torch.float32)
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    source = torch.randn(2**28 if cuda else 2**24, device=device)
+    n, dtype = (8192, torch.bfloat16) if CUDA else (2048, torch.float32)
+    a, b = (torch.randn(n, n, device=DEVICE, dtype=dtype) for _ in range(2))
+    source = torch.randn(2**28 if CUDA else 2**24, device=DEVICE)
     target = torch.empty_like(source)
-    product_ms, _ = median_ms(lambda: a @ b, device)
-    copy_ms, _ = median_ms(lambda: target.copy_(source), device)
+    product_ms, copy_ms = median_ms(lambda: a @ b)[0], median_ms(lambda: target.copy_(source))[0]
     return {"matmul_flops": 2 * n**3 / product_ms * 1e3, "copy_bytes": 8 * source.numel() / copy_ms * 1e3}
 
 
-def measure(case, peak, device):
+def measure(case, peak):
     """One row a form: error and, given the peaks, milliseconds, TFLOP/s, share of the floor; or why it did not run."""
     if case.gradients and case.op != "arkd":
         case.cotangent = torch.randn_like(case.inputs[0])
     exacts = step(case.exact, leaves(case, torch.float64), case) if case.exact else None
     rows = []
     for form_name, function in case.forms.items():
-        row = {"op": case.op, "shape": case.shape, "form": form_name}
-        rows.append(row)
+        rows.append({"op": case.op, "shape": case.shape, "form": form_name})
         if isinstance(function, str):
-            row["not_run"] = function
+            rows[-1]["not_run"] = function
             continue
         try:
-            torch._dynamo.reset()  # forms share their code, and a compiler's limit is on the shapes of one code
-            inputs = leaves(case)
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            outs = step(function, inputs, case)
-            if device.type == "cuda":
-                row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-            row["errors"] = [case.error(outs[0])] if case.error else errors(outs, exacts)
-            value, *gradients = row["errors"]
-            # `not all <=`, for a NaN is over every tolerance
-            if not all([value <= case.tolerance[0], *(e <= case.tolerance[1] for e in gradients)]):
-                row["wrong"] = f"errors {', '.join(f'{e:.1e}' for e in row['errors'])} against {case.tolerance}"
-                continue
-            if not peak:
-                continue
-            with torch.no_grad():
-                row["forward_ms"], row["n_forward"] = median_ms(lambda f=function, i=inputs: f(*i), device)
-            if case.gradients:
-                row["step_ms"], row["n_step"] = median_ms(lambda f=function, i=inputs: step(f, i, case), device)
+            measure_form(case, function, exacts, peak, rows[-1])
         except Exception as failure:  # of one form: the others are still worth their time
-            row["failed"] = f"{type(failure).__name__}: {str(failure).strip().splitlines()[0] if str(failure) else ''}"
-            continue
-        ms, part = (row["step_ms"], 1) if case.gradients else (row["forward_ms"], 0)
-        row |= {"tflops": case.flops[part] / ms / 1e9, "gbytes_per_s": case.bytes[part] / ms / 1e6}
-        floor = max(case.flops[part] / peak["matmul_flops"], case.bytes[part] / peak["copy_bytes"]) * 1e3
-        row |= {"floor_ms": floor, "percent_of_floor": 100 * floor / ms}
+            said = str(failure).strip().splitlines()[:1]
+            rows[-1]["failed"] = f"{type(failure).__name__}: {''.join(said)}"
     return rows
+
+
+def measure_form(case, function, exacts, peak, row):
+    """Add to the row what one form shows."""
+    torch._dynamo.reset()  # forms share their code, and a compiler's limit is on the shapes of one code
+    inputs = leaves(case)
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+    outs = step(function, inputs, case)
+    if CUDA:
+        row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    row["errors"] = [case.error(outs[0])] if case.error else errors(outs, exacts)
+    value, *gradients = row["errors"]
+    # `not all <=`, for a NaN is over every tolerance
+    if not all([value <= case.tolerance[0], *(e <= case.tolerance[1] for e in gradients)]):
+        row["wrong"] = f"errors {', '.join(f'{e:.1e}' for e in row['errors'])} against {case.tolerance}"
+        return
+    if not peak:
+        return
+    with torch.no_grad():
+        row["forward_ms"], row["n_forward"] = median_ms(lambda: function(*inputs))
+    if case.gradients:
+        row["step_ms"], row["n_step"] = median_ms(lambda: step(function, inputs, case))
+    ms, part = (row["step_ms"], 1) if case.gradients else (row["forward_ms"], 0)
+    row |= {"tflops": case.flops[part] / ms / 1e9, "gbytes_per_s": case.bytes[part] / ms / 1e6}
+    floor = max(case.flops[part] / peak["matmul_flops"], case.bytes[part] / peak["copy_bytes"]) * 1e3
+    row |= {"floor_ms": floor, "percent_of_floor": 100 * floor / ms}
 
 
 def record(folder, file, key, value):
@@ -373,10 +346,9 @@ def record(folder, file, key, value):
 
 
 def machine():
-    cuda = torch.cuda.is_available()
     return {
-        "machine": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
-        "device": "cuda" if cuda else "cpu",
+        "machine": torch.cuda.get_device_name() if CUDA else platform.processor() or platform.machine(),
+        "device": DEVICE.type,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -400,61 +372,57 @@ def line(row):
     return text
 
 
-def run_part(part, folder, compiled):
+def run_part(part, folder):
     """The checks, or one operation's figures; written and printed row by row. Returns whether all was right."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     if part == "checks":
-        file, peak, cases = "checks.json", None, {op: make(device) for op, make in CHECKS.items()}
+        file, peak, cases = "checks.json", None, CHECKS
     else:
-        file, peak, cases = "kernels.json", peaks(device), {part: CASES[part](device, compiled)}
+        file, peak, cases = "kernels.json", peaks(), {part: CASES[part]}
         print(f"measured: matmul {peak['matmul_flops'] / 1e12:.2f} TFLOP/s, copy {peak['copy_bytes'] / 1e9:.1f} GB/s")
         record(folder, file, "peak", peak)
     record(folder, file, "machine", machine())
     print(HEAD, flush=True)
-    good = True
-    for op, made in cases.items():
-        rows = []
-        for case in made:
-            try:
-                new = measure(case, peak, device)
-            except Exception as failure:  # the reference itself: out of memory, say
-                new = [{"op": op, "shape": case.shape, "form": "reference", "failed": f"{failure}"[:500]}]
-            rows += new
-            for row in new:
-                print(line(row), flush=True)
-            record(folder, file, op, rows)
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-        good = good and not any("wrong" in row or "failed" in row for row in rows)
-    return good
+    rows = {op: [] for op in cases}
+    for op, arguments in [(op, arguments) for op, some in cases.items() for arguments in some]:
+        case = MAKE[op](*arguments)
+        try:
+            new = measure(case, peak)
+        except Exception as failure:  # the reference itself: out of memory, say
+            new = [{"op": op, "shape": case.shape, "form": "reference", "failed": f"{failure}"[:500]}]
+        rows[op] += new
+        print(*map(line, new), sep="\n", flush=True)
+        record(folder, file, op, rows[op])
+        if CUDA:
+            torch.cuda.empty_cache()
+    return not any("wrong" in row or "failed" in row for op in rows for row in rows[op])
 
 
 def run_all(folder):
     """Every part in a process of its own, within the time there is. Returns whether all of them were right."""
-    here, until = Path(__file__).resolve(), time.monotonic() + SECONDS
-    step = [str(here.parent.parent / "benchmarks" / "step.py")]
-    commands = {"agree": [*step, "--agree"], "step": step, "step-triton": [*step, "--kernels", "triton"]}
-    out = ["--out", str(folder)] if folder else []
-    outcomes = {}
+    until, outcomes = time.monotonic() + SECONDS, {}
+    out = ["--out", str(folder.resolve())] if folder else []
+    size = ["--model", "amoe-0.3b", "--tokens", "16384"] if CUDA else []
+    commands = {"agree": ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_step.py", "-k", "compiled_steps"]}
+    commands["step"] = ["-m", "benchmarks.speed", *out, "step", *size]
+    commands["step-triton"] = [*commands["step"], "--kernels", "triton"]
     for part, seconds in PARTS.items():
-        if part == "step-triton" and not torch.cuda.is_available():
+        if part == "step-triton" and not CUDA:
             continue
-        left = until - time.monotonic()
-        began, command = time.monotonic(), commands.get(part, [str(here), "--only", part])
+        began, left = time.monotonic(), until - time.monotonic()
+        command = commands.get(part, ["kernels/bench.py", "--only", part, *out])
         print(f"\n---- {part}, {min(seconds, left):.0f} s at most ----", flush=True)
         if left < 15:
             outcomes[part] = "not begun: no time was left"
         else:
             try:
-                done = subprocess.run([sys.executable, *command, *out], timeout=min(seconds, left))
+                done = subprocess.run([sys.executable, *command], cwd=ROOT, timeout=min(seconds, left))
                 outcomes[part] = "right" if done.returncode == 0 else f"exit status {done.returncode}"
             except subprocess.TimeoutExpired:
                 outcomes[part] = "ran out of its time; what it had measured is written"
         outcomes[part] += f", {time.monotonic() - began:.0f} s"
         record(folder, "checks.json", "parts", outcomes)
-    for part, outcome in outcomes.items():
-        print(f"{part:<14}{outcome}")
+    print(*(f"{part:<14}{outcome}" for part, outcome in outcomes.items()), sep="\n")
     return all(outcome.startswith("right") for outcome in outcomes.values())
 
 
@@ -464,17 +432,15 @@ def main():
     parser.add_argument("--all", action="store_true", help="every part, within nine minutes (the default)")
     parser.add_argument("--only", "--op", choices=parts, action="append", help="one part in this process; repeatable")
     parser.add_argument("--out", type=Path, help="folder to write checks.json, kernels.json and step.json to")
-    parser.add_argument("--compiled", action="store_true", help="torch.compile on a CPU too; always done on CUDA")
     flags = parser.parse_args()
-    cuda = torch.cuda.is_available()
-    if cuda and moe_file.triton is None:
+    if CUDA and moe_file.triton is None:
         raise SystemExit("kernels/bench.py times with triton.testing on CUDA: pip install triton")
     print(", ".join(f"{key} {value}" for key, value in machine().items()))
-    if not cuda:
+    if not CUDA:
         print("no GPU: small shapes, and only the forms that run on a CPU. Nothing here says how fast a GPU is.")
     if flags.all or not flags.only:
         return not run_all(flags.out)
-    return not all([run_part(part, flags.out, cuda or flags.compiled) for part in flags.only])
+    return not all([run_part(part, flags.out) for part in flags.only])
 
 
 if __name__ == "__main__":

@@ -348,7 +348,7 @@ def test_arkd_bad_arguments_are_named():
 
 def test_the_benchmark_times_only_what_is_right_and_keeps_the_rest():
     """Catches: a wrong form that is timed all the same, NaN taken for agreement, one failure that ends the others."""
-    case = bench.moe_case(torch.device(DEVICE), False, torch.float32, (7, 8, 3, 16, 2))
+    case = bench.moe_case(torch.float32, (7, 8, 3, 16, 2))
 
     def broken(*_):
         raise RuntimeError("out of luck")
@@ -357,7 +357,7 @@ def test_the_benchmark_times_only_what_is_right_and_keeps_the_rest():
     case.forms = {"off": lambda *a: 1.001 * ref(*a), "nan": lambda *a: ref(*a) * torch.nan, "broken": broken}
     case.forms |= {"absent": "needs another machine", "ref": ref}
     peak = {"matmul_flops": 1e12, "copy_bytes": 1e10}
-    off, nan, failed, absent, right = bench.measure(case, peak, torch.device(DEVICE))
+    off, nan, failed, absent, right = bench.measure(case, peak)
     assert "wrong" in off and "wrong" in nan and "step_ms" not in off | nan
     assert failed["failed"] == "RuntimeError: out of luck" and absent["not_run"] == "needs another machine"
     assert right["step_ms"] > right["forward_ms"] * 0.5 > 0 and max(right["errors"]) < 1e-5

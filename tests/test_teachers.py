@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import teachers
 from amoe import MapPool, pack
-from benchmarks import teachers_bench
+from benchmarks.speed import REAL
 from images import to_rows
 
 SHARED = Path(os.environ.get("AMOE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
@@ -724,10 +724,10 @@ def test_what_text_needs_is_said(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", teachers_bench.REAL)
+@pytest.mark.parametrize("kind", REAL)
 def test_real_sizes_run_on_a_cpu_within_24_gib(kind):
     """Wrong variant: a position table [P, G, G, D], or every image padded to the largest."""
-    run = [sys.executable, "-m", "benchmarks.teachers_bench", "--bench", kind, "--repeats", "1"]
+    run = [sys.executable, "-m", "benchmarks.speed", "--repeats", "1", "teachers", kind]
     line = json.loads(
         subprocess.run(run, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True).stdout
     )

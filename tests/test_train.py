@@ -19,7 +19,7 @@ import data
 import evaluate
 import teachers
 import train
-from benchmarks.teachers_bench import random_state
+from benchmarks.speed import random_state
 from images import Images, find_sources
 
 ROOT = Path(__file__).resolve().parents[1]
