@@ -156,10 +156,8 @@ def test_compiled_steps_give_the_loss_of_eager_ones(cache, monkeypatch, dtype, e
     for compiled in (False, True):
         torch._dynamo.reset()
         model = student(cache, flags).to(process.device)
-        optimizer, bad_steps = (
-            train.make_optimizer(model, flags),
-            torch.zeros(2, dtype=torch.int64, device=process.device),
-        )
+        optimizer = train.make_optimizer(model, flags)
+        bad_steps = torch.zeros(2, dtype=torch.int64, device=process.device)
         run = train.compile_forward() if compiled else train.forward
         losses = []
         for step in range(3):
