@@ -3,38 +3,55 @@
     python curate.py --features CACHE|FILE.npy --levels 20000 500 50 --keep 100000 --out DIR
 
 After Vo et al., "Automatic Data Curation for Self-Supervised Learning: A Clustering-Based Approach" (arXiv 2405.15613).
-A random subset of web images repeats the head of the distribution. One k-means (kmeans.py) does too: its centroids
-settle with a density that grows with the data's. The way out has two steps, and this file reads in their order.
+A random subset of web images repeats the head of the distribution. One k-means does too: its centroids are densest
+where the data are. The way out has two steps.
 
-1. A hierarchy (`grow`). Level 1 clusters the points, level 2 the centroids of level 1, and so on: centroids are spread
-   more evenly than what they stand for, so every level is flatter. *Resampling* pushes on within a level: keep only the
-   r points nearest to each centroid, cluster those afresh, assign all points again, repeat. A pool with r points a
-   cluster has forgotten how large the clusters were.
+1. A hierarchy (`build_tree`). Level 1 clusters the points, level 2 the centroids of level 1, and so on: centroids are
+   spread more evenly than what they stand for, so every level is flatter. *Resampling* pushes on within a level: keep
+   only the r points nearest to each centroid, cluster those afresh, assign all points again, repeat. A pool with r
+   points a cluster has forgotten how large the clusters were.
 2. Balanced sampling (`sample`): descend from the top, split the budget evenly among the children, and hand on what a
    small child cannot fill.
 
-Under torchrun every rank works on its share of the points; the ids are those of one process.
+The features may be larger than memory. Nothing depends on how many processes (torchrun) share the work: points live in
+fixed blocks and a rank owns whole blocks, labels are those of float64, sums are exact, random numbers hash (seed, id).
 
-Shape letters: N points, K centroids, D channels, M points of a selection.
+Shape letters: N points (or this rank's), K centroids, D channels, B points of a block, M points of a selection.
 """
 
+# kernels before anything else: it sets, before torch is loaded, how OpenMP's threads wait
+from kernels.kmeans import PRODUCTS, Assignment, product_for, top3
+
+# isort: split
 import argparse
+import itertools
 import json
 import os
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont
 
-from kernels.kmeans import PRODUCTS, product_for
-from kmeans import Points, kmeans, lloyd, rank_in_group, start, uniform
+import data
+from amoe import write_atomically
+from images import find_sources, load_image
 
-__all__ = ["curate", "kmeans"]
+BLOCK = 8192  # points; ranks own whole blocks, so a block's arithmetic is the same for any number of ranks
+GREEDY_UP_TO = 1 << 20  # points times clusters for which greedy seeding is affordable
 
-# ----------------------------------------------------------------------------------------------------------- hierarchy
+
+# ---- flags ----
+
+
+def flag(default, text):
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -42,94 +59,451 @@ class Config:
     """What `python curate.py` takes; the fields are the flags."""
 
     # changes results
-    levels: list[int] = field(default=None, metadata={"help": "clusters per level, from the points up, decreasing"})
-    keep: int = field(default=None, metadata={"help": "how many images to keep"})
-    seed: int = field(default=0, metadata={"help": "the result is a function of the features, these flags and this"})
-    iterations: int = field(default=10, metadata={"help": "Lloyd iterations of every k-means"})
-    resamplings: int = field(
-        default=10, metadata={"help": "resampling steps a level; 0 for plain hierarchical k-means"}
-    )
-    share: float = field(
-        default=0.3, metadata={"help": "points a cluster gives to a resampling (r): this share of the mean"}
-    )
-    nearest: int = field(
-        default=32, metadata={"help": "r is at most this (at least 2); r x clusters points are in memory"}
-    )
-    split_above: int = field(
-        default=50_000,
-        metadata={"help": "a level of more clusters is made in two steps: coarse cells, k-means in each"},
-    )
+    levels: tuple[int, ...] = flag(None, "clusters per level, from the points up, decreasing (required)")
+    keep: int = flag(None, "how many images to keep (required)")
+    seed: int = flag(0, "the result is a function of the features, these flags and this")
+    iterations: int = flag(10, "Lloyd iterations of every k-means")
+    resamplings: int = flag(10, "resampling steps a level; 0 for plain hierarchical k-means")
+    share: float = flag(0.3, "points a cluster gives to a resampling (r): this share of the mean")
+    nearest: int = flag(32, "r is at most this (at least 2); r x clusters points are in memory")
+    split_above: int = flag(50_000, "a level of more clusters is made in two steps: coarse cells, k-means in each")
     # speed only
-    device: str = field(default=None, metadata={"help": "cpu or cuda (default: cuda if there is one)"})
+    device: str = flag(None, "cpu or cuda (default: cuda if there is one)")
     # paths
-    features: str = field(default=None, metadata={"help": "a feature cache (folder) or an .npy file [N, D]"})
-    teacher: str = field(
-        default=None, metadata={"help": "cached teacher whose summaries are clustered (default: first)"}
-    )
-    images: str = field(default=None, metadata={"help": "folder whose sorted images are the rows of an .npy"})
-    out: str = field(default=None, metadata={"help": "folder for kept.npy, the tree, report.json and clusters.png"})
+    features: str = flag(None, "a feature cache (folder) or an .npy file [N, D] (required)")
+    teacher: str = flag(None, "cached teacher whose summaries are clustered (default: the first)")
+    images: str = flag(None, "where the rows of an .npy come from: a folder's images, sorted; for the contact sheet")
+    out: str = flag(None, "folder for kept.npy, the tree, report.json and clusters.png (required)")
+
+
+# ---- points ----
+
+
+@contextmanager
+def single_threaded():
+    """Torch's own threads off, in a `with` or a function: `Points.each_block` runs one Python thread a core instead.
+    (GEMM and numpy release the GIL. OpenMP's threads, which spin while one of them works alone, cost 1.3x the CPU time,
+    and on small problems beside another busy process 30x.)
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def random_of(ids, *salt):
+    """A float64 in (0, 1) for each id: splitmix64 of (salt, id), so that it belongs to the id and not to an order."""
+    with np.errstate(over="ignore"):
+        z = np.zeros(1, np.uint64)
+        for value in (*(np.uint64(s) for s in salt), np.asarray(ids).astype(np.uint64)):
+            z = (z ^ value) + np.uint64(0x9E3779B97F4A7C15)
+            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            z = z ^ (z >> np.uint64(31))
+    return ((z >> np.uint64(11)) + 0.5) * 2.0**-53
+
+
+def first_of_each(cluster_N, n, *keys):
+    """Indices of the first n (a number, or one a cluster) points of every cluster by the keys, the last one first."""
+    order = np.lexsort((*keys, cluster_N))
+    sorted_N = cluster_N[order]
+    place_N = np.arange(len(order)) - np.searchsorted(sorted_N, sorted_N)
+    return order[place_N < (n if np.isscalar(n) else n[sorted_N])]
+
+
+class Points:
+    """Rows of a feature matrix, read block by block and centred, and the ranks and threads that share them.
+
+    x_ND: a numpy array or memmap, a torch tensor or a tensorstore, of real numbers; it may be larger than memory.
+    Under torch.distributed every rank holds the same x and owns the points lo to hi (exclusive), unless `alone`.
+
+    Centring is what makes float32 enough: |x|^2 - 2 x.c + |c|^2 loses (offset / spread)^2 digits, while x - mean is
+    correctly rounded. The mean of up to 4096 rows spread over the data serves; any point near the middle would.
+    """
+
+    def __init__(self, x_ND, device=None, name="features", alone=False):
+        if len(getattr(x_ND, "shape", ())) != 2 or 0 in x_ND.shape:
+            raise ValueError(f"{name}: want a matrix [N, D] with rows, got shape {tuple(getattr(x_ND, 'shape', ()))}")
+        self.x, self.name, (self.n, self.d) = x_ND, name, x_ND.shape
+        self.device = torch.device(device or (x_ND.device if isinstance(x_ND, torch.Tensor) else "cpu"))
+        self.shared = dist.is_initialized() and not alone
+        self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if self.shared else (0, 1)
+        self.threads = torch.get_num_threads()
+        n_blocks = -(-self.n // BLOCK)
+        first, last = n_blocks * self.rank // self.ranks, n_blocks * (self.rank + 1) // self.ranks
+        self.lo, self.hi = first * BLOCK, min(last * BLOCK, self.n)
+        self.mean_D = self.mean_of_a_sample()
+        self.norm_N, self.rounding_N = torch.empty(2, self.hi - self.lo, device=self.device)  # |x|, |x - bfloat16(x)|
+        largest = self.all_concat(np.array(self.each_block(self.measure_block))).max()
+        # A grid on which n numbers of this size add up without rounding in float64 (see `round_to_grid`).
+        exponent = np.ceil(np.log2(max(largest, 1e-30))) + np.ceil(np.log2(self.n)) - 51
+        self.shift = float(1.5 * 2.0 ** (52 + exponent))
+
+    def mean_of_a_sample(self):
+        """The mean of rows spread over the data. What is not finite is reported by row, in `measure_block`."""
+        sample = self.read(np.unique(np.linspace(0, self.n - 1, min(self.n, 4096)).astype(np.int64)))
+        if not np.issubdtype(sample.dtype, np.number) or np.iscomplexobj(sample):
+            raise ValueError(f"{self.name}: want real numbers, got {sample.dtype}")
+        with np.errstate(over="ignore", invalid="ignore"):
+            sample = sample[np.isfinite(sample).all(1)]
+            mean_D = sample.mean(0, dtype=np.float64) if len(sample) else np.zeros(self.d)
+            return mean_D.astype(np.float32) if sample.dtype in (np.float16, np.float32) else mean_D
+
+    def read(self, index):
+        """Rows at a slice or an array of ids, as they are, in numpy."""
+        if isinstance(self.x, torch.Tensor):
+            rows = self.x[torch.from_numpy(index) if isinstance(index, np.ndarray) else index].detach().cpu()
+            return (rows.float() if rows.dtype in (torch.bfloat16, torch.float16) else rows).numpy()
+        rows = self.x[index]
+        return np.asarray(rows.read().result() if hasattr(rows, "read") else rows)
+
+    def rows(self, index):
+        """Rows at a slice or an array of ids: centred float32 [M, D] on the device."""
+        rows = self.read(index)
+        rows = np.subtract(rows, self.mean_D, dtype=np.result_type(rows.dtype, self.mean_D.dtype))
+        return torch.from_numpy(rows.astype(np.float32, copy=False)).to(self.device)
+
+    def own_rows(self, index):
+        """The same by a slice or a tensor of numbers that count from this rank's first point."""
+        if isinstance(index, slice):
+            return self.rows(slice(self.lo + index.start, self.lo + index.stop))
+        return self.rows(self.lo + index.cpu().numpy())
+
+    def measure_block(self, block):
+        """Fill in the block's norms; the largest coordinate."""
+        x_BD = self.own_rows(block)
+        self.norm_N[block] = x_BD.norm(dim=1)
+        self.rounding_N[block] = torch.cat([(x - x.bfloat16()).norm(dim=1) for x in x_BD.split(1024)])
+        bad = ~(self.norm_N[block] <= 1e18)  # |x|^2 must stay within float32; NaN compares false
+        if bad.any():
+            row = self.lo + block.start + int(bad.nonzero()[0])
+            raise ValueError(f"{self.name}: row {row} holds NaN, infinity or more than 1e18; drop or fix such rows")
+        return max(abs(v.item()) for v in x_BD.aminmax())
+
+    def subset(self, ids, alone=False):
+        """Some of the points as Points in memory, on every rank."""
+        return Points(self.read(ids), self.device, self.name, alone)
+
+    def uncentre(self, c_KD):
+        """Centroids in the data's own place, float32 numpy."""
+        return (c_KD.double().cpu().numpy() + self.mean_D).astype(np.float32)
+
+    def centre(self, c_KD):
+        """The inverse, up to float32."""
+        return torch.from_numpy((c_KD.astype(np.float64) - self.mean_D).astype(np.float32)).to(self.device)
+
+    def round_to_grid(self, x_MD):
+        """Rows in float64, on a grid on which their sums are exact, in any order and by any number of ranks.
+
+        Adding and subtracting 1.5 * 2^52 grid steps rounds to the grid (Demmel & Nguyen, "Fast reproducible
+        floating-point summation", 2013). A sum of n such numbers stays below 2^53 steps, so float64 adds them, and
+        takes them out again, without error. The step is 2^-33 of the largest coordinate at n = 100k, 2^-20 at 1e9.
+        """
+        return x_MD.double().add_(self.shift).sub_(self.shift)
+
+    def all_sum(self, x):
+        """Sum a CPU tensor over the ranks, in place. Exact, so order-free, for the integers and grid values given."""
+        if self.shared:
+            dist.all_reduce(x)
+        return x
+
+    def all_gather(self, value):
+        """A list of the ranks' values, in rank order."""
+        values = [value] * self.ranks
+        if self.shared:
+            dist.all_gather_object(values, value)
+        return values
+
+    def all_concat(self, array):
+        """Numpy arrays of all ranks, end to end in rank order."""
+        return np.concatenate(self.all_gather(array))
+
+    def each_block(self, work):
+        """[work(block)] of this rank's blocks (slices that count from its first point), on one Python thread a core."""
+        step, n = BLOCK if self.device.type == "cpu" else 8 * BLOCK, self.hi - self.lo
+        blocks = [slice(first, min(first + step, n)) for first in range(0, n, step)]
+        with single_threaded():
+            if self.threads == 1 or len(blocks) < 2 or self.device.type == "cuda":
+                return [work(block) for block in blocks]
+            first = work(blocks[0])  # on this thread, so that libraries set themselves up in one place
+            with ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                return [first, *pool.map(work, blocks[1:])]
+
+    def squared_distances(self, c_KD, label_N):
+        """Of this rank's points to their own centroids, float32 numpy, by differences: no cancellation."""
+        d2 = self.each_block(lambda block: (self.own_rows(block) - c_KD[label_N[block]]).square_().sum(1).cpu().numpy())
+        return np.concatenate([np.zeros(0, np.float32), *d2])
+
+
+# ---- seeds ----
+
+
+@single_threaded()
+def draw_seeds(points, k, seed):
+    """k-means++ (Arthur & Vassilvitskii, 2007): each seed is drawn with probability ~ D^2, its squared distance to the
+    seeds before it. Returns distinct ids int64 [k], fewer if all other points coincide with these.
+
+    Drawn one at a time that takes k passes over the data. Here candidates are drawn many at a time from the D^2 of the
+    round's start, and one is accepted with probability (its D^2 now) / (its D^2 at the start): rejection sampling, so
+    what is accepted follows the distribution of the moment. That costs one GEMM's worth of products in about log2(k) +
+    k/1024 rounds. (Deviation: a candidate refused in a round cannot come up again in that round.)
+    """
+    if points.n * k <= GREEDY_UP_TO:
+        return draw_seeds_greedily(points, k, seed)
+    ids_N = np.arange(points.lo, points.hi)
+    random_N = random_of(ids_N, seed, 0)
+    best = np.argsort(random_N)[:1]  # none where a rank has no points
+    key, first = points.all_concat(random_N[best]), points.all_concat(ids_N[best])
+    chosen = new = [int(first[key.argmin()])]
+    d2_N = np.full(len(ids_N), np.inf)
+    for round_ in itertools.count(1):
+        if len(chosen) >= k or not new:
+            return np.array(chosen)
+        lower_squared_distances(points, d2_N, new)
+        at_most = min(max(16, 2 * len(chosen)), 1024, 2 * (k - len(chosen)) + 16)
+        new = draw_by_rejection(points, d2_N, at_most, seed, round_)[: k - len(chosen)]
+        chosen = chosen + new
+
+
+def lower_squared_distances(points, d2_N, new):
+    """Lower this rank's D^2, in place, by seeds that it has not seen."""
+    c_MD = points.rows(np.array(new))
+    square_M = c_MD.square().sum(1)
+
+    def work(block):
+        x_BD, square_B = points.own_rows(block), points.norm_N[block].square()
+        label_B2, score_B3 = top3(x_BD, c_MD, -square_M / 2)
+        label_B, d2_B = label_B2[:, 0], square_B - 2 * score_B3[:, 0]
+        close = (d2_B < 2.0**-6 * (square_B + square_M[label_B])).nonzero()[:, 0]  # cancellation: take differences
+        if len(close):
+            d2_B[close] = (x_BD[close] - c_MD[label_B[close]]).square_().sum(1)
+        d2_N[block] = np.minimum(d2_N[block], d2_B.cpu().numpy())
+
+    points.each_block(work)
+
+
+def draw_by_rejection(points, d2_N, at_most, seed, round_):
+    """Draw candidates ~ D^2 without replacement, over all ranks, and list the ids of those accepted.
+    The draw keeps the smallest -log(u) / D^2 (Efraimidis & Spirakis, 2006): no order and no rank enters it.
+    """
+    ids_N = np.arange(points.lo, points.hi)
+    with np.errstate(divide="ignore"):
+        key_N = -np.log(random_of(ids_N, seed, round_)) / d2_N  # infinite where D^2 is 0
+    top = np.argpartition(key_N, at_most - 1)[:at_most] if at_most < len(key_N) else np.arange(len(key_N))
+    top = top[np.isfinite(key_N[top])]
+    key_M, id_M, d2_M = (points.all_concat(a) for a in (key_N[top], ids_N[top], d2_N[top]))
+    order = np.lexsort((id_M, key_M))[:at_most]
+    id_M, d2_M, accepted = id_M[order], d2_M[order], []
+    x_MD, now_M, random_M = points.rows(id_M), d2_M.copy(), random_of(id_M, seed, round_, 1)
+    for i, id in enumerate(id_M.tolist()):
+        if random_M[i] * d2_M[i] < now_M[i]:
+            accepted.append(id)
+            now_M = np.minimum(now_M, (x_MD - x_MD[i]).square_().sum(1).cpu().numpy())
+    return accepted
+
+
+def draw_seeds_greedily(points, k, seed):
+    """Greedy k-means++: of 2 + ln k candidates ~ D^2, each time the one that lowers the sum of D^2 most.
+
+    Sequential, and 2 + ln k times the products, so for small problems only: the upper levels of a hierarchy, where a
+    seed more or less in a region counts (docs/curation.md has what it is worth). Every rank computes it, alike.
+    """
+    x_ND = points.rows(slice(0, points.n)).cpu().double()
+    ids_N, tries = np.arange(points.n), np.arange(2 + int(np.log(k)))
+    chosen = [int(random_of(ids_N, seed, 0).argmin())]
+    square_N = x_ND.square().sum(1)
+    d2_N = (x_ND - x_ND[chosen[0]]).square_().sum(1)
+    while len(chosen) < k and d2_N.any():
+        total_N = d2_N.cumsum(0)
+        draw_M = torch.from_numpy(random_of(tries, seed, len(chosen), 6)) * total_N[-1]
+        draw_M = torch.searchsorted(total_N, draw_M).clamp_(max=points.n - 1)
+        d2_MN = square_N[draw_M, None] + square_N - 2 * (x_ND[draw_M] @ x_ND.T)
+        d2_MN[d2_MN < 1e-12 * (square_N[draw_M, None] + square_N)] = 0  # float64's rounding, and what it made of zeros
+        d2_MN = d2_MN.minimum(d2_N)
+        best = int(d2_MN.sum(1).argmin())
+        d2_N, chosen = d2_MN[best], [*chosen, int(draw_M[best])]
+    return np.array(chosen)
+
+
+def seed_centroids(points, k, seed):
+    """k centroids (centred, float32) at points drawn ~ D^2."""
+    if not 1 <= k <= points.n:
+        raise ValueError(f"k={k}: want 1 <= k <= {points.n}, the number of points")
+    ids = draw_seeds(points, k, seed)
+    if len(ids) < k:  # every point coincides with a seed: any others will do, they make empty clusters
+        spare = np.setdiff1d(np.arange(points.n), ids)
+        ids = np.r_[ids, spare[np.argsort(random_of(spare, seed, 0))][: k - len(ids)]]
+    return points.rows(ids)
+
+
+# ---- k-means ----
+
+
+def assign(points, c_KD, assignment, sum_KD=None):
+    """Assign every point to its nearest centroid. Returns how many points were read, and how many moved.
+    sum_KD, if given, are the exact sums of each cluster's points: they follow the points that move, and never drift.
+    """
+    assignment.set_centroids(c_KD)
+    lock = threading.Lock()
+
+    def work(block):
+        x_MD, old_M, new_M = assignment.update(block, points.own_rows)
+        moved = (new_M != old_M).nonzero()[:, 0]
+        if len(moved) and sum_KD is not None:
+            x_MD = points.round_to_grid(x_MD if len(moved) == len(x_MD) else x_MD[moved])
+            had_one = old_M[moved] >= 0
+            with lock:
+                sum_KD.index_add_(0, new_M[moved], x_MD)
+                if had_one.any():
+                    sum_KD.index_add_(0, old_M[moved][had_one], x_MD[had_one], alpha=-1)
+        return len(old_M), len(moved)
+
+    counts = torch.tensor(points.each_block(work), dtype=torch.int64).reshape(-1, 2)
+    return points.all_sum(counts.sum(0)).tolist()
+
+
+@single_threaded()
+def lloyd(points, c_KD, n_iter, seed=0):
+    """n_iter times (assign every point, move every centroid to the mean of its points), then assign once more.
+
+    c_KD: centred float32. Returns centroids (centred, representable in the data's own place) and this rank's labels
+    int64, which belong to the returned centroids. Stops early when no label changes.
+    """
+    assignment = Assignment(points.norm_N, points.rounding_N)
+    sum_KD = torch.zeros(c_KD.shape, dtype=torch.float64, device=points.device)
+    for iteration in range(n_iter):
+        _, moved = assign(points, c_KD, assignment, sum_KD)
+        count_K = points.all_sum(torch.bincount(assignment.label_N, minlength=len(c_KD)).cpu())
+        mean_KD, empty_K = points.all_sum(sum_KD.cpu().clone()) / count_K[:, None], count_K == 0
+        if empty_K.any():
+            mean_KD[empty_K] = c_KD.cpu().double()[empty_K]  # stays, if there are too few points to restart it
+            clusters, ids = draw_restarts(points, count_K, assignment.label_N.cpu().numpy(), seed + iteration)
+            mean_KD[clusters] = points.rows(ids).double().cpu()
+        c_KD = mean_KD.float().to(points.device)
+        if not moved and not empty_K.any():
+            break
+    if n_iter:  # rounded as handed out, so that the labels belong to what is returned
+        c_KD = points.centre(points.uncentre(c_KD))
+    assign(points, c_KD, assignment)
+    return c_KD, assignment.label_N
+
+
+def draw_restarts(points, count_K, label_N, seed):
+    """For every empty cluster, a random member of the cluster that is largest by then. Returns clusters, ids.
+
+    Largest by count, each member given away counting as an even split (as in faiss). A cluster of one gives nothing.
+    """
+    count_K, donors = count_K.numpy(), []
+    empty, share_K, given_K = np.flatnonzero(count_K == 0), count_K.copy(), np.zeros_like(count_K)
+    while len(donors) < len(empty) and share_K.max() > 1:
+        donors.append(donor := share_K.argmax())
+        given_K[donor] += 1
+        parts = given_K[donor] + 1
+        share_K[donor] = -(-count_K[donor] // parts) if parts < count_K[donor] else 0
+    mine = np.flatnonzero(given_K[label_N])
+    mine = mine[first_of_each(label_N[mine], given_K, random_of(mine + points.lo, seed, 2))]
+    ids, of = points.all_concat(mine + points.lo), points.all_concat(label_N[mine])
+    return empty[np.argsort(donors, kind="stable")], ids[first_of_each(of, given_K, random_of(ids, seed, 2))]
+
+
+def check_centroids(init_KD, points, k):
+    """init_KD as a finite numpy matrix that fits the points; ValueError says what is wrong."""
+    init_KD = init_KD.detach().cpu().double().numpy() if isinstance(init_KD, torch.Tensor) else np.asarray(init_KD)
+    if init_KD.ndim != 2 or init_KD.shape[1] != points.d or k not in (None, len(init_KD)):
+        raise ValueError(f"init_KD: shape {init_KD.shape} does not fit k={k} and features of {points.d} channels")
+    if not 1 <= len(init_KD) <= points.n:
+        raise ValueError(f"init_KD: {len(init_KD)} centroids, want 1 to {points.n}, the number of points")
+    if not np.isfinite(init_KD).all():
+        raise ValueError("init_KD holds NaN or infinity")
+    return init_KD
+
+
+def kmeans(x_ND, k=None, init_KD=None, n_iter=10, seed=0):
+    """k-means by Lloyd's algorithm: (centroids_KD float32, assign_N int64), numpy for numpy in, torch for torch in.
+
+    x_ND: numpy, memmap, torch or tensorstore [N, D]. Starts from `init_KD` if given, otherwise from k D^2 seeds.
+    n_iter times: assign, then move each centroid to its points' mean (an empty cluster restarts at a random member of
+    the largest). `assign_N` belongs to the *returned* centroids (one more pass, as scikit-learn's labels_ do); n_iter=0
+    only assigns. Of equally near centroids the lowest wins. Under torch.distributed every rank passes the same x and
+    gets the whole result. ValueError for NaN or infinity, k > N, or an init_KD of other width or count.
+    """
+    points = Points(x_ND)
+    if init_KD is None and k is None:
+        raise ValueError("kmeans: give k, the number of clusters, or init_KD, their first centroids")
+    if n_iter < 0:
+        raise ValueError(f"n_iter={n_iter}: want 0 or more")
+    if init_KD is None:
+        c_KD = seed_centroids(points, k, seed)
+    else:
+        init_KD = check_centroids(init_KD, points, k)
+        c_KD = points.centre(init_KD.astype(np.float32) if n_iter == 0 else init_KD)
+    c_KD, label_N = lloyd(points, c_KD, n_iter, seed)
+    c_KD, label_N = points.uncentre(c_KD), points.all_concat(label_N.cpu().numpy())
+    if isinstance(x_ND, torch.Tensor):
+        return torch.from_numpy(c_KD).to(x_ND.device), torch.from_numpy(label_N).to(x_ND.device)
+    return c_KD, label_N
+
+
+# ---- hierarchy ----
 
 
 def check_levels(n, levels, keep):
     """Raises ValueError unless N > levels[0] > levels[1] > ... >= 1 and 1 <= keep <= N."""
-    if not levels or list(levels) != sorted(set(levels), reverse=True) or levels[-1] < 1:
-        raise ValueError(f"levels {list(levels or [])}: want decreasing numbers of clusters, for instance 20000 500 50")
+    levels = list(levels)
+    if not levels or levels != sorted(set(levels), reverse=True) or levels[-1] < 1:
+        raise ValueError(f"levels {levels}: want decreasing numbers of clusters, for instance 20000 500 50")
     if levels[0] > n:
-        raise ValueError(
-            f"levels {list(levels)}: {levels[0]} clusters of {n} points; the first level must have at most N"
-        )
+        raise ValueError(f"levels {levels}: {levels[0]} clusters of {n} points; the first level must have at most {n}")
     if not 1 <= keep <= n:
         raise ValueError(f"keep={keep}: want 1 <= keep <= {n}, the number of points")
 
 
 def even_shares(budget, size_M, seed=0):
     """Split a budget over groups as evenly as their sizes allow; what a small group cannot take goes to the others.
-
-    The shares are min(size, w) for the water level w at which they add up to min(budget, all); what a whole level
-    leaves over goes one each to groups picked by the seed.
+    The shares are min(size, w) for the largest whole w that the budget allows; the seed picks who gets the rest.
     """
     size_M = np.asarray(size_M, np.int64)
     budget = min(int(budget), int(size_M.sum()))
     order = np.sort(size_M)
-    filled = np.cumsum(order) + order * np.arange(len(order) - 1, -1, -1)  # the total at water level order[i]
+    filled = np.cumsum(order) + order * np.arange(len(order) - 1, -1, -1)  # the total at w = order[i]
     i = int(np.searchsorted(filled, budget, side="left"))
-    below = int(order[:i].sum())
-    level = (budget - below) // max(len(order) - i, 1)
+    level = (budget - int(order[:i].sum())) // max(len(order) - i, 1)
     share_M = np.minimum(size_M, level)
     room = np.flatnonzero(size_M > level)
-    share_M[room[np.argsort(uniform(room, seed, 3))[: budget - int(share_M.sum())]]] += 1
+    share_M[room[np.argsort(random_of(room, seed, 3))[: budget - int(share_M.sum())]]] += 1
     return share_M
 
 
-def closest(points, c_KD, label_N, r):
+def nearest_members(points, c_KD, label_N, r):
     """Ids of the r points nearest to each centroid (all of a smaller cluster), sorted."""
-    d2_N, label_N = points.own_distance2(c_KD, label_N), label_N.cpu().numpy()
-    order = np.lexsort((d2_N, label_N))
-    order = order[rank_in_group(label_N[order]) < r]
-    ids, d2_M, of_M = (points.all_concat(a) for a in (order + points.lo, d2_N[order], label_N[order]))
-    order = np.lexsort((ids, d2_M, of_M))
-    return np.sort(ids[order[rank_in_group(of_M[order]) < r]])
+    d2_N, label_N = points.squared_distances(c_KD, label_N), label_N.cpu().numpy()
+    mine = first_of_each(label_N, r, d2_N)
+    ids, d2_M, of_M = (points.all_concat(a) for a in (mine + points.lo, d2_N[mine], label_N[mine]))
+    return np.sort(ids[first_of_each(of_M, r, ids, d2_M)])
 
 
-def in_two_steps(points, k, config, seed):
+def cluster_in_cells(points, k, config, seed):
     """k clusters by k-means into sqrt(k) coarse cells, then k-means inside each: 2 N sqrt(k) products, not N k.
 
-    Returns centroids and labels as `lloyd` does, a point's centroid being the nearest of its cell. Every cell gets the
-    same number of clusters as far as it has points for them, whatever its size, as the paper's first level does (100k
-    cells of 100 clusters). Cells are shared out over ranks; one cell's points fit in memory.
+    Returns what `lloyd` does; a point's centroid is the nearest of its cell. Every cell gets the same number of
+    clusters if it has the points, as in the paper's first level (100k cells of 100 clusters). Ranks share out the
+    cells; one cell's points fit in memory.
     """
     coarse = round(k**0.5)
-    _, label_N = lloyd(points, start(points, coarse, seed), config.iterations, seed)
+    _, label_N = lloyd(points, seed_centroids(points, coarse, seed), config.iterations, seed)
     label_N = points.all_concat(label_N.cpu().numpy())
     order, size = np.argsort(label_N, kind="stable"), np.bincount(label_N, minlength=coarse)
     cells, quota = np.split(order, np.cumsum(size)[:-1]), even_shares(k, size, seed)
     mine = {}
     for cell in range(points.rank, coarse, points.ranks):
         if quota[cell]:  # none only where there are no points
-            members = points.part(cells[cell], alone=True)
-            c_MD, label_M = lloyd(members, start(members, int(quota[cell]), seed), config.iterations, seed)
+            members = points.subset(cells[cell], alone=True)
+            c_MD = seed_centroids(members, int(quota[cell]), seed)
+            c_MD, label_M = lloyd(members, c_MD, config.iterations, seed)
             mine[cell] = members.uncentre(c_MD), label_M.cpu().numpy()
-    split = {cell: result for part in points.all_gather(mine) for cell, result in part.items()}
+    split = {cell: result for of_rank in points.all_gather(mine) for cell, result in of_rank.items()}
     first = np.cumsum(quota) - quota
     for cell, (_, label_M) in split.items():
         label_N[cells[cell]] = first[cell] + label_M
@@ -137,30 +511,29 @@ def in_two_steps(points, k, config, seed):
     return c_KD, torch.from_numpy(label_N[points.lo : points.hi]).to(points.device)
 
 
-def level(points, k, config, seed, log=lambda line: None):
+def cluster_points(points, k, config, seed, log=lambda line: None):
     """One level of the hierarchy: k-means, then resampling. Returns centred centroids and this rank's labels.
 
     Each resampling starts afresh from D^2 seeds of the pool (warm or random starts lose most of the gain). A level made
     in two steps is not resampled: equal quotas for its cells take some of the density out already.
     """
     if k > config.split_above:
-        return in_two_steps(points, k, config, seed)
-    c_KD, label_N = lloyd(points, start(points, k, seed), config.iterations, seed)
+        return cluster_in_cells(points, k, config, seed)
+    c_KD, label_N = lloyd(points, seed_centroids(points, k, seed), config.iterations, seed)
     r = max(2, min(config.nearest, int(config.share * points.n / k)))
     for step in range(config.resamplings):
-        ids = closest(points, c_KD, label_N, r)
+        ids = nearest_members(points, c_KD, label_N, r)
         if len(ids) < k:  # duplicates left clusters empty: a pool this small cannot fill them either
             log(f"resampling {step}: {len(ids)} points for {k} clusters, stopped")
             break
-        pool = points.part(ids)
-        c_MD, _ = lloyd(pool, start(pool, k, seed + step + 1), config.iterations, seed)
+        pool = points.subset(ids)
+        c_MD, _ = lloyd(pool, seed_centroids(pool, k, seed + step + 1), config.iterations, seed)
         c_KD, label_N = lloyd(points, points.centre(pool.uncentre(c_MD)), 0)
     return c_KD, label_N
 
 
-def grow(points, config, folder=None, log=lambda line: None):
+def build_tree(points, config, folder=None, log=lambda line: None):
     """The tree, bottom-up: for each level its centroids [K, D] float32 and the parent of each node below (int64).
-
     With a folder, each finished level is written there and read back by the next run: a killed run continues.
     """
     tree = []
@@ -171,51 +544,47 @@ def grow(points, config, folder=None, log=lambda line: None):
                 tree.append({name: saved[name] for name in ("centroids", "parent", "inertia")})
             log(f"level {depth + 1}: {k} clusters, read from {path.name}")
         else:
-            begin = time.perf_counter()
-            here = points if depth == 0 else Points(tree[-1]["centroids"], points.device, f"level {depth}")
-            c_KD, label_N = level(here, k, config, config.seed + 1000 * depth, log)
-            d2_N = here.all_concat(here.own_distance2(c_KD, label_N))  # summed in id order: the same for any ranks
-            tree.append(
-                {
-                    "centroids": here.uncentre(c_KD),
-                    "parent": here.all_concat(label_N.cpu().numpy()),
-                    "inertia": np.float64(d2_N.mean(dtype=np.float64)),
-                }
-            )
+            began = time.perf_counter()
+            nodes = points if depth == 0 else Points(tree[-1]["centroids"], points.device, f"level {depth}")
+            c_KD, label_N = cluster_points(nodes, k, config, config.seed + 1000 * depth, log)
+            d2_N = nodes.all_concat(nodes.squared_distances(c_KD, label_N))  # in id order: the same mean for any ranks
+            parent, inertia = nodes.all_concat(label_N.cpu().numpy()), np.float64(d2_N.mean(dtype=np.float64))
+            tree.append({"centroids": nodes.uncentre(c_KD), "parent": parent, "inertia": inertia})
             if path and points.rank == 0:
-                write(path, lambda f, node=tree[-1]: np.savez(f, **node))
-            seconds = time.perf_counter() - begin
-            log(f"level {depth + 1}: {k} clusters of {here.n}, mean d^2 {tree[-1]['inertia']:.5g}, {seconds:.1f} s")
+                write_atomically(path, lambda file, level=tree[-1]: np.savez(file, **level))
+            seconds = time.perf_counter() - began
+            log(f"level {depth + 1}: {k} clusters of {nodes.n}, mean d^2 {inertia:.5g}, {seconds:.1f} s")
         if points.shared:
             dist.barrier()
     return tree
 
 
-def leaf_counts(tree):
-    """Points under every node, per level."""
-    counts = [np.bincount(tree[0]["parent"], minlength=len(tree[0]["centroids"]))]
-    for node in tree[1:]:
-        counts.append(np.bincount(node["parent"], counts[-1], len(node["centroids"])).astype(np.int64))
-    return counts
+# ---- sampling ----
+
+
+def clusters_of_points(tree):
+    """For each level from the points up: the cluster of every point, int64 [N], and how many clusters there are."""
+    cluster_N = np.arange(len(tree[0]["parent"]))
+    for level in tree:
+        cluster_N = level["parent"][cluster_N]
+        yield cluster_N, len(level["centroids"])
 
 
 def sample(tree, keep, seed=0):
     """Balanced hierarchical sampling: sorted ids int64 of exactly `keep` points.
-
     From the top down a node splits its budget evenly over its children (`even_shares`); a leaf draws at random.
     """
-    counts = leaf_counts(tree)
-    quota = even_shares(keep, counts[-1], seed)
+    sizes = [np.bincount(cluster_N, minlength=k) for cluster_N, k in clusters_of_points(tree)]
+    quota = even_shares(keep, sizes[-1], seed)
     for depth in range(len(tree) - 1, 0, -1):
-        parent, below = tree[depth]["parent"], np.zeros(len(counts[depth - 1]), np.int64)
+        parent, below = tree[depth]["parent"], np.zeros(len(sizes[depth - 1]), np.int64)
         order = np.argsort(parent, kind="stable")
         ends = np.cumsum(np.bincount(parent, minlength=len(quota)))
         for node, children in enumerate(np.split(order, ends[:-1])):
-            below[children] = even_shares(quota[node], counts[depth - 1][children], seed + node)
+            below[children] = even_shares(quota[node], sizes[depth - 1][children], seed + node)
         quota = below
-    leaf = tree[0]["parent"]
-    order = np.lexsort((uniform(np.arange(len(leaf)), seed, 4), leaf))
-    return np.sort(order[rank_in_group(leaf[order]) < quota[leaf[order]]])
+    leaf_N = tree[0]["parent"]
+    return np.sort(first_of_each(leaf_N, quota, random_of(np.arange(len(leaf_N)), seed, 4)))
 
 
 def curate(x_ND, levels, keep, seed=0):
@@ -225,58 +594,10 @@ def curate(x_ND, levels, keep, seed=0):
     """
     points = Points(x_ND)
     check_levels(points.n, levels, keep)
-    return sample(grow(points, Config(levels=list(levels), keep=keep, seed=seed)), keep, seed)
+    return sample(build_tree(points, Config(levels=list(levels), keep=keep, seed=seed)), keep, seed)
 
 
-# ------------------------------------------------------------------------------------------------------------- command
-
-
-def write(path, save):
-    """Atomically: a temporary beside it, fsync, rename; nothing half-written is ever read."""
-    temporary = path.with_name(f".{path.name}.partial")
-    with open(temporary, "wb") as f:
-        save(f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-
-
-def write_json(path, value):
-    write(path, lambda f: f.write((json.dumps(value, indent=1) + "\n").encode()))
-
-
-def load_features(config):
-    """(ids int64 [N], features [N, D], thumbnails(rows) -> list of uint8 [H, W, 3], or None without images)."""
-    path = Path(config.features)
-    if path.is_dir() and (path / "cache.json").exists():
-        import data
-
-        teacher = config.teacher or next(iter(json.loads((path / "cache.json").read_text())["teachers"]), None)
-        teacher = teacher["name"] if isinstance(teacher, dict) else teacher
-        ids, x_ND = data.summaries(path, teacher)
-        return np.asarray(ids), x_ND, lambda rows: data.thumbnails(path, np.asarray(ids)[rows])
-    if path.suffix != ".npy" or not path.is_file():
-        raise ValueError(f"--features {path}: want a cache folder (with cache.json) or an .npy file, and it is neither")
-    try:
-        x_ND = np.load(path, mmap_mode="r")
-    except ValueError as e:
-        raise ValueError(f"--features {path}: not a readable .npy matrix ({e})") from None
-    thumbnails = None
-    if config.images:
-        kinds = (".jpg", ".jpeg", ".png", ".webp")
-        files = sorted(p for p in Path(config.images).rglob("*") if p.suffix.lower() in kinds)
-        if len(files) != len(x_ND):
-            raise ValueError(f"--images {config.images}: {len(files)} images for {len(x_ND)} rows of {path}")
-
-        def thumbnails(rows):
-            from PIL import Image
-
-            images = (Image.open(files[i]).convert("RGBA") for i in rows)  # alpha goes over white
-            return [
-                np.asarray(Image.alpha_composite(Image.new("RGBA", i.size, "white"), i).convert("RGB")) for i in images
-            ]
-
-    return np.arange(len(x_ND)), x_ND, thumbnails
+# ---- command ----
 
 
 def entropy(count_K):
@@ -287,125 +608,164 @@ def entropy(count_K):
 
 def report(tree, kept, config):
     """What was balanced, by level: sizes, inertia, and the entropy of cluster membership before and after."""
-    levels, node_N = [], np.arange(len(tree[0]["parent"]))
-    for node in tree:
-        node_N = node["parent"][node_N]
-        size = np.bincount(node_N, minlength=len(node["centroids"]))
-        after = np.bincount(node_N[kept], minlength=len(size))
-        levels.append(
-            {
-                "clusters": len(size),
-                "empty": int((size == 0).sum()),
-                "points_min_median_max": [int(size.min()), float(np.median(size)), int(size.max())],
-                "kept_min_median_max": [int(after.min()), float(np.median(after)), int(after.max())],
-                "mean_squared_distance": float(node["inertia"]),
-                "entropy_before": entropy(size),
-                "entropy_after": entropy(after),
-            }
-        )
+    levels = []
+    for (cluster_N, k), level in zip(clusters_of_points(tree), tree, strict=True):
+        size, after = np.bincount(cluster_N, minlength=k), np.bincount(cluster_N[kept], minlength=k)
+        about = {"clusters": k, "empty": int((size == 0).sum()), "mean_squared_distance": float(level["inertia"])}
+        for name, n_K in (("points", size), ("kept", after)):
+            about[f"{name}_min_median_max"] = [int(n_K.min()), float(np.median(n_K)), int(n_K.max())]
+        levels.append(about | {"entropy_before": entropy(size), "entropy_after": entropy(after)})
     return {"points": len(tree[0]["parent"]), "kept": len(kept), "config": asdict(config), "levels": levels}
 
 
-def contact_sheet(tree, kept, thumbnails, path, clusters=8, across=12, side=72):
+GREY, GREEN = (150, 150, 150), (0, 130, 70)
+SIDE, ACROSS, LEFT, TOP = 72, 12, 190, 34  # of the contact sheet: pixels of a picture's square, squares a row, margins
+
+
+def contact_sheet(tree, kept, read_images, path, clusters=8):
     """A PNG of the top level's largest and smallest clusters: a row each, kept images framed, then a few left out.
 
-    The bars beside a row are the cluster's share of the pool (grey) and of the subset (green).
+    The bars beside a row are the cluster's share of the pool (grey) and of the subset (green). read_images(rows) gives
+    uint8 [H, W, 3] each, or None for one that cannot be read: its square stays empty. Returns how many those are.
     """
-    from PIL import Image, ImageDraw, ImageFont
-
-    node_N = tree[0]["parent"]
-    for node in tree[1:]:
-        node_N = node["parent"][node_N]
-    size = np.bincount(node_N, minlength=len(tree[-1]["centroids"]))
-    n_kept = np.bincount(node_N[kept], minlength=len(size))
-    order = np.argsort(-size, kind="stable")
-    order = order[size[order] > 0]
-    hidden = max(0, len(order) - 2 * clusters)
-    shown = np.r_[order[:clusters], order[clusters + hidden :]]
-    is_kept = np.isin(np.arange(len(node_N)), kept)
-    margin, head, gap, grey, green = 190, 34, 26 * (hidden > 0), (150, 150, 150), (0, 130, 70)
-    sheet = Image.new("RGB", (margin + across * side + 8, head + gap + len(shown) * side + 8), "white")
+    *_, (cluster_N, n_clusters) = clusters_of_points(tree)
+    is_kept = np.isin(np.arange(len(cluster_N)), kept)
+    size, n_kept = (np.bincount(c, minlength=n_clusters) for c in (cluster_N, cluster_N[kept]))
+    order = np.argsort(-size, kind="stable")[: (size > 0).sum()]
+    shown = order if len(order) <= 2 * clusters else np.r_[order[:clusters], order[-clusters:]]
+    title = (
+        f"{len(kept)} of {len(cluster_N)} images kept (framed); of {len(order)} clusters the largest and the smallest"
+    )
+    sheet = Image.new("RGB", (LEFT + ACROSS * SIDE + 8, TOP + len(shown) * SIDE + 8), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
-    title = f"{len(kept)} of {len(node_N)} images kept (framed); {len(order)} clusters of the top level, by size"
     draw.text((8, 8), title, fill="black", font=font)
-    if hidden:
-        draw.text((8, head + clusters * side + 4), f"({hidden} clusters between)", fill=grey, font=font)
-    most = max((size / size.sum()).max(), (n_kept / n_kept.sum()).max())
-    for row, k in enumerate(shown):
-        top = head + row * side + gap * (row >= clusters)
-        members = np.flatnonzero(node_N == k)
-        members = members[np.lexsort((uniform(members, 5), ~is_kept[members]))]
-        in_, out = np.split(members, [n_kept[k]])
-        pick = np.r_[in_[: max(across - min(len(out), across // 3), 0)], out][:across]
+    bars, unreadable = (size / size.sum(), n_kept / n_kept.sum()), 0
+    for top, k in zip(range(TOP, sheet.height, SIDE), shown, strict=False):
         draw.text((8, top + 10), f"{n_kept[k]} of {size[k]}", fill="black", font=font)
-        for y, share, colour in ((32, size[k] / size.sum(), grey), (42, n_kept[k] / n_kept.sum(), green)):
-            draw.rectangle((8, top + y, 8 + round(160 * share / most), top + y + 6), fill=colour)
-        for column, (i, image) in enumerate(zip(pick, thumbnails(pick), strict=True)):
+        for y, share_K, colour in zip((32, 42), bars, (GREY, GREEN), strict=True):
+            draw.rectangle((8, top + y, 8 + round(160 * share_K[k] / np.max(bars)), top + y + 6), fill=colour)
+        rows = choose_pictures(np.flatnonzero(cluster_N == k), is_kept)
+        unreadable += draw_pictures(sheet, top, read_images(rows), is_kept[rows])
+    write_atomically(path, lambda file: sheet.save(file, "PNG"))
+    return unreadable
+
+
+def choose_pictures(members, is_kept):
+    """Points of a cluster to show: kept ones first, then some left out, a third of the places if there are so many."""
+    members = members[np.lexsort((random_of(members, 5), ~is_kept[members]))]
+    inside, outside = np.split(members, [int(is_kept[members].sum())])
+    return np.r_[inside[: ACROSS - min(len(outside), ACROSS // 3)], outside][:ACROSS]
+
+
+def draw_pictures(sheet, top, images, framed):
+    """Draw a row of images, those `framed` in a frame; the number of those that are None."""
+    for left, image, frame in zip(range(LEFT, sheet.width, SIDE), images, framed, strict=False):
+        if frame:
+            corners = (left + 2, top + 2, left + SIDE - 3, top + SIDE - 3)
+            ImageDraw.Draw(sheet).rectangle(corners, outline=GREEN, width=2)
+        if image is not None:
             image = Image.fromarray(np.asarray(image))
-            image.thumbnail((side - 12, side - 12))
-            x = margin + column * side
-            if is_kept[i]:
-                draw.rectangle((x + 2, top + 2, x + side - 3, top + side - 3), outline=green, width=2)
-            sheet.paste(image, (x + (side - image.width) // 2, top + (side - image.height) // 2))
-    write(path, lambda f: sheet.save(f, "PNG"))
+            image.thumbnail((SIDE - 12, SIDE - 12))
+            sheet.paste(image, (left + (SIDE - image.width) // 2, top + (SIDE - image.height) // 2))
+    return sum(image is None for image in images)
+
+
+def load_features(config):
+    """(ids int64 [N], features [N, D], read_images of `contact_sheet` or None where there are no images)."""
+    path = Path(config.features)
+    if path.is_dir() and (path / "cache.json").exists():
+        teacher = config.teacher or next(iter(data.Cache(path).about["teachers"]), None)
+        ids, x_ND = data.summaries(path, teacher)
+        return np.asarray(ids), x_ND, lambda rows: data.thumbnails(path, np.asarray(ids)[rows])
+    if path.suffix != ".npy" or not path.is_file():
+        raise ValueError(f"--features {path}: want a cache folder (with cache.json) or an .npy file, and it is neither")
+    try:
+        x_ND = np.load(path, mmap_mode="r")
+    except ValueError as error:
+        raise ValueError(f"--features {path}: not a readable .npy matrix ({error})") from None
+    if not config.images:
+        return np.arange(len(x_ND)), x_ND, None
+    sources = find_sources(config.images)
+    if len(sources) != len(x_ND):
+        raise ValueError(f"--images {config.images}: {len(sources)} images for {len(x_ND)} rows of {path}")
+    return np.arange(len(x_ND)), x_ND, lambda rows: [read_thumbnail(sources[row]) for row in rows]
+
+
+def read_thumbnail(source):
+    """A small picture of a source, uint8 [H, W, 3], or None if it cannot be read."""
+    try:
+        return load_image(source, max_tokens=64, draft=True).numpy()
+    except ValueError:
+        return None
+
+
+def check_same_tree(out, points, config):
+    """Make the folder; ValueError if it holds the tree of other features or flags. Another --keep may reuse it."""
+    about = {k: v for k, v in asdict(config).items() if k not in ("keep", "device", "images", "out", "features")}
+    about |= {
+        "points": points.n,
+        "channels": points.d,
+        "checksum": float(np.abs(points.mean_D, dtype=np.float64).sum()),
+    }
+    if points.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        if not (out / "tree.json").exists():
+            write_json(out / "tree.json", about)
+    if points.shared:
+        dist.barrier()
+    before = json.loads((out / "tree.json").read_text())
+    if differ := {k: (before.get(k), about.get(k)) for k in before | about if before.get(k) != about.get(k)}:
+        raise ValueError(f"--out {out} holds the tree of another run, (then, now): {differ}; choose another folder")
+
+
+def write_json(path, value):
+    write_atomically(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
 
 
 def run(config):
     """The command: features in, DIR/kept.npy, level*.npz, report.json and clusters.png out."""
-    for flag in ("features", "levels", "keep", "out"):
-        if getattr(config, flag) is None:
-            raise ValueError(f"--{flag} is missing; see --help")
-    ids, x_ND, thumbnails = load_features(config)
+    ids, x_ND, read_images = load_features(config)
     check_levels(len(x_ND), config.levels, config.keep)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: torch sees no GPU here")
     points = Points(x_ND, device, config.features)
-    how = PRODUCTS[product_for(points.device)]
     log = print if points.rank == 0 else lambda line: None
-    log(f"{points.n} points of {points.d} channels, {points.ranks} rank(s), {device}: {how}")
-    out = Path(config.out)
-    # A tree belongs to its features and to the flags that change it; --keep may change, and reuses it.
-    tree_of = {k: v for k, v in asdict(config).items() if k not in ("keep", "device", "images", "out", "features")}
-    check = points.read(np.unique(np.linspace(0, points.n - 1, min(points.n, 64)).astype(np.int64)))
-    tree_of |= {"points": points.n, "channels": points.d, "checksum": float(np.abs(check).sum(dtype=np.float64))}
+    shape, how = f"{points.n} points of {points.d} channels", PRODUCTS[product_for(points.device)]
+    log(f"{shape}, {points.ranks} rank(s), {device}: {how}")
+    check_same_tree(Path(config.out), points, config)
+    tree = build_tree(points, config, Path(config.out), log)
     if points.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        if not (out / "tree.json").exists():
-            write_json(out / "tree.json", tree_of)
-    if points.shared:
-        dist.barrier()
-    before = json.loads((out / "tree.json").read_text())
-    if before != tree_of:
-        differ = {k: (before.get(k), tree_of.get(k)) for k in before | tree_of if before.get(k) != tree_of.get(k)}
-        raise ValueError(f"--out {out} holds the tree of another run, (then, now): {differ}; choose another folder")
-    tree = grow(points, config, out, log)
-    kept = sample(tree, config.keep, config.seed)
-    if points.rank == 0:
-        write(out / "kept.npy", lambda f: np.save(f, np.sort(ids[kept]).astype(np.int64)))
-        write_json(out / "report.json", report(tree, kept, config))
-        if thumbnails:
-            contact_sheet(tree, kept, thumbnails, out / "clusters.png")
-        else:
-            log("no contact sheet: an .npy has no pictures unless --images names their folder")
-        for line in report(tree, kept, config)["levels"]:
-            log(f"{line['clusters']} clusters: entropy {line['entropy_before']:.3f} -> {line['entropy_after']:.3f}")
-        log(f"kept {len(kept)} of {points.n} in {out / 'kept.npy'}")
+        write_results(tree, sample(tree, config.keep, config.seed), ids, read_images, config, log)
+
+
+def write_results(tree, kept, ids, read_images, config, log):
+    out, about = Path(config.out), report(tree, kept, config)
+    write_atomically(out / "kept.npy", lambda file: np.save(file, np.sort(ids[kept]).astype(np.int64)))
+    write_json(out / "report.json", about)
+    if read_images is None:
+        log("no contact sheet: an .npy has no pictures unless --images names their folder")
+    elif unreadable := contact_sheet(tree, kept, read_images, out / "clusters.png"):
+        log(f"{unreadable} pictures of the contact sheet cannot be read: their squares are empty")
+    for level in about["levels"]:
+        log(f"{level['clusters']} clusters: entropy {level['entropy_before']:.3f} -> {level['entropy_after']:.3f}")
+    log(f"kept {len(kept)} of {about['points']} in {out / 'kept.npy'}")
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="balanced subset by hierarchical k-means", allow_abbrev=False)
     for f in fields(Config):
         kind = {"type": int, "nargs": "+"} if f.name == "levels" else {"type": f.type}
-        flag = "--" + f.name.replace("_", "-")
-        parser.add_argument(flag, default=f.default, help=f"{f.metadata['help']} (default: {f.default})", **kind)
+        text = f.metadata["help"] if f.default is None else f"{f.metadata['help']} (default: {f.default})"
+        required = f.name in ("features", "levels", "keep", "out")
+        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, required=required, **kind)
     config = Config(**vars(parser.parse_args(argv)))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         dist.init_process_group("gloo")  # what travels are sums, counts and ids in CPU memory
     try:
         run(config)
-    except ValueError as e:
-        parser.exit(2, f"curate.py: error: {e}\n")
+    except ValueError as error:
+        parser.exit(2, f"curate.py: error: {error}\n")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

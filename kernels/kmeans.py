@@ -1,19 +1,18 @@
 """k-means assignment: the nearest centroid of every point, proven, without an N x K tensor.
 
-`top3` is the operation with its Triton kernel; `Nearest`, which kmeans.py uses, makes proofs of scores. The score of
-point n and centroid k is
+`nearest_ref` specifies every label: float64, and of equally near centroids the lowest index. `top3` is a product that
+finds candidates, `NearestSearch` proves labels by cheap products, and `Assignment`, which curate.py uses, keeps what a
+search has proven while the centroids move.
 
-    s_nk = x_n . c_k + bias_k        with bias_k = -|c_k|^2 / 2,   so that   |x_n - c_k|^2 = |x_n|^2 - 2 s_nk
+The score of point n and centroid k is x_n.c_k + bias_k. With bias_k = -|c_k|^2 / 2 it is (|x_n|^2 - |x_n-c_k|^2) / 2,
+so the nearest centroid has the largest score. `top3` returns the second and third best as well: where the best leads by
+more than a low-precision product errs, its label is proven; where only the second is that close, two are left.
 
-and the nearest centroid is the one of the largest score. The second and third best are returned as well, because the
-lead of the first is what makes a low-precision product useful: where it exceeds the error bound of the product the
-answer is proven, and where only the second is that close two centroids are left to compare.
+dtypes of `top3`: float32, or bfloat16 (products exact, sums in float32); any N, K and D. Its Triton kernel runs on CUDA
+devices that have bfloat16 (compute capability 8.0 on), or under TRITON_INTERPRET=1; all else wherever torch does.
 
-dtypes: float32, or bfloat16 (products exact, sums in float32); any N, K and D. The reference runs wherever torch does,
-the Triton kernel on CUDA devices that have bfloat16 (compute capability 8.0 on), or under TRITON_INTERPRET=1.
-
-Shape letters: N points, K centroids, D channels, G groups of S centroids, P = S G places, B rows of a tile or block,
-M of a selection, E channels of an extended product.
+Shape letters: N points, K centroids, D channels, G groups of S centroids, P = S G slots, B points of a block or tile,
+M points of a selection, E channels of an extended product.
 """
 
 import threading
@@ -31,18 +30,41 @@ UNIT = 2.0**-24  # half a unit in the last place of float32, relative
 TILE_BYTES = 16 << 20  # of scores at a time: 4 to 32 MiB ran within 4% of each other, 256 MiB 1.3x slower
 
 
-# ---------------------------------------------------------------------------------------------------------- reference
+# ---- references ----
 
-_scratch = threading.local()
+kept_memory = threading.local()
 
 
-def scratch(name, rows, columns, dtype):
-    """An uninitialised CPU matrix, a thread's own, kept: fresh memory costs a page fault every 4 KiB."""
-    held = getattr(_scratch, name, None)
-    if held is None or len(held) < rows * columns or held.dtype != dtype:
-        held = torch.empty(rows * columns, dtype=dtype)
-        setattr(_scratch, name, held)
-    return held[: rows * columns].view(rows, columns)
+def scratch(name, rows, columns, dtype, device):
+    """An uninitialised matrix. On a CPU each thread keeps its own: fresh memory costs a page fault every 4 KiB."""
+    if device.type != "cpu":
+        return torch.empty(rows, columns, dtype=dtype, device=device)
+    kept = getattr(kept_memory, name, None)
+    if kept is None or len(kept) < rows * columns or kept.dtype != dtype:
+        kept = torch.empty(rows * columns, dtype=dtype)
+        setattr(kept_memory, name, kept)
+    return kept[: rows * columns].view(rows, columns)
+
+
+def tiles(n, k):
+    """Slices of n points whose scores with k centroids are still in the CPU's cache when they are searched."""
+    size = max(64, TILE_BYTES // (4 * k))
+    return [slice(first, min(first + size, n)) for first in range(0, n, size)]
+
+
+def argmax(x_MK):
+    """Of each row. numpy's added 3% to the product's time where torch's added 15 to 25%."""
+    return x_MK.argmax(1) if x_MK.is_cuda else torch.from_numpy(x_MK.numpy().argmax(1))
+
+
+def nearest_ref(x_ND, c_KD, square_K=None):
+    """The nearest centroid of every point, int64 [N], in float64. square_K: the centroids' |c|^2, if known."""
+    c_KD = c_KD.double()
+    square_K = c_KD.square().sum(1) if square_K is None else square_K
+    label_N = torch.empty(len(x_ND), dtype=torch.int64, device=x_ND.device)
+    for tile in tiles(len(x_ND), len(c_KD)):
+        label_N[tile] = argmax(torch.addmm(-square_K / 2, x_ND[tile].double(), c_KD.T))
+    return label_N
 
 
 def top3_ref(x_ND, c_KD, bias_K):
@@ -51,78 +73,53 @@ def top3_ref(x_ND, c_KD, bias_K):
     x_ND, c_KD: both float32 or both bfloat16. bias_K: float32.
     Returns label_N2 int64 (the lower index first among equal scores) and score_N3 float32, descending; where K < 3 the
     missing scores are -inf and the labels beside them mean nothing.
-    Works through tiles of rows, so that a tile's scores are still in the CPU's cache when they are searched.
     """
-    n, k = len(x_ND), len(c_KD)
-    label_N2 = torch.zeros(n, 2, dtype=torch.int64, device=x_ND.device)
-    score_N3 = torch.empty(n, 3, dtype=torch.float32, device=x_ND.device)
-    tile = min(max(64, TILE_BYTES // (4 * k)), max(n, 1))
-    if x_ND.is_cuda:
-        buffer_BK = torch.empty(tile, k, device=x_ND.device)
-    else:
-        buffer_BK = scratch("score", tile, k, torch.float32)
+    n, k, device = len(x_ND), len(c_KD), x_ND.device
+    label_N2 = torch.zeros(n, 2, dtype=torch.int64, device=device)
+    score_N3 = torch.empty(n, 3, dtype=torch.float32, device=device)
     x_ND, c_DK = x_ND.float(), c_KD.float().T  # bfloat16 values are exact in float32
-    for start in range(0, n, tile):
-        at = slice(start, min(start + tile, n))
-        score_BK = buffer_BK[: at.stop - at.start]
-        torch.addmm(bias_K, x_ND[at], c_DK, out=score_BK)
-        for place in range(2):
-            # numpy's argmax added 3% to the GEMM's time where torch's added 15 to 25%
-            index_B = score_BK.argmax(1) if score_BK.is_cuda else torch.from_numpy(score_BK.numpy().argmax(1))
-            label_N2[at, place] = index_B
-            score_N3[at, place] = score_BK.gather(1, index_B[:, None])[:, 0]
-            score_BK.scatter_(1, index_B[:, None], -torch.inf)
-        score_N3[at, 2] = score_BK.amax(1) if score_BK.is_cuda else torch.from_numpy(score_BK.numpy().max(1))
+    for tile in tiles(n, k):
+        score_BK = scratch("score", tile.stop - tile.start, k, torch.float32, device)
+        torch.addmm(bias_K, x_ND[tile], c_DK, out=score_BK)
+        for rank in range(2):
+            label_B = argmax(score_BK)
+            label_N2[tile, rank] = label_B
+            score_N3[tile, rank] = score_BK.gather(1, label_B[:, None])[:, 0]
+            score_BK.scatter_(1, label_B[:, None], -torch.inf)
+        score_N3[tile, 2] = score_BK.amax(1) if score_BK.is_cuda else torch.from_numpy(score_BK.numpy().max(1))
     return label_N2, score_N3
 
 
-# ------------------------------------------------------------------------------------------------------------- Triton
+# ---- top3 in Triton ----
 
 if triton is not None:
 
     @triton.jit
-    def _pop(score, BLOCK_K: tl.constexpr):
+    def pop_best(score, BK: tl.constexpr):
         """The best score of each row, where it stands, and the scores without it."""
         best, at = tl.max(score, 1, return_indices=True, return_indices_tie_break_left=True)
-        return best, at, tl.where(tl.arange(0, BLOCK_K)[None, :] == at[:, None], float("-inf"), score)
+        return best, at, tl.where(tl.arange(0, BK)[None, :] == at[:, None], float("-inf"), score)
 
     @triton.jit
-    def _top3_kernel(
-        x_ptr,
-        c_ptr,
-        bias_ptr,
-        label_ptr,
-        score_ptr,
-        N,
-        K,
-        D,
-        BLOCK_N: tl.constexpr,
-        BLOCK_K: tl.constexpr,
-        BLOCK_D: tl.constexpr,
-        UPCAST: tl.constexpr,
+    def top3_kernel(
+        x_ptr, c_ptr, bias_ptr, label_ptr, score_ptr, N, K, D, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr
     ):
-        """One program owns BLOCK_N points, walks over all centroids and keeps five numbers a point."""
-        row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # int64: N x D passes 2^31
-        s1 = tl.full([BLOCK_N], float("-inf"), tl.float32)
-        s2 = tl.full([BLOCK_N], float("-inf"), tl.float32)
-        s3 = tl.full([BLOCK_N], float("-inf"), tl.float32)
-        l1 = tl.zeros([BLOCK_N], tl.int32)
-        l2 = tl.zeros([BLOCK_N], tl.int32)
-        for k0 in range(0, K, BLOCK_K):
-            col = k0 + tl.arange(0, BLOCK_K)
-            score = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-            for d0 in range(0, D, BLOCK_D):
-                d = d0 + tl.arange(0, BLOCK_D)
+        """One program owns BN points, walks over all centroids, BK at a time, and keeps five numbers a point."""
+        row = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)  # int64: N x D passes 2^31
+        s1, l1 = tl.full([BN], float("-inf"), tl.float32), tl.zeros([BN], tl.int32)
+        s2, s3, l2 = s1, s1, l1
+        for k0 in range(0, K, BK):
+            col = k0 + tl.arange(0, BK)
+            score = tl.zeros([BN, BK], tl.float32)
+            for d0 in range(0, D, BD):
+                d = d0 + tl.arange(0, BD)
                 x = tl.load(x_ptr + row[:, None] * D + d, mask=(row[:, None] < N) & (d < D), other=0.0)
                 c_at = c_ptr + col[None, :].to(tl.int64) * D + d[:, None]
                 c = tl.load(c_at, mask=(col < K) & (d[:, None] < D), other=0.0)
-                if UPCAST:  # the interpreter multiplies the bits of bfloat16 as integers (triton 3.7)
-                    x = x.to(tl.float32)
-                    c = c.to(tl.float32)
                 score = tl.dot(x, c, score, input_precision="ieee")  # no TF32: float32 means float32
             bias = tl.load(bias_ptr + col, mask=col < K, other=float("-inf"))  # columns past K never win
-            t1, i1, score = _pop(score + bias[None, :], BLOCK_K)
-            t2, i2, score = _pop(score, BLOCK_K)
+            t1, i1, score = pop_best(score + bias[None, :], BK)
+            t2, i2, score = pop_best(score, BK)
             t3 = tl.max(score, 1)
             i1 += k0
             i2 += k0
@@ -145,28 +142,13 @@ def top3_triton(x_ND, c_KD, bias_K):
     (n, d), k = x_ND.shape, len(c_KD)
     label_N2 = torch.empty(n, 2, dtype=torch.int32, device=x_ND.device)
     score_N3 = torch.empty(n, 3, dtype=torch.float32, device=x_ND.device)
-    block_n, block_k, block_d = (128, 128, 64) if x_ND.dtype == torch.bfloat16 else (64, 64, 32)
+    blocks = (128, 128, 64) if x_ND.dtype == torch.bfloat16 else (64, 64, 32)  # of points, centroids, channels
+    if not x_ND.is_cuda:  # the interpreter multiplies the bits of bfloat16 as integers (triton 3.7)
+        x_ND, c_KD = x_ND.float(), c_KD.float()
     if n:
-        _top3_kernel[(triton.cdiv(n, block_n),)](
-            x_ND.contiguous(),
-            c_KD.contiguous(),
-            bias_K.contiguous(),
-            label_N2,
-            score_N3,
-            n,
-            k,
-            d,
-            BLOCK_N=block_n,
-            BLOCK_K=block_k,
-            BLOCK_D=block_d,
-            UPCAST=not x_ND.is_cuda,
-            num_warps=8,
-            num_stages=3,
-        )
+        tensors = (x_ND.contiguous(), c_KD.contiguous(), bias_K.contiguous(), label_N2, score_N3)
+        top3_kernel[(triton.cdiv(n, blocks[0]),)](*tensors, n, k, d, *blocks, num_warps=8, num_stages=3)
     return label_N2.long(), score_N3
-
-
-# ------------------------------------------------------------------------------------------------------------- public
 
 
 def obstacle(device):
@@ -185,15 +167,13 @@ def top3(x_ND, c_KD, bias_K, impl="auto"):
     if impl not in ("auto", "ref", "triton"):
         raise ValueError(f"impl={impl!r}: choose auto, ref or triton")
     if x_ND.ndim != 2 or c_KD.ndim != 2 or x_ND.shape[1] != c_KD.shape[1] or bias_K.shape != c_KD.shape[:1]:
-        raise ValueError(
-            f"x {list(x_ND.shape)}, c {list(c_KD.shape)}, bias {list(bias_K.shape)}: want [N, D] [K, D] [K]"
-        )
+        shapes = f"x {list(x_ND.shape)}, c {list(c_KD.shape)}, bias {list(bias_K.shape)}"
+        raise ValueError(f"{shapes}: want [N, D] [K, D] [K]")
     if len(c_KD) == 0:
         raise ValueError("no centroids: K is 0")
     if x_ND.dtype != c_KD.dtype or x_ND.dtype not in (torch.float32, torch.bfloat16) or bias_K.dtype != torch.float32:
-        raise ValueError(
-            f"x {x_ND.dtype}, c {c_KD.dtype}, bias {bias_K.dtype}: want float32 or bfloat16 twice, float32"
-        )
+        dtypes = f"x {x_ND.dtype}, c {c_KD.dtype}, bias {bias_K.dtype}"
+        raise ValueError(f"{dtypes}: want x and c both float32 or both bfloat16, and a float32 bias")
     reason = None if impl == "ref" else obstacle(x_ND.device)
     if impl == "triton" and reason:
         raise ValueError(f"impl='triton' cannot run: {reason}")
@@ -202,17 +182,17 @@ def top3(x_ND, c_KD, bias_K, impl="auto"):
     return top3_ref(x_ND, c_KD, bias_K)
 
 
-# ------------------------------------------------------------------------------------------------------------ proven
+# ---- a search that proves its labels ----
 
 
 @cache
 def cpu_has_fast_bf16():
-    """Whether this CPU multiplies bfloat16 in tiles (AMX). Elsewhere the detour through bfloat16 costs time."""
-    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)  # private, hence the care
+    """Whether this CPU multiplies bfloat16 in tiles (AMX). Elsewhere float32 is faster."""
+    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)  # private: a later torch may not have it
     return bool(probe and probe()) and torch.backends.mkldnn.is_available()
 
 
-PRODUCTS = {  # how the first sieve multiplies
+PRODUCTS = {  # how the first step of a search multiplies
     "fused": "bfloat16 on the GPU, search fused (Triton)",
     "bfloat16": "bfloat16 in the CPU's tiles (AMX)",
     "float32": "float32 (this CPU has no bfloat16 tiles)",
@@ -224,12 +204,7 @@ def product_for(device):
     return "fused" if device.type == "cuda" else "bfloat16" if cpu_has_fast_bf16() else "float32"
 
 
-def argmax(x_MK):
-    """Of each row. numpy's added 3% to the product's time where torch's added 15 to 25%."""
-    return x_MK.argmax(1) if x_MK.is_cuda else torch.from_numpy(x_MK.numpy().argmax(1))
-
-
-def group(c_KD, at_most=GROUPS):
+def split_into_groups(c_KD, at_most=GROUPS):
     """Centroids in equal groups of neighbours: ids int64 [G, S], -1 where one is short. G is a power of two.
 
     Halved again and again across the direction of largest variance (power iteration). Any partition is correct; one
@@ -248,59 +223,39 @@ def group(c_KD, at_most=GROUPS):
     return torch.nn.utils.rnn.pad_sequence(groups, batch_first=True, padding_value=-1)
 
 
-class Nearest:
-    """Finds nearest centroids, proven: three sieves, each dearer and finer than the one before.
+class NearestSearch:
+    """Finds the nearest of fixed centroids, in three steps, each dearer and finer than the one before.
 
-    A point keeps `near`, at least the distance to its own centroid, and for each group of centroids `far`, at most the
-    distance to any other centroid of the group. A group is *open* for the point while far <= near; with no group open
-    the label is proven.
+    Of a point it keeps `near`, which is at least the distance to its own centroid, and for each group of centroids
+    `far`, which is at most the distance to any other centroid of the group. A group is *open* for the point while
+    far <= near; with no group open the label is proven. (After Ding et al., "Yinyang K-Means", 2015.)
 
     1. `screen`: one product with all centroids, in bfloat16 where that is fast. s_k = x.c_k - |c_k|^2 / 2 is largest
        for the nearest centroid, and rounded x', c' change it by at most
 
            |x - x'| |c_k| + |x'| |c_k - c'_k| + E 2^-24 (|x| |c_k| + |c_k|^2)          (Cauchy-Schwarz; float32 sums)
 
-       which is at most h |c_k| with one h a point: rank one, so an extra channel (h beside x', |c_k| beside c') makes
-       the product return upper bounds of s themselves. (One bound for all will not do: a cluster of one point in 384-d
-       can be 8 times as long as its neighbours of 100.) Largest bounds by group give `far`, the best's lower bound
-       gives `near`. It runs only if so many groups are open that the next sieve would be dearer.
-    2. `compare`: float32, only a point's open groups and its own, about the middle of the group, where both are short.
-    3. `double`: float64 for near ties. Equal to its last bit, the lower index wins.
-    Which sieves ran never shows in the labels.
-
-    Bounds by groups of centroids that outlive a pass: Ding et al., "Yinyang K-Means" (2015).
+       which is at most h |c_k| with one h a point. That is one more channel of the product (h beside x', |c_k| beside
+       c'), which then returns upper bounds of s themselves. (One bound for all centroids will not do: a cluster of one
+       point in 384-d can be 8 times as long as its neighbours of 100.) The largest bounds by group give `far`, the
+       best's lower bound gives `near`. Skipped where few groups are open, because the next step is then cheaper.
+    2. `compare`: float32, only with a point's open groups and its own. Both are taken about the middle of the group:
+       the shorter the vectors, the smaller the error.
+    3. `nearest_ref`: float64, for near ties.
     """
 
     def __init__(self, c_KD, group_GS, product):
-        self.c_KD, self.exact_KD, self.fused = c_KD, c_KD.double(), product == "fused"
+        self.c_KD, self.exact_KD, self.group_GS, self.product = c_KD, c_KD.double(), group_GS, product
         self.square_K = self.exact_KD.square().sum(1)
         length_K = self.square_K.sqrt().float()
         self.longest = length_K.max().item()
-        # With a larger share of the groups open, one product with all centroids is cheaper than comparing them apart.
+        # With a larger share of the groups open, one product with all centroids is cheaper than comparing by group.
         self.screen_above = 0.5 if product == "float32" else 0.125
-        # The first sieve's factor, places P = S x G so that the maximum by group runs along memory.
-        self.place_P = group_GS.T.reshape(-1)
-        self.bias_P = (-self.square_K / 2).float()[self.place_P].masked_fill_(self.place_P < 0, -3e38)
-        self.kind = torch.float32 if product == "float32" else torch.bfloat16
-        if product == "float32":  # h is so small that one bound for all will do, and it need not be in the product
-            self.e = c_KD.shape[1]
-            self.factor_EP = c_KD[self.place_P].T.contiguous()
-        else:
-            rounded_KD = c_KD.bfloat16().float()
-            self.rounding = ((c_KD - rounded_KD).norm(dim=1) / length_K.clamp(min=1e-30)).max().item()
-            self.output_error = 0.0 if self.fused else 1.02 * 2.0**-8  # the product is rounded to bfloat16
-            self.bound_K = (1.01 * length_K).bfloat16().float()
-            self.e = -(-(c_KD.shape[1] + 4) // 32) * 32  # rows of whole cache lines
-            factor_PE = torch.zeros(len(self.place_P), self.e, dtype=torch.bfloat16, device=c_KD.device)
-            factor_PE[:, : c_KD.shape[1]], rest_P = rounded_KD[self.place_P], self.bias_P.clone()
-            for channel in range(c_KD.shape[1], c_KD.shape[1] + 3):  # |c|^2 / 2 to 24 bits
-                factor_PE[:, channel] = rest_P
-                rest_P -= factor_PE[:, channel].float()
-            factor_PE[:, c_KD.shape[1] + 3] = self.bound_K[self.place_P]
-            self.factor_EP = factor_PE.T if self.fused else factor_PE.T.contiguous()
-        # The second sieve's, by group: ids, middle, centroids about it, their squares, the longest.
+        self.slot_P = group_GS.T.reshape(-1)  # groups side by side: the maximum by group runs along memory
+        self.bias_P = (-self.square_K / 2).float()[self.slot_P].masked_fill_(self.slot_P < 0, -3e38)
+        self.prepare_screen(length_K)
         self.group_K = torch.empty(len(c_KD), dtype=torch.int64, device=c_KD.device)
-        self.groups = []
+        self.groups = []  # ids, middle, centroids about it, their negative squares, the longest
         for g, ids in enumerate(group_GS):
             ids = ids[ids >= 0].sort().values
             self.group_K[ids] = g
@@ -309,67 +264,84 @@ class Nearest:
             square_S = local_SD.double().square().sum(1).float()
             self.groups.append((ids, middle_D, local_SD.T.contiguous(), -square_S, square_S.max().sqrt()))
 
+    def prepare_screen(self, length_K):
+        """The factor of `screen`'s product, by slots; in bfloat16 with the bias and the error bound as channels."""
+        d = self.c_KD.shape[1]
+        if self.product == "float32":  # h is so small that one bound for all will do, and it need not be in the product
+            self.channels, self.factor_EP = d, self.c_KD[self.slot_P].T.contiguous()
+            return
+        rounded_KD = self.c_KD.bfloat16().float()
+        self.rounding = ((self.c_KD - rounded_KD).norm(dim=1) / length_K.clamp(min=1e-30)).max().item()
+        self.output_error = 0.0 if self.product == "fused" else 1.02 * 2.0**-8  # the product is rounded to bfloat16
+        self.bound_K = (1.01 * length_K).bfloat16().float()
+        self.channels = -(-(d + 4) // 32) * 32  # rows of whole cache lines
+        factor_PE = torch.zeros(len(self.slot_P), self.channels, dtype=torch.bfloat16, device=self.c_KD.device)
+        factor_PE[:, :d], rest_P = rounded_KD[self.slot_P], self.bias_P.clone()
+        for channel in range(d, d + 3):  # |c|^2 / 2 to 24 bits
+            factor_PE[:, channel] = rest_P
+            rest_P -= factor_PE[:, channel].float()
+        factor_PE[:, d + 3] = self.bound_K[self.slot_P]
+        self.factor_EP = factor_PE.T if self.product == "fused" else factor_PE.T.contiguous()
+
     def bounds(self, norm_B, lower_B, upper_BG):
-        """near_B and far_BG from bounds of scores, |x - c|^2 = |x|^2 - 2 s; float32's rounding on the safe side."""
+        """near_B, far_BG and open_BG from bounds of scores: |x - c|^2 = |x|^2 - 2 s, and float32's own rounding."""
         square_B, error_B = norm_B.square(), (len(self.c_KD[0]) + 16) * UNIT * (norm_B + self.longest).square()
         near_B = (square_B - 2 * lower_B).add_(error_B).clamp_(min=0).sqrt_()
         far_BG = torch.sub((square_B - error_B)[:, None], upper_BG, alpha=2).clamp_(min=0).sqrt_()
-        return near_B, far_BG
+        return near_B, far_BG, far_BG <= near_B[:, None]
 
     def screen(self, x_BD, norm_B, rounding_B):
         """label_B, near_B, far_BG, open_BG by one product with all centroids."""
-        (b, d), n_groups = x_BD.shape, len(self.groups)
-        h_B = 2 * self.e * UNIT * (norm_B + self.longest)
-        if self.kind == torch.bfloat16:
-            h_B = 1.02 * (h_B + rounding_B + 1.01 * norm_B * self.rounding)  # 1.02: for rounding h itself
-            h_B = h_B.bfloat16().float()
-            make = torch.empty if x_BD.is_cuda else lambda *shape, dtype, device: scratch("x", *shape, dtype)
-            x_BE = make(b, self.e, dtype=self.kind, device=x_BD.device)
-            x_BE[:, :d], x_BE[:, d : d + 3], x_BE[:, d + 3], x_BE[:, d + 4 :] = x_BD, 1, h_B, 0
-        if self.fused:
+        h_B = 2 * self.channels * UNIT * (norm_B + self.longest)
+        if self.product == "float32":
+            slot_B, best_B, upper_BG = self.best_scores(x_BD)
+            slack_B = h_B * self.longest
+            return self.slot_P[slot_B], *self.bounds(norm_B, best_B - slack_B, upper_BG + slack_B[:, None])
+        h_B = 1.02 * (h_B + rounding_B + 1.01 * norm_B * self.rounding)  # 1.02: for rounding h itself
+        h_B = h_B.bfloat16().float()
+        d, x_BE = x_BD.shape[1], scratch("x", len(x_BD), self.channels, torch.bfloat16, x_BD.device)
+        x_BE[:, :d], x_BE[:, d : d + 3], x_BE[:, d + 3], x_BE[:, d + 4 :] = x_BD, 1, h_B, 0
+        if self.product == "fused":
             return self.screen_fused(x_BD, x_BE, norm_B, h_B)
-        place_B, best_B, upper_BG = torch.empty(b, dtype=torch.int64), torch.empty(b), torch.empty(b, n_groups)
-        for rows in torch.arange(b).split(max(64, TILE_BYTES // (4 * len(self.place_P)))):
-            at, m = slice(int(rows[0]), int(rows[-1]) + 1), len(rows)
-            score_MP = scratch("score", m, len(self.place_P), torch.float32)
-            if self.kind == torch.float32:
-                torch.addmm(self.bias_P, x_BD[at], self.factor_EP, out=score_MP)
+        slot_B, best_B, upper_BG = self.best_scores(x_BE)
+        label_B = self.slot_P[slot_B]
+        lower_B = best_B - self.output_error * best_B.abs() - 2 * h_B * self.bound_K[label_B]
+        return label_B, *self.bounds(norm_B, lower_B, upper_BG + self.output_error * upper_BG.abs())
+
+    def best_scores(self, x_BE):
+        """The best slot and score of each point, and for each group the best score of the other slots. On a CPU."""
+        b, p, n_groups = len(x_BE), len(self.slot_P), len(self.groups)
+        slot_B, best_B, other_BG = torch.empty(b, dtype=torch.int64), torch.empty(b), torch.empty(b, n_groups)
+        for tile in tiles(b, p):
+            m = tile.stop - tile.start
+            score_MP = scratch("score", m, p, torch.float32, x_BE.device)
+            if self.product == "float32":
+                torch.addmm(self.bias_P, x_BE[tile], self.factor_EP, out=score_MP)
             else:
-                product_MP = scratch("product", m, len(self.place_P), torch.bfloat16)
-                score_MP.copy_(torch.mm(x_BE[at], self.factor_EP, out=product_MP))
-            score_MSG = score_MP.view(m, -1, n_groups)
+                product_MP = scratch("product", m, p, torch.bfloat16, x_BE.device)
+                score_MP.copy_(torch.mm(x_BE[tile], self.factor_EP, out=product_MP))
+            row_M, score_MSG = torch.arange(m), score_MP.view(m, -1, n_groups)
             top_MG = score_MSG.amax(1)
             g_M = argmax(top_MG)
-            own_MS = score_MSG[rows - at.start, :, g_M]
+            own_MS = score_MSG[row_M, :, g_M]
             s_M = argmax(own_MS)
-            best_B[at] = own_MS.gather(1, s_M[:, None])[:, 0]
-            top_MG[rows - at.start, g_M] = own_MS.scatter_(1, s_M[:, None], -3e38).amax(1)
-            place_B[at], upper_BG[at] = s_M * n_groups + g_M, top_MG
-        label_B = self.place_P[place_B]
-        if self.kind == torch.float32:
-            slack_B = h_B * self.longest
-            lower_B, upper_BG = best_B - slack_B, upper_BG + slack_B[:, None]
-        else:
-            lower_B = best_B - self.output_error * best_B.abs() - 2 * h_B * self.bound_K[label_B]
-            upper_BG += self.output_error * upper_BG.abs()
-        near_B, far_BG = self.bounds(norm_B, lower_B, upper_BG)
-        return label_B, near_B, far_BG, far_BG <= near_B[:, None]
+            best_B[tile] = own_MS.gather(1, s_M[:, None])[:, 0]
+            top_MG[row_M, g_M] = own_MS.scatter_(1, s_M[:, None], -3e38).amax(1)
+            slot_B[tile], other_BG[tile] = s_M * n_groups + g_M, top_MG
+        return slot_B, best_B, other_BG
 
     def screen_fused(self, x_BD, x_BE, norm_B, h_B):
         """The same with the scores kept on the chip: one group. Where two centroids are left, differences decide."""
-        place_B2, upper_B3 = top3(x_BE, self.factor_EP.T, torch.zeros(len(self.place_P), device=x_BE.device))
-        label_B2 = self.place_P[place_B2]
+        slot_B2, upper_B3 = top3(x_BE, self.factor_EP.T, torch.zeros(len(self.slot_P), device=x_BE.device))
+        label_B2 = self.slot_P[slot_B2]
         lower_B2 = upper_B3[:, :2] - 2 * h_B[:, None] * self.bound_K[label_B2]
         two = ((lower_B2[:, 0] <= upper_B3[:, 1]) & (lower_B2.amax(1) > upper_B3[:, 2])).nonzero()[:, 0]
-        x_MD = x_BD[two].double()
-        first_M, second_M = ((x_MD - self.exact_KD[label_B2[two, i]]).square_().sum(1) for i in (0, 1))
-        tie_M = (first_M == second_M) & (label_B2[two, 1] < label_B2[two, 0])
-        swap = two[(second_M < first_M) | tie_M]
+        x_MD, (first_M, second_M) = x_BD[two].double(), label_B2[two].T
+        d2_M, other_d2_M = ((x_MD - self.exact_KD[ids_M]).square_().sum(1) for ids_M in (first_M, second_M))
         chosen_B = torch.zeros_like(h_B, dtype=torch.int64)
-        chosen_B[swap] = 1
+        chosen_B[two] = ((other_d2_M < d2_M) | ((other_d2_M == d2_M) & (second_M < first_M))).long()
         label_B, lower_B = (t.gather(1, chosen_B[:, None])[:, 0] for t in (label_B2, lower_B2))
-        near_B, far_B1 = self.bounds(norm_B, lower_B, upper_B3.gather(1, 1 - chosen_B[:, None]))
-        open_B1 = far_B1 <= near_B[:, None]
+        near_B, far_B1, open_B1 = self.bounds(norm_B, lower_B, upper_B3.gather(1, 1 - chosen_B[:, None]))
         open_B1[two] = False
         return label_B, near_B, far_B1, open_B1
 
@@ -393,15 +365,8 @@ class Nearest:
         best_BG.scatter_(1, g_B, next_BG.gather(1, g_B))
         return label_BG.gather(1, g_B)[:, 0], near_B, (best_BG - error_BG).clamp_(min=0).sqrt_()
 
-    def double(self, x_MD):
-        """label_M of near ties."""
-        label_M = torch.empty(len(x_MD), dtype=torch.int64, device=x_MD.device)
-        for at in torch.arange(len(x_MD), device=x_MD.device).split(max(1, TILE_BYTES // (4 * len(self.c_KD)))):
-            label_M[at] = argmax(torch.addmm(-self.square_K / 2, x_MD[at].double(), self.exact_KD.T))
-        return label_M
-
-    def __call__(self, x_BD, norm_B, rounding_B, label_B, near_B, far_BG):
-        """New label_B, near_B, far_BG of points whose old ones are given (-1, inf and -inf know nothing)."""
+    def find(self, x_BD, norm_B, rounding_B, label_B, near_B, far_BG):
+        """New label_B, near_B, far_BG of points from their old ones (-1, inf and -inf where nothing is known)."""
         open_BG = far_BG <= near_B[:, None]
         if open_BG.float().mean() > self.screen_above:
             label_B, near_B, far_BG, open_BG = self.screen(x_BD, norm_B, rounding_B)
@@ -411,11 +376,66 @@ class Nearest:
         if len(left):
             wanted_MG = open_BG[left].scatter_(1, self.group_K[label_B[left]][:, None], True)
             x_MD = x_BD if len(left) == len(x_BD) else x_BD.index_select(0, left)
-            label_B[left], near_M, far_MG = self.compare(x_MD, wanted_MG)
+            label_M, near_M, far_MG = self.compare(x_MD, wanted_MG)
             far_MG = torch.where(wanted_MG, far_MG, far_BG[left])
             ties = (far_MG <= near_M[:, None]).any(1).nonzero()[:, 0]
             if len(ties):
-                label_B[left[ties]] = self.double(x_MD[ties])
-                far_MG[ties] = 0  # either of the tied may have become a stranger
-            near_B[left], far_BG[left] = near_M, far_MG
+                label_M[ties] = nearest_ref(x_MD[ties], self.exact_KD, self.square_K)
+                far_MG[ties] = 0  # `compare` left its own choice out of far; float64 may have chosen another
+            label_B[left], near_B[left], far_BG[left] = label_M, near_M, far_MG
         return label_B, near_B, far_BG
+
+
+# ---- an assignment that follows its centroids ----
+
+
+class Assignment:
+    """The nearest centroid of every point, while the centroids move: `label_N`, -1 before the first `update`.
+
+    What one pass proved is of use to the next. When the centroids move, a point's `near` grows by the step of its own
+    centroid, and its `far` shrinks by the longest step of the group; the point is looked at again only where that opens
+    a group. A point that cannot change its cluster is not even read.
+
+    norm_N: |x| of every point. rounding_N: |x - bfloat16(x)|. Both float32, on the device that computes.
+    """
+
+    def __init__(self, norm_N, rounding_N):
+        self.norm_N, self.rounding_N, self.search, self.moves = norm_N, rounding_N, None, 0
+        self.label_N = torch.full(norm_N.shape, -1, dtype=torch.int64, device=norm_N.device)
+        self.near_N = torch.full_like(norm_N, torch.inf)
+
+    def set_centroids(self, c_KD):
+        """Take float32 centroids [K, D] and widen all bounds by their steps."""
+        product, before = product_for(c_KD.device), self.search
+        if before is None:
+            groups = split_into_groups(c_KD, 1 if product == "fused" else GROUPS)
+            self.far_NG = torch.full((len(self.norm_N), len(groups)), -torch.inf, device=c_KD.device)
+            self.step_K, self.step_G = c_KD.new_zeros(len(c_KD)), c_KD.new_zeros(len(groups))
+        else:
+            # 1 + 1e-6 and the last bits of near and far, which are at most the data's extent, cover float32's rounding.
+            extent = before.longest + (self.norm_N.max().item() if len(self.norm_N) else 0.0)
+            self.step_K = (c_KD.double() - before.c_KD.double()).norm(dim=1).float() * (1 + 1e-6) + 2.0**-22 * extent
+            self.step_G = torch.stack([self.step_K[ids].max() for ids, *_ in before.groups])
+            groups, self.moves = before.group_GS, self.moves + 1
+        if self.moves == 1:  # means group better than seeds, and after this long a step no bound is worth keeping
+            groups = split_into_groups(c_KD, len(groups))
+            self.far_NG.fill_(-torch.inf)
+        self.search = NearestSearch(c_KD, groups, product)
+
+    def update(self, block, read_rows):
+        """Bring the labels of a block (a slice of the points) up to date, once after each `set_centroids`.
+
+        read_rows(index): float32 rows [M, D] of a slice or an int64 tensor of points.
+        Returns the points that were looked at: their rows x_MD (None where there are none), labels before and after.
+        """
+        near_B, far_BG = self.near_N[block], self.far_NG[block]
+        near_B += self.step_K[self.label_N[block]]
+        far_BG -= self.step_G
+        looked_M = (far_BG <= near_B[:, None]).any(1).nonzero()[:, 0]
+        if len(looked_M) == 0:
+            return None, looked_M, looked_M
+        at = block if len(looked_M) > 0.8 * len(near_B) else looked_M + block.start  # a contiguous read beats a gather
+        x_MD, old_M = read_rows(at), self.label_N[at].clone()
+        known = (self.norm_N[at], self.rounding_N[at], old_M, self.near_N[at], self.far_NG[at])
+        self.label_N[at], self.near_N[at], self.far_NG[at] = self.search.find(x_MD, *known)
+        return x_MD, old_M, self.label_N[at]

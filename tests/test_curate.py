@@ -15,9 +15,7 @@ from PIL import Image
 
 import curate
 import data
-import kernels.kmeans as nearest
-import kmeans as km
-from kmeans import kmeans
+from kernels import kmeans as km
 
 ROOT = Path(curate.__file__).parent
 
@@ -50,7 +48,7 @@ def product(request, monkeypatch):
     monkeypatch.setattr(km, "product_for", lambda device: request.param)
 
 
-# ------------------------------------------------------------------------------------------------------------- k-means
+# ---- k-means ----
 
 
 @pytest.mark.parametrize("offset", [0, 1000])
@@ -113,14 +111,14 @@ def hard_pairs(n=60, d=70):
 def test_bounds_of_every_sieve_hold(name):
     """Catches a term missing from h or from an error: near must lie above the own distance, far below the others'."""
     for case, x, c in hard_pairs():
-        groups = nearest.group(c, 1 if name == "fused" else 4)
-        find = nearest.Nearest(c, groups, name)
+        groups = km.split_into_groups(c, 1 if name == "fused" else 4)
+        search = km.NearestSearch(c, groups, name)
         true = (x[:, None].double() - c.double()).norm(dim=2)
         norm, rest = x.norm(dim=1), (x - x.bfloat16().float()).norm(dim=1)
         everywhere = torch.ones(len(x), len(groups), dtype=torch.bool)
         nothing = torch.full((len(x),), -1), torch.full((len(x),), torch.inf), torch.full(everywhere.shape, -torch.inf)
-        screened, compared = find.screen(x, norm, rest)[:3], find.compare(x, everywhere)
-        for label, near, far in (screened, find(x, norm, rest, *nothing), compared):
+        screened, compared = search.screen(x, norm, rest)[:3], search.compare(x, everywhere)
+        for label, near, far in (screened, search.find(x, norm, rest, *nothing), compared):
             own = true.gather(1, label[:, None])[:, 0]
             assert (near >= own).all(), case
             others = true.scatter(1, label[:, None], torch.inf)
@@ -136,7 +134,7 @@ def test_bounds_outlive_a_pass():
     for seed in range(150):
         rng = np.random.default_rng(seed)
         x = rng.integers(0, 100, (150, 1)).astype(np.float32)
-        c, label = kmeans(x, init_KD=rng.choice(np.unique(x), 40, replace=False)[:, None], n_iter=2 + seed % 6)
+        c, label = curate.kmeans(x, init_KD=rng.choice(np.unique(x), 40, replace=False)[:, None], n_iter=2 + seed % 6)
         d = np.abs(x - c.T)
         assert (d[np.arange(150), label] <= d.min(1) + 1e-4).all(), seed
 
@@ -144,17 +142,24 @@ def test_bounds_outlive_a_pass():
 @pytest.mark.parametrize("k, n_groups", [(1, 1), (7, 3), (33, 4), (100, 12), (1000, 32)])
 def test_groups_partition_the_centroids(k, n_groups):
     """Catches a centroid in two groups or none: its points would never be compared with it."""
-    groups = nearest.group(torch.randn(k, 5, generator=torch.Generator().manual_seed(k)), n_groups)
+    groups = km.split_into_groups(torch.randn(k, 5, generator=torch.Generator().manual_seed(k)), n_groups)
     assert groups[groups >= 0].sort().values.tolist() == list(range(k)) and len(groups) <= n_groups
     assert (groups >= 0).any(1).all()
 
 
-def test_points_that_cannot_move_are_skipped():
+def test_points_that_cannot_move_are_skipped(monkeypatch):
     """Catches bounds that are never carried from one pass to the next; too large ones fail against float64, above."""
     x, _ = blobs(4000, 16, groups=30, scale=10.0)
-    points, stats = km.Points(x), []
-    km.lloyd(points, km.start(points, 30, 0), 6, stats=stats)
-    assert stats[0]["looked"] == 1 and min(s["looked"] for s in stats) < 0.5
+    points, read, assign = curate.Points(x), [], curate.assign
+
+    def counting(*arguments):
+        counts = assign(*arguments)
+        read.append(counts[0] / len(x))
+        return counts
+
+    monkeypatch.setattr(curate, "assign", counting)
+    curate.lloyd(points, curate.seed_centroids(points, 30, 0), 6)
+    assert read[0] == 1 and min(read) < 0.5
 
 
 def test_empty_clusters_restart_in_the_largest():
@@ -210,8 +215,8 @@ def test_sums_are_exact_in_any_order():
     """Catches plain float64 sums: their last bits depend on the order."""
     rng = np.random.default_rng(0)
     x = (rng.standard_normal((30000, 3)) * rng.lognormal(0, 3, (30000, 1))).astype(np.float32)
-    points = km.Points(x)
-    exact = points.exact(points.rows(slice(0, len(x))))
+    points = curate.Points(x)
+    exact = points.round_to_grid(points.rows(slice(0, len(x))))
     total = exact.sum(0)
     for seed in range(5):
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
@@ -225,21 +230,21 @@ def test_seeds_follow_d2():
     x = np.zeros((400_000, 3), np.float32)  # large enough for the batched drawing
     x[7], x[1234] = (1e3, 0, 0), (0, 1e3, 0)
     for seed in range(3):
-        ids = km.seeds(km.Points(x), 3, seed)
+        ids = curate.draw_seeds(curate.Points(x), 3, seed)
         assert {7, 1234} < set(ids.tolist())
 
 
 def test_batched_seeds_are_distributed_as_one_by_one(monkeypatch):
     """Catches rejection left out or inverted: the second of 3 seeds of 4 points has known probabilities."""
     x = np.array([[0.0], [1.0], [3.0], [3.5]], np.float32)
-    monkeypatch.setattr(km, "greedy_seeds", None)
-    points = km.Points(np.repeat(x, 100_000, 0)[:: 100_000 // 300])  # 300 copies each: no greedy, few collisions
-    monkeypatch.setattr(km, "GREEDY_UP_TO", 0)
+    monkeypatch.setattr(curate, "draw_seeds_greedily", None)
+    points = curate.Points(np.repeat(x, 100_000, 0)[:: 100_000 // 300])  # 300 copies each: no greedy, few collisions
+    monkeypatch.setattr(curate, "GREEDY_UP_TO", 0)
     value = points.read(slice(0, points.n))[:, 0]
     n = 400
     third = np.zeros(4)
     for seed in range(n):
-        v = value[km.seeds(points, 3, seed)]
+        v = value[curate.draw_seeds(points, 3, seed)]
         third[np.abs(x[:, 0] - v[2]).argmin()] += 1
     want = np.zeros(4)
     d2 = (x - x.T) ** 2
@@ -280,7 +285,7 @@ def test_nan_rows_are_named():
         curate.kmeans(x[0], k=4)
 
 
-# ----------------------------------------------------------------------------------------------------------- hierarchy
+# ---- hierarchy ----
 
 
 def test_even_shares_fill_the_small_and_hand_on():
@@ -322,7 +327,7 @@ def test_balance_beats_random_and_needs_resampling():
     config = curate.Config(levels=[300, 40], keep=400)
     spread = [curate.entropy(np.bincount(y[curate.curate(x, [300, 40], 400)], minlength=20))]
     config.resamplings = 0
-    kept = curate.sample(curate.grow(km.Points(x), config), 400)
+    kept = curate.sample(curate.build_tree(curate.Points(x), config), 400)
     spread.append(curate.entropy(np.bincount(y[kept], minlength=20)))
     spread.append(curate.entropy(np.bincount(y[:400], minlength=20)))
     assert spread[0] > spread[1] + 0.03 > spread[2] + 0.06, spread
@@ -331,7 +336,7 @@ def test_balance_beats_random_and_needs_resampling():
 @pytest.mark.slow
 @pytest.mark.parametrize("distance, goal", [(1.0, 0.99), (0.5, 0.89)])
 def test_balance_of_section_9(distance, goal):
-    """Catches anything that costs balance: see `greedy_seeds` for what one choice is worth."""
+    """Catches anything that costs balance: see `draw_seeds_greedily` for what one choice is worth."""
     x, y = zipf(distance)
     assert curate.entropy(np.bincount(y[curate.curate(x, [1000, 100], 2000)], minlength=50)) >= goal
 
@@ -341,8 +346,8 @@ def test_two_step_split_makes_k_clusters():
     point into another cell, and a last pass over all k, which would cost the N k products that the split is for."""
     x, _ = blobs(6000, offset := 8)
     x += np.float32(50 * offset)
-    points = km.Points(x)
-    c, label = curate.level(points, 200, curate.Config(split_above=100), 0)
+    points = curate.Points(x)
+    c, label = curate.cluster_points(points, 200, curate.Config(split_above=100), 0)
     d2 = distances64(x, points.uncentre(c))
     assert len(c) == 200 and len(label.unique()) == 200
     assert (label.numpy() == d2.argmin(1)).mean() > 0.8  # the others' nearest lies across the border of a cell
@@ -351,7 +356,7 @@ def test_two_step_split_makes_k_clusters():
 
 
 def kmeans_inertia(x, k):
-    c, label = kmeans(x, k=k)
+    c, label = curate.kmeans(x, k=k)
     return ((x - c[label]) ** 2).sum(1).mean()
 
 
@@ -371,7 +376,7 @@ def test_levels_and_keep_are_checked():
             curate.curate(x, levels, keep)
 
 
-# ------------------------------------------------------------------------------------------------------------- command
+# ---- command ----
 
 
 def command(tmp_path, out, *more, before=()):
@@ -407,16 +412,36 @@ def test_command_writes_the_subset_tree_report_and_sheet(tmp_path, features):
     assert not list(out.glob(".*"))
 
 
+def test_pictures_of_an_npy_are_upright_sorted_and_may_be_broken(tmp_path):
+    """Catches EXIF ignored, the folder's order lost, and a broken picture that ends a run of hours at its last step."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    np.save(tmp_path / "x.npy", np.zeros((3, 4)))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned a quarter
+    Image.new("RGB", (160, 80), "red").save(folder / "b.png", exif=exif)
+    Image.new("RGB", (160, 80), "lime").save(folder / "a.png")
+    (folder / "c.png").write_bytes(b"no picture")
+    config = curate.Config(features=str(tmp_path / "x.npy"), images=str(folder))
+    ids, _, read_images = curate.load_features(config)
+    green, red, broken = read_images(ids)
+    assert green.shape[1] == 2 * green.shape[0] and (green == (0, 255, 0)).all()
+    assert red.shape[0] == 2 * red.shape[1] and (red == (255, 0, 0)).all() and broken is None
+    tree = [{"centroids": np.zeros((1, 4)), "parent": np.zeros(3, np.int64)}]
+    assert curate.contact_sheet(tree, np.array([0]), read_images, tmp_path / "sheet.png") == 1
+    assert np.asarray(Image.open(tmp_path / "sheet.png")).shape[0] > curate.SIDE
+
+
 KILLED = """
 import os, signal, sys
 import curate
-write = curate.write
+write = curate.write_atomically
 def killed_within_level_2(path, save):
     if path.name == "level2.npz":
         path.with_name(".level2.npz.partial").write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
     write(path, save)
-curate.write = killed_within_level_2
+curate.write_atomically = killed_within_level_2
 curate.main(sys.argv[1:])
 """
 
@@ -428,8 +453,8 @@ def test_killed_run_continues_with_the_same_result(tmp_path, features, monkeypat
     done = subprocess.run([sys.executable, "-c", KILLED, *command(tmp_path, cut)[2:]], cwd=ROOT)
     assert done.returncode == -signal.SIGKILL
     assert (cut / "level1.npz").exists() and not (cut / "level2.npz").exists()
-    real, made = curate.level, []
-    monkeypatch.setattr(curate, "level", lambda points, k, *rest: made.append(k) or real(points, k, *rest))
+    real, made = curate.cluster_points, []
+    monkeypatch.setattr(curate, "cluster_points", lambda points, k, *rest: made.append(k) or real(points, k, *rest))
     curate.main(command(tmp_path, cut)[2:])
     assert made == [12]
     np.testing.assert_array_equal(np.load(cut / "kept.npy"), np.load(whole / "kept.npy"))
@@ -477,6 +502,7 @@ def test_a_tree_of_other_flags_is_refused_but_keep_may_change(tmp_path, features
 def test_command_gives_one_line_for_bad_input(tmp_path, features, capsys, change, words, monkeypatch):
     """Catches a traceback, and abbreviated or unknown flags taken."""
     monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (32, 32)).save("one.png")
     with pytest.raises(SystemExit) as stop:
         curate.main([*command(tmp_path, tmp_path / "out")[2:], *change])
     assert stop.value.code == 2
@@ -525,7 +551,7 @@ def test_features_larger_than_memory_are_read_in_blocks(tmp_path):
             return len(self.x)
 
     kept = curate.curate(Counting(), [100, 10], 50)
-    assert Counting.largest <= km.BLOCK
+    assert Counting.largest <= curate.BLOCK
     np.testing.assert_array_equal(kept, curate.curate(x, [100, 10], 50))
 
 
