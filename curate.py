@@ -19,7 +19,10 @@ fixed blocks and a rank owns whole blocks, labels are those of float64, sums are
 Shape letters: N points (or this rank's), K centroids, D channels, B points of a block, M points of a selection.
 """
 
-# kernels before anything else: it sets, before torch is loaded, how OpenMP's threads wait
+# These before torch: kernels/__init__.py, which each of them loads first, sets how OpenMP's threads wait.
+import data
+from amoe import write_atomically
+from images import find_sources, load_image
 from kernels.kmeans import PRODUCTS, Assignment, product_for, top3
 
 # isort: split
@@ -38,10 +41,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
-
-import data
-from amoe import write_atomically
-from images import find_sources, load_image
 
 BLOCK = 8192  # points; ranks own whole blocks, so a block's arithmetic is the same for any number of ranks
 GREEDY_UP_TO = 1 << 20  # points times clusters for which greedy seeding is affordable
@@ -132,8 +131,7 @@ class Points:
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if self.shared else (0, 1)
         self.threads = torch.get_num_threads()
         n_blocks = -(-self.n // BLOCK)
-        first, last = n_blocks * self.rank // self.ranks, n_blocks * (self.rank + 1) // self.ranks
-        self.lo, self.hi = first * BLOCK, min(last * BLOCK, self.n)
+        self.lo, self.hi = (min(n_blocks * r // self.ranks * BLOCK, self.n) for r in (self.rank, self.rank + 1))
         self.mean_D = self.mean_of_a_sample()
         self.norm_N, self.rounding_N = torch.empty(2, self.hi - self.lo, device=self.device)  # |x|, |x - bfloat16(x)|
         largest = self.all_concat(np.array(self.each_block(self.measure_block))).max()
@@ -253,10 +251,9 @@ def draw_seeds(points, k, seed):
     if points.n * k <= GREEDY_UP_TO:
         return draw_seeds_greedily(points, k, seed)
     ids_N = np.arange(points.lo, points.hi)
-    random_N = random_of(ids_N, seed, 0)
-    best = np.argsort(random_N)[:1]  # none where a rank has no points
-    key, first = points.all_concat(random_N[best]), points.all_concat(ids_N[best])
-    chosen = new = [int(first[key.argmin()])]
+    best = random_of(ids_N, seed, 0).argsort()[:1]  # none where a rank has no points
+    best = points.all_concat(ids_N[best])
+    chosen = new = [int(best[random_of(best, seed, 0).argmin()])]
     d2_N = np.full(len(ids_N), np.inf)
     for round_ in itertools.count(1):
         if len(chosen) >= k or not new:
@@ -297,16 +294,15 @@ def draw_by_rejection(points, d2_N, at_most, seed, round_):
     order = np.lexsort((id_M, key_M))[:at_most]
     id_M, d2_M, accepted = id_M[order], d2_M[order], []
     x_MD, now_M, random_M = points.rows(id_M), d2_M.copy(), random_of(id_M, seed, round_, 1)
-    for i, id in enumerate(id_M.tolist()):
+    for i in range(len(id_M)):
         if random_M[i] * d2_M[i] < now_M[i]:
-            accepted.append(id)
+            accepted.append(int(id_M[i]))
             now_M = np.minimum(now_M, (x_MD - x_MD[i]).square_().sum(1).cpu().numpy())
     return accepted
 
 
 def draw_seeds_greedily(points, k, seed):
     """Greedy k-means++: of 2 + ln k candidates ~ D^2, each time the one that lowers the sum of D^2 most.
-
     Sequential, and 2 + ln k times the products, so for small problems only: the upper levels of a hierarchy, where a
     seed more or less in a region counts (docs/curation.md has what it is worth). Every rank computes it, alike.
     """
@@ -392,7 +388,6 @@ def lloyd(points, c_KD, n_iter, seed=0):
 
 def draw_restarts(points, count_K, label_N, seed):
     """For every empty cluster, a random member of the cluster that is largest by then. Returns clusters, ids.
-
     Largest by count, each member given away counting as an even split (as in faiss). A cluster of one gives nothing.
     """
     count_K, donors = count_K.numpy(), []
@@ -451,7 +446,7 @@ def kmeans(x_ND, k=None, init_KD=None, n_iter=10, seed=0):
 
 def check_levels(n, levels, keep):
     """Raises ValueError unless N > levels[0] > levels[1] > ... >= 1 and 1 <= keep <= N."""
-    levels = list(levels)
+    levels = list(levels or [])
     if not levels or levels != sorted(set(levels), reverse=True) or levels[-1] < 1:
         raise ValueError(f"levels {levels}: want decreasing numbers of clusters, for instance 20000 500 50")
     if levels[0] > n:
@@ -486,7 +481,6 @@ def nearest_members(points, c_KD, label_N, r):
 
 def cluster_in_cells(points, k, config, seed):
     """k clusters by k-means into sqrt(k) coarse cells, then k-means inside each: 2 N sqrt(k) products, not N k.
-
     Returns what `lloyd` does; a point's centroid is the nearest of its cell. Every cell gets the same number of
     clusters if it has the points, as in the paper's first level (100k cells of 100 clusters). Ranks share out the
     cells; one cell's points fit in memory.
@@ -500,8 +494,7 @@ def cluster_in_cells(points, k, config, seed):
     for cell in range(points.rank, coarse, points.ranks):
         if quota[cell]:  # none only where there are no points
             members = points.subset(cells[cell], alone=True)
-            c_MD = seed_centroids(members, int(quota[cell]), seed)
-            c_MD, label_M = lloyd(members, c_MD, config.iterations, seed)
+            c_MD, label_M = lloyd(members, seed_centroids(members, quota[cell], seed), config.iterations, seed)
             mine[cell] = members.uncentre(c_MD), label_M.cpu().numpy()
     split = {cell: result for of_rank in points.all_gather(mine) for cell, result in of_rank.items()}
     first = np.cumsum(quota) - quota
@@ -513,7 +506,6 @@ def cluster_in_cells(points, k, config, seed):
 
 def cluster_points(points, k, config, seed, log=lambda line: None):
     """One level of the hierarchy: k-means, then resampling. Returns centred centroids and this rank's labels.
-
     Each resampling starts afresh from D^2 seeds of the pool (warm or random starts lose most of the gain). A level made
     in two steps is not resampled: equal quotas for its cells take some of the density out already.
     """
@@ -548,12 +540,12 @@ def build_tree(points, config, folder=None, log=lambda line: None):
             nodes = points if depth == 0 else Points(tree[-1]["centroids"], points.device, f"level {depth}")
             c_KD, label_N = cluster_points(nodes, k, config, config.seed + 1000 * depth, log)
             d2_N = nodes.all_concat(nodes.squared_distances(c_KD, label_N))  # in id order: the same mean for any ranks
-            parent, inertia = nodes.all_concat(label_N.cpu().numpy()), np.float64(d2_N.mean(dtype=np.float64))
+            parent, inertia = nodes.all_concat(label_N.cpu().numpy()), d2_N.mean(dtype=np.float64)
             tree.append({"centroids": nodes.uncentre(c_KD), "parent": parent, "inertia": inertia})
             if path and points.rank == 0:
                 write_atomically(path, lambda file, level=tree[-1]: np.savez(file, **level))
-            seconds = time.perf_counter() - began
-            log(f"level {depth + 1}: {k} clusters of {nodes.n}, mean d^2 {inertia:.5g}, {seconds:.1f} s")
+            about = f"{k} clusters of {nodes.n}, mean d^2 {inertia:.5g}, {time.perf_counter() - began:.1f} s"
+            log(f"level {depth + 1}: {about}")
         if points.shared:
             dist.barrier()
     return tree
@@ -578,8 +570,7 @@ def sample(tree, keep, seed=0):
     quota = even_shares(keep, sizes[-1], seed)
     for depth in range(len(tree) - 1, 0, -1):
         parent, below = tree[depth]["parent"], np.zeros(len(sizes[depth - 1]), np.int64)
-        order = np.argsort(parent, kind="stable")
-        ends = np.cumsum(np.bincount(parent, minlength=len(quota)))
+        order, ends = np.argsort(parent, kind="stable"), np.cumsum(np.bincount(parent, minlength=len(quota)))
         for node, children in enumerate(np.split(order, ends[:-1])):
             below[children] = even_shares(quota[node], sizes[depth - 1][children], seed + node)
         quota = below
@@ -589,7 +580,6 @@ def sample(tree, keep, seed=0):
 
 def curate(x_ND, levels, keep, seed=0):
     """The whole pipeline in memory: sorted int64 ids (numpy) of `keep` rows of x_ND, balanced over its clusters.
-
     x_ND: as for `kmeans`. levels: clusters per level, from the points up, decreasing. Raises ValueError for bad input.
     """
     points = Points(x_ND)
@@ -624,7 +614,6 @@ SIDE, ACROSS, LEFT, TOP = 72, 12, 190, 34  # of the contact sheet: pixels of a p
 
 def contact_sheet(tree, kept, read_images, path, clusters=8):
     """A PNG of the top level's largest and smallest clusters: a row each, kept images framed, then a few left out.
-
     The bars beside a row are the cluster's share of the pool (grey) and of the subset (green). read_images(rows) gives
     uint8 [H, W, 3] each, or None for one that cannot be read: its square stays empty. Returns how many those are.
     """
@@ -651,7 +640,7 @@ def contact_sheet(tree, kept, read_images, path, clusters=8):
 
 
 def choose_pictures(members, is_kept):
-    """Points of a cluster to show: kept ones first, then some left out, a third of the places if there are so many."""
+    """Points of a cluster to show: kept ones first, then some left out, in a third of the places if enough."""
     members = members[np.lexsort((random_of(members, 5), ~is_kept[members]))]
     inside, outside = np.split(members, [int(is_kept[members].sum())])
     return np.r_[inside[: ACROSS - min(len(outside), ACROSS // 3)], outside][:ACROSS]
@@ -710,16 +699,12 @@ def check_same_tree(out, points, config):
     if points.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         if not (out / "tree.json").exists():
-            write_json(out / "tree.json", about)
+            write_atomically(out / "tree.json", lambda file: file.write(json.dumps(about, indent=1).encode()))
     if points.shared:
         dist.barrier()
     before = json.loads((out / "tree.json").read_text())
     if differ := {k: (before.get(k), about.get(k)) for k in before | about if before.get(k) != about.get(k)}:
         raise ValueError(f"--out {out} holds the tree of another run, (then, now): {differ}; choose another folder")
-
-
-def write_json(path, value):
-    write_atomically(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
 
 
 def run(config):
@@ -742,7 +727,7 @@ def run(config):
 def write_results(tree, kept, ids, read_images, config, log):
     out, about = Path(config.out), report(tree, kept, config)
     write_atomically(out / "kept.npy", lambda file: np.save(file, np.sort(ids[kept]).astype(np.int64)))
-    write_json(out / "report.json", about)
+    write_atomically(out / "report.json", lambda file: file.write(json.dumps(about, indent=1).encode()))
     if read_images is None:
         log("no contact sheet: an .npy has no pictures unless --images names their folder")
     elif unreadable := contact_sheet(tree, kept, read_images, out / "clusters.png"):

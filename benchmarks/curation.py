@@ -5,6 +5,11 @@ CPU seconds (all threads), because the machine may be shared; every ratio is of 
 faiss-cpu and scikit-learn are measured if installed (`pip install faiss-cpu scikit-learn`; nothing else uses them).
 """
 
+import curate
+import kernels.kmeans
+
+# isort: split
+import importlib.util
 import json
 import platform
 import re
@@ -18,10 +23,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
-import curate
-import kmeans as km
-from kernels.kmeans import GROUPS, TILE_BYTES
 
 ROOT = Path(__file__).parent.parent
 
@@ -42,52 +43,41 @@ def processor():
 def inertia(x, c):
     """Mean squared distance to the nearest centroid, in float64 by differences."""
     _, label = curate.kmeans(x, init_KD=c, n_iter=0)
-    return float(
-        np.mean(
-            [
-                ((x[i : i + 4096].astype(np.float64) - c[label[i : i + 4096]]) ** 2).sum(1).mean()
-                for i in range(0, len(x) // 4096 * 4096, 4096)
-            ]
-        )
-    )
+    return float(np.mean([((x[i].astype(np.float64) - c[label[i]]) ** 2).sum() for i in range(len(x))]))
 
 
-def peers(n_iter):
-    """name -> run(x, init) -> centroids."""
+# ---- speed ----
 
-    def ours(x, init):
-        return curate.kmeans(x, init_KD=init, n_iter=n_iter)[0]
 
-    def float32(x, init):
-        fast, km.product_for = km.product_for, lambda device: "float32"
-        try:
-            return ours(x, init)
-        finally:
-            km.product_for = fast
+def ours(x, init, n_iter):
+    return curate.kmeans(x, init_KD=init, n_iter=n_iter)[0]
 
-    runs = {"curate.kmeans": ours, "curate.kmeans, float32 products only": float32}
+
+def ours_in_float32(x, init, n_iter):
+    fast, kernels.kmeans.product_for = kernels.kmeans.product_for, lambda device: "float32"
     try:
-        import faiss
+        return ours(x, init, n_iter)
+    finally:
+        kernels.kmeans.product_for = fast
 
-        def by_faiss(x, init):
-            k = faiss.Kmeans(x.shape[1], len(init), niter=n_iter, max_points_per_centroid=10**9)
-            k.train(x, init_centroids=init)
-            return k.centroids
 
-        runs["faiss-cpu"] = by_faiss
-    except ImportError:
-        print("faiss is not installed: not measured")
-    try:
-        from sklearn.cluster import KMeans
+def by_faiss(x, init, n_iter):
+    kmeans = importlib.import_module("faiss").Kmeans(x.shape[1], len(init), niter=n_iter, max_points_per_centroid=10**9)
+    kmeans.train(x, init_centroids=init)
+    return kmeans.centroids
 
-        def by_sklearn(x, init):
-            k = KMeans(len(init), init=init, n_init=1, max_iter=n_iter, tol=0, algorithm="lloyd")
-            return k.fit(x).cluster_centers_
 
-        runs["scikit-learn"] = by_sklearn
-    except ImportError:
-        print("scikit-learn is not installed: not measured")
-    return runs
+def by_sklearn(x, init, n_iter):
+    new = importlib.import_module("sklearn.cluster").KMeans
+    return new(len(init), init=init, n_init=1, max_iter=n_iter, tol=0, algorithm="lloyd").fit(x).cluster_centers_
+
+
+WAYS = {  # name -> (run(x, init, n_iter) -> centroids, the package it needs)
+    "curate.kmeans": (ours, "numpy"),
+    "curate.kmeans, float32 products only": (ours_in_float32, "numpy"),
+    "faiss-cpu": (by_faiss, "faiss"),
+    "scikit-learn": (by_sklearn, "sklearn"),
+}
 
 
 def speed(n, d, k, kind, n_iter=10, repeats=3):
@@ -98,24 +88,29 @@ def speed(n, d, k, kind, n_iter=10, repeats=3):
         x += rng.standard_normal((50, d), dtype=np.float32)[rng.integers(0, 50, n)]
     init = x[rng.choice(n, k, replace=False)]
     x_ND, c_KD = torch.from_numpy(x), torch.from_numpy(init)
-    rows, times, products = {}, {}, []
-    for _ in range(repeats):
-        for name, run in peers(n_iter).items():
-            products.append(min(cpu(lambda: x_ND @ c_KD.T)[0] for _ in range(2)))
-            seconds, rows[name] = cpu(lambda run=run: run(x, init))
-            times.setdefault(name, []).append(seconds / n_iter / products[-1])
-            print(f"{n} x {d}, K = {k}, {kind}: {name} {times[name][-1]:.3f} of the GEMM", flush=True)
-    seeding = cpu(lambda: curate.kmeans(x, k=k, n_iter=0))[0] / statistics.median(products)
+    centroids, times, products = {}, {}, []
+    for name, (run, package) in list(WAYS.items()) * repeats:
+        if importlib.util.find_spec(package) is None:
+            print(f"{name} is not installed: not measured")
+            continue
+        products.append(min(cpu(lambda: x_ND @ c_KD.T)[0] for _ in range(2)))
+        seconds, centroids[name] = cpu(lambda run=run: run(x, init, n_iter))
+        times.setdefault(name, []).append(seconds / n_iter / products[-1])
+        print(f"{n} x {d}, K = {k}, {kind}: {name} {times[name][-1]:.3f} of the GEMM", flush=True)
+    gemm = statistics.median(products)
     return {
         "data": f"{n // 1000}k x {d}, K = {k}, {kind}",
         "iterations": n_iter,
-        "gemm_cpu_s": statistics.median(products),
-        "seeding_and_one_assignment_over_gemm": seeding,
+        "gemm_cpu_s": gemm,
+        "seeding_and_one_assignment_over_gemm": cpu(lambda: curate.kmeans(x, k=k, n_iter=0))[0] / gemm,
         "ratio_to_gemm": {
-            name: {"median": statistics.median(t), "all": t, "inertia": inertia(x, rows[name])}
+            name: {"median": statistics.median(t), "all": t, "inertia": inertia(x, centroids[name])}
             for name, t in times.items()
         },
     }
+
+
+# ---- balance ----
 
 
 def zipf(distance, seed, n=50_000, groups=50, d=64):
@@ -127,28 +122,27 @@ def zipf(distance, seed, n=50_000, groups=50, d=64):
     return (centre[y] + rng.standard_normal((n, d))).astype(np.float32), y
 
 
+def curate_without_resampling(x, levels, seed):
+    config = curate.Config(levels=levels, resamplings=0, seed=seed)
+    return curate.sample(curate.build_tree(curate.Points(x), config), 2000, seed)
+
+
 def balance(distance, seeds):
     """Normalised entropy of 2000 kept points over the 50 true clusters, and CPU seconds."""
-    out = {}
+    ways = {
+        "curate": lambda x, seed: curate.curate(x, [1000, 100], 2000, seed),
+        "no resampling": lambda x, seed: curate_without_resampling(x, [1000, 100], seed),
+        "flat k-means, 1000 clusters": lambda x, seed: curate_without_resampling(x, [1000], seed),
+        "random": lambda x, seed: np.random.default_rng(seed).choice(len(x), 2000, replace=False),
+    }
+    out = {name: {"entropy": [], "cpu_s": []} for name in ways}
     for seed in seeds:
         x, y = zipf(distance, seed)
-        ways = {
-            "curate": lambda x, seed: curate.curate(x, [1000, 100], 2000, seed),
-            "no resampling": lambda x, seed: curate.sample(
-                curate.grow(km.Points(x), curate.Config(levels=[1000, 100], resamplings=0, seed=seed)), 2000, seed
-            ),
-            "flat k-means, 1000 clusters": lambda x, seed: curate.sample(
-                curate.grow(km.Points(x), curate.Config(levels=[1000], resamplings=0, seed=seed)), 2000, seed
-            ),
-            "random": lambda x, seed: np.random.default_rng(seed).choice(len(x), 2000, replace=False),
-        }
         for name, way in ways.items():
             seconds, kept = cpu(lambda way=way, x=x, seed=seed: way(x, seed))
-            entropy = curate.entropy(np.bincount(y[kept], minlength=50))
-            row = out.setdefault(name, {"entropy": [], "cpu_s": []})
-            row["entropy"].append(entropy)
-            row["cpu_s"].append(seconds)
-            print(f"centres {distance} apart, seed {seed}: {name} {entropy:.3f}, {seconds:.1f} CPU-s", flush=True)
+            out[name]["entropy"].append(curate.entropy(np.bincount(y[kept], minlength=50)))
+            out[name]["cpu_s"].append(seconds)
+            print(f"centres {distance} apart, seed {seed}: {name} {out[name]['entropy'][-1]:.3f}, {seconds:.1f} CPU-s")
     for row in out.values():
         row["entropy_mean"], row["entropy_min"] = statistics.mean(row["entropy"]), min(row["entropy"])
     return {"distance": distance, "seeds": list(seeds), "ways": out}
@@ -182,7 +176,6 @@ def plan(n, d, levels, split_above, rates, machines=1, cores=1, iterations=10, r
     """
     out = []
     for depth, k in enumerate(levels):
-        temporaries = min(cores, -(-n // km.BLOCK)) * (20 * min(n, km.BLOCK) * 4 * d + 1.5 * TILE_BYTES)
         if k > split_above:
             coarse = round(k**0.5)
             cost = 2 * np.array(kmeans_cost(n, coarse, iterations)) + (0, n)
@@ -194,16 +187,12 @@ def plan(n, d, levels, split_above, rates, machines=1, cores=1, iterations=10, r
         products, readings = cost * d
         from_disk = readings * 2 / rates[2] if depth == 0 else 0  # float16
         cpu_s = products * rates[0] + readings * rates[1]
-        out.append(
-            {
-                "points": n,
-                "clusters": k,
-                "flop": 2 * products,
-                "core_hours": cpu_s / 3600,
-                "hours": (cpu_s / cores + from_disk) / machines / 3600,
-                "bytes_a_machine": 16 * n + (20 + 4 * GROUPS) * n / machines + 4 * d * rows + temporaries,
-            }
-        )
+        block = min(n, curate.BLOCK)
+        temporaries = min(cores, -(-n // curate.BLOCK)) * (80 * block * d + 1.5 * kernels.kmeans.TILE_BYTES)
+        held = 16 * n + (20 + 4 * kernels.kmeans.GROUPS) * n / machines + 4 * d * rows
+        level = {"points": n, "clusters": k, "flop": 2 * products, "core_hours": cpu_s / 3600}
+        level |= {"hours": (cpu_s / cores + from_disk) / machines / 3600, "bytes_a_machine": held + temporaries}
+        out.append(level)
         n = k
     return out
 
@@ -221,10 +210,10 @@ def scaled_down(path, levels, split_above):
         seconds.append(time.process_time())
 
     x = np.load(path, mmap_mode="r")
-    curate.kmeans(x[: 2 * km.BLOCK], k=32)  # libraries and threads
+    curate.kmeans(x[: 2 * curate.BLOCK], k=32)  # libraries and threads
     threading.Thread(target=watch).start()
     log("start")
-    curate.grow(km.Points(x), curate.Config(levels=levels, split_above=split_above), log=log)
+    curate.build_tree(curate.Points(x), curate.Config(levels=levels, split_above=split_above), log=log)
     done.set()
     print(json.dumps({"cpu_s": np.diff(seconds).tolist(), "bytes": max(held) - held[0]}))
 
@@ -271,69 +260,40 @@ def speed_table(results):
     rows = [["", *(r["data"] for r in runs)]]
     for name in runs[0]["ratio_to_gemm"]:
         cells = [r["ratio_to_gemm"][name] for r in runs]
-        rows.append(
-            [name, *(f"{c['median']:.2f} ({min(c['all']):.2f}-{max(c['all']):.2f}); {c['inertia']:.1f}" for c in cells)]
-        )
+        spread = [f"{c['median']:.2f} ({min(c['all']):.2f}-{max(c['all']):.2f})" for c in cells]
+        rows.append([name, *(f"{text}; {c['inertia']:.1f}" for text, c in zip(spread, cells, strict=True))])
     rows.append(["n", *(len(r["ratio_to_gemm"]["curate.kmeans"]["all"]) for r in runs)])
     rows.append(["bare product, CPU-s", *(f"{r['gemm_cpu_s']:.2f}" for r in runs)])
-    rows.append(
-        ["D^2 seeds and one assignment, in products"]
-        + [f"{r['seeding_and_one_assignment_over_gemm']:.2f}" for r in runs]
-    )
-    return table(rows)
+    seeding = [f"{r['seeding_and_one_assignment_over_gemm']:.2f}" for r in runs]
+    return table([*rows, ["D^2 seeds and one assignment, in products", *seeding]])
 
 
 def balance_table(results):
     both = [results[name]["ways"] for name in ("balance 1.0", "balance 0.5")]
     rows = [["", "centres 1.0 apart: entropy", "CPU-s", "0.5 apart: entropy", "CPU-s"]]
     for way in both[0]:
-        row = [way]
-        for ways in both:
-            e = ways[way]["entropy"]
-            row += [
-                f"{statistics.mean(e):.3f} ± {statistics.stdev(e):.3f} (least {min(e):.3f})",
-                f"{statistics.median(ways[way]['cpu_s']):.1f}",
-            ]
-        rows.append(row)
+        rows.append([way])
+        for e, seconds in ((ways[way]["entropy"], ways[way]["cpu_s"]) for ways in both):
+            rows[-1].append(f"{statistics.mean(e):.3f} ± {statistics.stdev(e):.3f} (least {min(e):.3f})")
+            rows[-1].append(f"{statistics.median(seconds):.1f}")
     return table(rows)
 
 
-def plan_table(rows):
-    return table(
-        [["level", "points", "clusters", "flop", "core-hours", "hours, 8 machines of 64 cores", "GB a machine"]]
-        + [
-            [
-                i + 1,
-                f"{r['points']:.3g}",
-                f"{r['clusters']:.3g}",
-                f"{r['flop']:.1e}",
-                f"{r['core_hours']:.3g}",
-                f"{r['hours']:.2g}",
-                f"{r['bytes_a_machine'] / 1e9:.2g}",
-            ]
-            for i, r in enumerate(rows)
-        ]
-    )
+def plan_table(levels):
+    rows = [["level", "points", "clusters", "flop", "core-hours", "hours, 8 machines of 64 cores", "GB a machine"]]
+    for i, r in enumerate(levels):
+        cells = [i + 1, f"{r['points']:.3g}", f"{r['clusters']:.3g}", f"{r['flop']:.1e}", f"{r['core_hours']:.3g}"]
+        rows.append([*cells, f"{r['hours']:.2g}", f"{r['bytes_a_machine'] / 1e9:.2g}"])
+    return table(rows)
 
 
 def check_table(scaled):
     planned, measured = scaled["planned"], scaled["measured"]
-    return table(
-        [["level", "points", "clusters", "planned, CPU-s", "measured, CPU-s"]]
-        + [
-            [i + 1, p["points"], p["clusters"], f"{3600 * p['core_hours']:.1f}", f"{m:.1f}"]
-            for i, (p, m) in enumerate(zip(planned, measured["cpu_s"], strict=True))
-        ]
-        + [
-            [
-                "memory",
-                "",
-                "",
-                f"{max(p['bytes_a_machine'] for p in planned) / 2**20:.0f} MiB",
-                f"{measured['bytes'] / 2**20:.0f} MiB",
-            ]
-        ]
-    )
+    rows = [["level", "points", "clusters", "planned, CPU-s", "measured, CPU-s"]]
+    for i, (p, seconds) in enumerate(zip(planned, measured["cpu_s"], strict=True)):
+        rows.append([i + 1, p["points"], p["clusters"], f"{3600 * p['core_hours']:.1f}", f"{seconds:.1f}"])
+    most = max(p["bytes_a_machine"] for p in planned), measured["bytes"]
+    return table([*rows, ["memory", "", "", *(f"{b / 2**20:.0f} MiB" for b in most)]])
 
 
 def pays_table():
@@ -407,7 +367,7 @@ def main(names):
     for name in names or PARTS:
         if name != "tables":
             results[name] = PARTS[name]() | {"machine": processor(), "torch": torch.__version__}
-            curate.write_json(path, results)
+            path.write_text(json.dumps(results, indent=1) + "\n")
     write_tables(results)
 
 

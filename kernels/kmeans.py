@@ -123,8 +123,7 @@ if triton is not None:
             t3 = tl.max(score, 1)
             i1 += k0
             i2 += k0
-            # The j-th best of two sorted lists is the largest of min(a of one, b of the other) with a + b = j. Earlier
-            # columns keep ties.
+            # The j-th best of two sorted lists is the largest min(a-th, b-th) with a + b = j. Earlier columns win ties.
             s3 = tl.maximum(tl.maximum(s3, t3), tl.maximum(tl.minimum(s1, t2), tl.minimum(s2, t1)))
             l2 = tl.where(t1 > s1, tl.where(t2 > s1, i2, l1), tl.where(t1 > s2, i1, l2))
             l1 = tl.where(t1 > s1, i1, l1)

@@ -425,8 +425,8 @@ def test_pictures_of_an_npy_are_upright_sorted_and_may_be_broken(tmp_path):
     config = curate.Config(features=str(tmp_path / "x.npy"), images=str(folder))
     ids, _, read_images = curate.load_features(config)
     green, red, broken = read_images(ids)
-    assert green.shape[1] == 2 * green.shape[0] and (green == (0, 255, 0)).all()
-    assert red.shape[0] == 2 * red.shape[1] and (red == (255, 0, 0)).all() and broken is None
+    assert green.shape == (80, 160, 3) and (green == (0, 255, 0)).all()
+    assert red.shape == (160, 80, 3) and (red == (255, 0, 0)).all() and broken is None
     tree = [{"centroids": np.zeros((1, 4)), "parent": np.zeros(3, np.int64)}]
     assert curate.contact_sheet(tree, np.array([0]), read_images, tmp_path / "sheet.png") == 1
     assert np.asarray(Image.open(tmp_path / "sheet.png")).shape[0] > curate.SIDE
