@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -49,35 +50,23 @@ def inertia(x, c):
 # ---- speed ----
 
 
-def ours(x, init, n_iter):
-    return curate.kmeans(x, init_KD=init, n_iter=n_iter)[0]
+WAYS = {"curate.kmeans": "curate", "curate.kmeans, float32 products only": "curate", "faiss-cpu": "faiss"}
+WAYS["scikit-learn"] = "sklearn.cluster"  # each beside the module it needs
 
 
-def ours_in_float32(x, init, n_iter):
-    fast, kernels.kmeans.product_for = kernels.kmeans.product_for, lambda device: "float32"
-    try:
-        return ours(x, init, n_iter)
-    finally:
-        kernels.kmeans.product_for = fast
-
-
-def by_faiss(x, init, n_iter):
-    kmeans = importlib.import_module("faiss").Kmeans(x.shape[1], len(init), niter=n_iter, max_points_per_centroid=10**9)
-    kmeans.train(x, init_centroids=init)
-    return kmeans.centroids
-
-
-def by_sklearn(x, init, n_iter):
-    new = importlib.import_module("sklearn.cluster").KMeans
-    return new(len(init), init=init, n_init=1, max_iter=n_iter, tol=0, algorithm="lloyd").fit(x).cluster_centers_
-
-
-WAYS = {  # name -> (run(x, init, n_iter) -> centroids, the package it needs)
-    "curate.kmeans": (ours, "numpy"),
-    "curate.kmeans, float32 products only": (ours_in_float32, "numpy"),
-    "faiss-cpu": (by_faiss, "faiss"),
-    "scikit-learn": (by_sklearn, "sklearn"),
-}
+def centroids_by(name, x, init, n_iter):
+    """Lloyd from one start, by one of WAYS."""
+    module, k = importlib.import_module(WAYS[name]), len(init)
+    if name == "faiss-cpu":
+        kmeans = module.Kmeans(x.shape[1], k, niter=n_iter, max_points_per_centroid=10**9)
+        kmeans.train(x, init_centroids=init)
+        return kmeans.centroids
+    if name == "scikit-learn":
+        kmeans = module.KMeans(k, init=init, n_init=1, max_iter=n_iter, tol=0, algorithm="lloyd")
+        return kmeans.fit(x).cluster_centers_
+    product = "float32" if name.endswith("only") else kernels.kmeans.product_for(torch.device("cpu"))
+    with mock.patch.object(kernels.kmeans, "product_for", lambda device: product):
+        return curate.kmeans(x, init_KD=init, n_iter=n_iter)[0]
 
 
 def speed(n, d, k, kind, n_iter=10, repeats=3):
@@ -89,12 +78,9 @@ def speed(n, d, k, kind, n_iter=10, repeats=3):
     init = x[rng.choice(n, k, replace=False)]
     x_ND, c_KD = torch.from_numpy(x), torch.from_numpy(init)
     centroids, times, products = {}, {}, []
-    for name, (run, package) in list(WAYS.items()) * repeats:
-        if importlib.util.find_spec(package) is None:
-            print(f"{name} is not installed: not measured")
-            continue
+    for name in [name for name in WAYS if importlib.util.find_spec(WAYS[name].split(".")[0])] * repeats:
         products.append(min(cpu(lambda: x_ND @ c_KD.T)[0] for _ in range(2)))
-        seconds, centroids[name] = cpu(lambda run=run: run(x, init, n_iter))
+        seconds, centroids[name] = cpu(lambda name=name: centroids_by(name, x, init, n_iter))
         times.setdefault(name, []).append(seconds / n_iter / products[-1])
         print(f"{n} x {d}, K = {k}, {kind}: {name} {times[name][-1]:.3f} of the GEMM", flush=True)
     gemm = statistics.median(products)
@@ -122,27 +108,24 @@ def zipf(distance, seed, n=50_000, groups=50, d=64):
     return (centre[y] + rng.standard_normal((n, d))).astype(np.float32), y
 
 
-def curate_without_resampling(x, levels, seed):
-    config = curate.Config(levels=levels, resamplings=0, seed=seed)
-    return curate.sample(curate.build_tree(curate.Points(x), config), 2000, seed)
-
-
 def balance(distance, seeds):
     """Normalised entropy of 2000 kept points over the 50 true clusters, and CPU seconds."""
-    ways = {
-        "curate": lambda x, seed: curate.curate(x, [1000, 100], 2000, seed),
-        "no resampling": lambda x, seed: curate_without_resampling(x, [1000, 100], seed),
-        "flat k-means, 1000 clusters": lambda x, seed: curate_without_resampling(x, [1000], seed),
-        "random": lambda x, seed: np.random.default_rng(seed).choice(len(x), 2000, replace=False),
-    }
-    out = {name: {"entropy": [], "cpu_s": []} for name in ways}
+    ways = {"curate": ([1000, 100], 10), "no resampling": ([1000, 100], 0), "flat k-means, 1000 clusters": ([1000], 0)}
+    out = {name: {"entropy": [], "cpu_s": []} for name in (*ways, "random")}
+
+    def choose(name, x, seed):
+        if name == "random":
+            return np.random.default_rng(seed).choice(len(x), 2000, replace=False)
+        config = curate.Config(levels=ways[name][0], resamplings=ways[name][1], seed=seed)
+        return curate.sample(curate.build_tree(curate.Points(x), config), 2000, seed)
+
     for seed in seeds:
         x, y = zipf(distance, seed)
-        for name, way in ways.items():
-            seconds, kept = cpu(lambda way=way, x=x, seed=seed: way(x, seed))
-            out[name]["entropy"].append(curate.entropy(np.bincount(y[kept], minlength=50)))
-            out[name]["cpu_s"].append(seconds)
-            print(f"centres {distance} apart, seed {seed}: {name} {out[name]['entropy'][-1]:.3f}, {seconds:.1f} CPU-s")
+        for name, row in out.items():
+            seconds, kept = cpu(lambda name=name, x=x, seed=seed: choose(name, x, seed))
+            row["entropy"].append(curate.entropy(np.bincount(y[kept], minlength=50)))
+            row["cpu_s"].append(seconds)
+            print(f"centres {distance} apart, seed {seed}: {name} {row['entropy'][-1]:.3f}, {seconds:.1f} CPU-s")
     for row in out.values():
         row["entropy_mean"], row["entropy_min"] = statistics.mean(row["entropy"]), min(row["entropy"])
     return {"distance": distance, "seeds": list(seeds), "ways": out}
@@ -233,14 +216,10 @@ def billion(n=400_000, d=128, levels=(4000, 200, 20), split_above=100, disk=2e9)
         np.save(path, x)
         call = f"from benchmarks.curation import scaled_down; scaled_down({path!r}, {levels}, {split_above})"
         done = subprocess.run([sys.executable, "-c", call], cwd=ROOT, capture_output=True, text=True, check=True)
+    planned = plan(n, d, levels, split_above, rates, cores=torch.get_num_threads())
     return {
-        "cpu_s_per_product": rates[0],
-        "cpu_s_per_reading": rates[1],
-        "disk_assumed": disk,
-        "scaled_down": {
-            "planned": plan(n, d, levels, split_above, rates, cores=torch.get_num_threads()),
-            "measured": json.loads(done.stdout.splitlines()[-1]),
-        },
+        **dict(zip(("cpu_s_per_product", "cpu_s_per_reading", "disk_assumed"), rates, strict=True)),
+        "scaled_down": {"planned": planned, "measured": json.loads(done.stdout.splitlines()[-1])},
         "planned": plan(1e9, 1152, (10**7, 500_000, 50_000, 10_000), 50_000, rates, machines=8, cores=64),
     }
 
@@ -254,9 +233,7 @@ def table(rows):
 
 
 def speed_table(results):
-    runs = [results[name] for name in PARTS if name.startswith("speed") and name in results]
-    if not runs:
-        return ""
+    runs = [results[name] for name in PARTS if name.startswith("speed")]
     rows = [["", *(r["data"] for r in runs)]]
     for name in runs[0]["ratio_to_gemm"]:
         cells = [r["ratio_to_gemm"][name] for r in runs]
@@ -313,8 +290,8 @@ def pays_table():
                 cells.append(f"{statistics.mean(gains):+{form}} ± {statistics.stdev(gains):{form}}")
         return [what, *cells]
 
-    heads = ([w] if w == "random" else [f"curated from `{w}`", "less random"] for w in by_way)
-    rows = [["", *(h for head in heads for h in head)]]
+    heads = (f"curated from `{way}` | less random" if way != "random" else way for way in by_way)
+    rows = [["", *" | ".join(heads).split(" | ")]]
     for measure in ("zeroshot", "knn"):
         for where, what in (("tail", "rarer half of the concepts"), ("concepts", "mean over concepts"), ("all", "all")):
             rows.append(row(f"{measure}, {what}", lambda r, m=measure, w=where: r[m][w], ".3f"))
@@ -327,7 +304,6 @@ def pays_table():
 def write_tables(results):
     """Replace what stands between <!-- name --> and <!-- end --> in docs/curation.md."""
     page = ROOT / "docs" / "curation.md"
-    text = page.read_text()
     made = {
         "speed": lambda: speed_table(results),
         "balance": lambda: balance_table(results),
@@ -337,14 +313,10 @@ def write_tables(results):
     }
     for name, make in made.items():
         try:
-            new = make()
+            before, rest = page.read_text().split(f"<!-- {name} -->\n")
+            page.write_text(f"{before}<!-- {name} -->\n{make()}\n{rest[rest.index('<!-- end -->') :]}")
         except (KeyError, FileNotFoundError) as missing:
             print(f"table {name}: not measured yet ({missing})")
-            continue
-        text = re.sub(
-            f"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, new=new: m[1] + new + "\n" + m[2], text, flags=re.S
-        )
-    page.write_text(text)
 
 
 PARTS = {
