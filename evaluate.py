@@ -21,6 +21,7 @@ from teachers import load_teachers, make_targets, run_teachers
 import argparse
 import itertools
 import json
+import math
 import statistics
 import sys
 import time
@@ -125,10 +126,12 @@ def stream(model, dataset, entries, n_tokens=4096, stored=False, progress=None):
     bar.close()
 
 
-def gather(streamed):
-    """A stream as {head: {"summary": [N, C], "patch": list of [n, C]}}."""
+def gather(streamed, kept=None):
+    """A stream as {head: {"summary": [N, C], "patch": list of [n, C]}}; the list `kept` gains the entries there are."""
     out = {}
-    for _, _, features in streamed:
+    for entry, _, features in streamed:
+        if kept is not None:
+            kept.append(entry)
         for head, f in features.items():
             kinds = out.setdefault(head, {"summary": [], "patch": []})
             for kind in kinds:
@@ -285,6 +288,52 @@ def pca_sheet(images, shapes, columns):
     return sheet(rows, ["image", *(title for title, _, _ in columns)])
 
 
+def draw(path, make):
+    """Write the picture that make() returns; what goes wrong is said: it must not cost a run its scores or its life."""
+    try:
+        page = make()
+        amoe.write_atomically(path, lambda file: page.save(file, "PNG"))
+    except Exception as error:
+        print(f"{path} was not drawn: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+
+
+PENS = ("#222222", "#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22")
+
+
+def curves(log, width=640, height=150):
+    """A picture of a run's log.jsonl: losses by term, held-out figures, learning rate, experts' load, all by step.
+
+    At a panel's left its greatest and its least number, at its right the last of each line.
+    """
+    lines = [line for line in map(json.loads, Path(log).read_text().splitlines()) if "loss" in line]
+    keys = list(dict.fromkeys(key for line in lines for key in line))
+    panels = {
+        "losses, log scale": [k for k in keys if k.endswith(("loss", "_summary", "_patch", "_registers", "_arkd"))],
+        "held-out images": [k for k in keys if k.startswith("held_out_")],
+        "learning rate": ["lr"],
+        "most and least loaded expert, over the mean": ["expert_load_max", "expert_load_min"],
+    }
+    page = Image.new("RGB", (width + 340, len(panels) * (height + 40)), "white")
+    pen, last = ImageDraw.Draw(page), max((line["step"] for line in lines), default=1)
+    for n, (title, names) in enumerate(panels.items()):
+        top, (scale, back) = n * (height + 40) + 20, (float, float) if n else (math.log10, lambda y: 10**y)
+        pen.text((70, top - 14), f"{title}, to step {last}", fill="black")
+        pen.rectangle((70, top, 70 + width, top + height), outline="gray")
+        known = {k: [x for x in lines if math.isfinite(x.get(k, math.nan)) and (n or x[k] > 0)] for k in names}
+        series = {k: [(line["step"], scale(line[k])) for line in found] for k, found in known.items()}
+        values = [y for points in series.values() for _, y in points] or [0.0, 1.0]
+        low, high = min(values), max(values)
+        pen.text((4, top), f"{back(high):.3g}", fill="black")
+        pen.text((4, top + height - 10), f"{back(low):.3g}", fill="black")
+        for i, (k, points) in enumerate(series.items()):
+            pen_at = [(70 + width * x / last, top + height * (high - y) / max(high - low, 1e-12)) for x, y in points]
+            pen.line(pen_at, PENS[i % 10], 2)
+            pen.text(
+                (78 + width, top + 12 * i), f"{k}  {back(points[-1][1]) if points else math.nan:.3g}", PENS[i % 10]
+            )
+    return page
+
+
 # ---- reports at the end of a run ----
 
 
@@ -302,18 +351,23 @@ def run_sheet(dataset, entries, models):
 
 
 def imitation_scores(dataset, spaces, models, texts, most=2000):
-    """Held-out images of any dataset: cosines to each teacher, centred; caption recall where a teacher embeds text.
+    """Held-out images of any dataset: cosines to each teacher, centred; caption recall where a teacher embeds text;
+    kNN where images have classes.
 
     models: {who: model}, of them "teacher" what is imitated. texts(teacher's name, entries): the captions' embeddings
-    [N, C], NaN without a caption, or None. At most `most` images, whose captions are the gallery.
+    [N, C], NaN without a caption, or None. At most `most` images, whose captions are the gallery, and as many of those
+    trained on for neighbours.
     """
-    _, held = split(dataset, most)
+    trained, held = split(dataset, most)
     if not held:
         return {}
+    kept = {who: [] for who in models}
     features = {
-        who: gather(stream(m, dataset, held, stored=who == "teacher", progress=who)) for who, m in models.items()
+        who: gather(stream(m, dataset, held, stored=who == "teacher", progress=who), kept[who])
+        for who, m in models.items()
     }
-    result = {who: {} for who in models}
+    held, result = kept["teacher"], {who: {} for who in models}
+    add_knn(result, dataset, models, trained[:: max(1, len(trained) // most)], held, features)
     for space in spaces:
         want = features["teacher"][space.name]
         mean = space.phi_s.mean.cpu()
@@ -336,6 +390,20 @@ def imitation_scores(dataset, spaces, models, texts, most=2000):
                 recalls = recall(f[space.name]["summary"][asked], text[first], truth)
                 result[who] |= {f"{space.name}_recall_at_{k}": v for k, v in recalls.items()}
     return result
+
+
+def add_knn(result, dataset, models, bank, held, features):
+    """Add to result[who] the kNN, head by head, of `held` among `bank`, where images have classes."""
+    try:
+        names = {entry: category(dataset, entry) for entry in [*bank, *held]}
+    except ValueError:
+        return
+    index = {name: i for i, name in enumerate(sorted(set(names.values())))}
+    label = lambda entries: torch.tensor([index[names[entry]] for entry in entries])  # noqa: E731
+    for who, model in models.items() if len(index) > 1 else ():
+        known, kept = summaries(model, dataset, bank, list(features["teacher"]), stored=who == "teacher")
+        for head, bank_NC in known.items():
+            result[who][f"{head}_knn"] = knn(bank_NC, label(kept), features[who][head]["summary"], label(held))
 
 
 def print_table(result, first="untrained"):
@@ -392,7 +460,7 @@ def category(dataset, entry):
     """An image's class: what captions.json or a label says, or else the folder that it lies in."""
     meta = dataset.meta(entry)
     name = meta["category"] or Path(meta["source"]).parent.name
-    if not name:
+    if not name or name.endswith(".tar"):
         raise ValueError(f"{meta['source']} of {dataset.path} has no class: it needs a folder a class")
     return name
 
@@ -410,10 +478,10 @@ def chosen(features, head):
     return {"summary": summary, "patch": torch.cat([features[name]["patch"] for name in names], dim=-1)}
 
 
-def summaries(model, dataset, entries, heads, label):
+def summaries(model, dataset, entries, heads, label=None, stored=False):
     """({head: [N, C]}, the entries that there are), heads by default all."""
     kept, found = [], {}
-    for entry, _, features in stream(model, dataset, entries, progress=label):
+    for entry, _, features in stream(model, dataset, entries, stored=stored, progress=label):
         kept.append(entry)
         for head in heads or features:
             found.setdefault(head, []).append(chosen(features, head)["summary"].clone())

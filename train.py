@@ -2,7 +2,7 @@
 
 In the order of a run: flags, the loop (`train`), one step (`gradients` is its mathematics), checkpoints, preparing,
 finishing. Alone means a world of one: no branch of the code asks whether it runs distributed. The run's folder holds
-log.jsonl, step-XXXXXX.pt, student.safetensors, pca.png and result.json.
+log.jsonl, curves.png, step-XXXXXX.pt, student.safetensors, pca.png and result.json.
 """
 
 import amoe
@@ -19,6 +19,7 @@ from teachers import Teacher, embed_captions, load_teachers, make_targets
 import argparse
 import contextlib
 import ctypes
+import importlib.util
 import json
 import math
 import os
@@ -97,6 +98,8 @@ class Flags:
     )
     save_every: int = flag(200, PATHS, "steps between checkpoints; the last step is always saved")
     log_every: int = flag(20, PATHS, "steps between lines of log.jsonl")
+    eval_every: int = flag(0, PATHS, "steps between measures of held-out images, which the log's line gains; 0: none")
+    track: str = flag("", PATHS, "write the log's numbers there too; needs its package", ("", "tensorboard", "wandb"))
     keep: int = flag(2, PATHS, "checkpoints that are kept")
     evaluate: bool = flag(True, PATHS, "measure the student at the end")
 
@@ -125,6 +128,8 @@ def parse(argv=None):
     for name in ("steps", "tokens", "accumulate", "log_every", "save_every", "keep"):
         if getattr(flags, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(flags, name)} is less than 1")
+    if flags.track and not importlib.util.find_spec(flags.track):
+        raise ValueError(f"--track {flags.track}: the package is not installed; pip install {flags.track}")
     if flags.fsdp and flags.ema:
         raise ValueError("--ema averages whole weights and --fsdp shards them: leave one of them out")
     if not flags.out:
@@ -185,9 +190,10 @@ def train(flags, process, compiled):
         run.step += 1
         bar.update()
         interval.add(measured)
-        last, at_line = run.step == flags.steps, run.step % flags.log_every == 0
+        last, asked = run.step == flags.steps, flags.eval_every and run.step % flags.eval_every == 0
+        at_line = run.step % flags.log_every == 0 or asked
         if at_line or last:
-            bar.set_postfix(interval.end(run, norm, expert_load))
+            bar.set_postfix(interval.end(run, norm, expert_load, held_out_scores if asked else lambda run: {}))
             stop_if_diverged(run)
         signalled = agree_on_signal(signals, process, at_line)
         if run.step % flags.save_every == 0 or last or signalled:
@@ -439,8 +445,9 @@ def restore(run, path):
 class Log:
     """log.jsonl, one JSON object a line, on rank 0 only; going on from `step` first drops what will come again."""
 
-    def __init__(self, folder, rank, step):
+    def __init__(self, folder, rank, step, flags):
         self.path = Path(folder) / "log.jsonl" if rank == 0 else None
+        self.track = open_tracker(flags, step) if rank == 0 and flags.track else lambda step, numbers: None
         if self.path and self.path.exists():
             lines = []
             for line in self.path.read_text().splitlines() if step else ():
@@ -453,6 +460,25 @@ class Log:
         if self.path:
             with open(self.path, "a") as file:
                 file.write(json.dumps(entry) + "\n")
+            if "step" in entry:
+                self.track(entry["step"], {k: v for k, v in entry.items() if isinstance(v, (int, float))})
+
+
+def open_tracker(flags, step):
+    """A function of (step, {name: number}) that writes to TensorBoard (in --out) or to Weights & Biases."""
+    if flags.track == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(flags.out, purge_step=step + 1)  # hides what a resumed run writes again
+        return lambda step, numbers: [writer.add_scalar(k, v, step) for k, v in numbers.items()] and writer.flush()
+    import wandb
+
+    own = Path(flags.out) / "wandb-id"  # a resumed run goes on under the same one
+    if not step or not own.exists():
+        own.write_text(os.urandom(8).hex())
+    words = {"project": "amoe", "name": own.parent.name, "dir": flags.out, "config": asdict(flags)}
+    run = wandb.init(id=own.read_text(), resume="allow", **words)
+    return lambda step, numbers: run.log(numbers, step=step)
 
 
 def describe(flags, process, config):
@@ -502,8 +528,11 @@ class Interval:
         for name, value in (measured | {"steps": torch.ones_like(measured["loss"])}).items():
             self.total[name] = self.total.get(name, 0) + torch.where(finite, value, 0)
 
-    def end(self, run, norm, expert_load):
-        """Write the line of the log; this is the one place where the host waits for the device."""
+    def end(self, run, norm, expert_load, more):
+        """Write the line of the log, and what more(run) adds to it, whose time does not count as training.
+
+        This is the one place where the host waits for the device.
+        """
         total = {name: float(value) for name, value in self.total.items()}
         counted = total.pop("steps") or math.nan  # no finite step: the line says NaN
         losses, self.total = {name: value / counted for name, value in total.items()}, {}
@@ -522,6 +551,7 @@ class Interval:
             expert_load_max=float(relative.max()),
             expert_load=[[round(x, 3) for x in row] for row in relative.tolist()],
             skipped_steps=int(run.bad_steps[1]),
+            **more(run),
         )
         run.tokens, run.seconds = run.tokens + tokens, run.seconds + seconds
         self.begin()
@@ -651,7 +681,7 @@ def prepare(flags, process, compiled):
             print(f"resuming from {found[-1]}", flush=True)
     elif flags.resume and process.rank == 0:
         print(f"--resume: {folder} holds no checkpoint, so this is the beginning", flush=True)
-    run.log = Log(folder, process.rank, run.step)
+    run.log = Log(folder, process.rank, run.step, flags)
     if not found:
         run.log.write(**describe(flags, process, model.config))
     return run
@@ -777,16 +807,35 @@ def save_checkpoint(run):
     state = state_of(run)
     if run.process.rank == 0:
         save(run.folder, state, run.flags.keep)
-    return state
+        evaluate.draw(run.folder / "curves.png", lambda: evaluate.curves(run.log.path))
+
+
+def student_of(run):
+    """The student as it is now, or its average under --ema, on rank 0; all ranks help to gather sharded weights."""
+    state = state_of(run)
+    if run.process.rank == 0:
+        student = amoe.AMoE(run.model.config, run.spaces).to(run.process.device)
+        amoe.load_exactly(student, state["model"], "the run's last state")
+        student.load_state_dict(state["average"], strict=False)  # empty but under --ema
+        return student
+
+
+def held_out_scores(run, most=500):
+    """{"held_out_...": figure} of at most `most` held-out images, on rank 0; "held_out_teacher_..." is the goal."""
+    student = student_of(run)
+    if run.process.rank > 0:
+        return {}
+    teacher = evaluate.of_targets(run.spaces, run.teachers, run.process.device)
+    models = {"student": evaluate.of_student(student), "teacher": teacher}
+    scores = evaluate.imitation_scores(run.dataset, run.spaces, models, lambda *_: None, most)
+    prefix = {"student": "held_out_", "teacher": "held_out_teacher_"}
+    return {prefix[who] + name: value for who, figures in scores.items() for name, value in figures.items()}
 
 
 def finish(run, began, signalled):
     """Leave a student; after the last step also its scores and pictures, after a signal an exit code."""
-    state = state_of(run)
+    student = student_of(run)
     if run.process.rank == 0:
-        student = build(run.flags, run.spaces, run.process.device)
-        amoe.load_exactly(student, state["model"], "the run's last state")
-        student.load_state_dict(state["average"], strict=False)  # empty but under --ema
         amoe.save(student, run.folder / "student.safetensors")
         if signalled:
             name = signal.Signals(signalled).name
@@ -804,7 +853,7 @@ def finish(run, began, signalled):
 
 
 def measure(run, student):
-    """Draw pca.png and print the table of the student, its teachers and the untrained student; returns their scores."""
+    """Print the table of the student, its teachers and the untrained student, draw pca.png; returns the scores."""
     dataset, spaces, teachers, device = run.dataset, run.spaces, run.teachers, run.process.device
     untrained = build(run.flags, spaces, device)
     imitated = evaluate.of_targets(spaces, teachers, device)
@@ -821,12 +870,12 @@ def measure(run, student):
         scores = toy.scores(run.world, dataset, models)
     else:
         scores = evaluate.imitation_scores(dataset, spaces, models, texts)
+    if scores:
+        evaluate.print_table(scores, "at the start" if run.flags.init else "untrained")
     _, held = evaluate.split(dataset, 2000)
     shown = held[:: max(1, len(held) // 8)][:8]
     if shown:
-        evaluate.run_sheet(dataset, shown, models).save(run.folder / "pca.png")
-    if scores:
-        evaluate.print_table(scores, "at the start" if run.flags.init else "untrained")
+        evaluate.draw(run.folder / "pca.png", lambda: evaluate.run_sheet(dataset, shown, models))
     return scores
 
 
