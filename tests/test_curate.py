@@ -16,6 +16,7 @@ from PIL import Image
 import curate
 import data
 from kernels import kmeans as km
+from kernels import seeds
 
 ROOT = Path(curate.__file__).parent
 
@@ -230,21 +231,21 @@ def test_seeds_follow_d2():
     x = np.zeros((400_000, 3), np.float32)  # large enough for the batched drawing
     x[7], x[1234] = (1e3, 0, 0), (0, 1e3, 0)
     for seed in range(3):
-        ids = curate.draw_seeds(curate.Points(x), 3, seed)
+        ids = seeds.draw_seeds(curate.Points(x), 3, seed)
         assert {7, 1234} < set(ids.tolist())
 
 
 def test_batched_seeds_are_distributed_as_one_by_one(monkeypatch):
     """Catches rejection left out or inverted: the second of 3 seeds of 4 points has known probabilities."""
     x = np.array([[0.0], [1.0], [3.0], [3.5]], np.float32)
-    monkeypatch.setattr(curate, "draw_seeds_greedily", None)
+    monkeypatch.setattr(seeds, "draw_seeds_greedily", None)
     points = curate.Points(np.repeat(x, 100_000, 0)[:: 100_000 // 300])  # 300 copies each: no greedy, few collisions
-    monkeypatch.setattr(curate, "GREEDY_UP_TO", 0)
+    monkeypatch.setattr(seeds, "GREEDY_UP_TO", 0)
     value = points.read(slice(0, points.n))[:, 0]
     n = 400
     third = np.zeros(4)
     for seed in range(n):
-        v = value[curate.draw_seeds(points, 3, seed)]
+        v = value[seeds.draw_seeds(points, 3, seed)]
         third[np.abs(x[:, 0] - v[2]).argmin()] += 1
     want = np.zeros(4)
     d2 = (x - x.T) ** 2
