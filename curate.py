@@ -34,6 +34,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -63,13 +64,13 @@ class Config:
     resamplings: int = flag(10, "resampling steps a level; 0 for plain hierarchical k-means")
     share: float = flag(0.3, "points a cluster gives to a resampling (r): this share of the mean")
     nearest: int = flag(32, "r is at most this (at least 2); r x clusters points are in memory")
-    split_above: int = flag(50_000, "a level of more clusters is made in two steps: coarse cells, k-means in each")
+    split_above: int = flag(50_000, "a level of more clusters than this takes two steps: coarse cells, k-means in each")
     # speed only
     device: str = flag(None, "cpu or cuda (default: cuda if there is one)")
     # paths
     features: str = flag(None, "a feature cache (folder) or an .npy file [N, D] (required)")
     teacher: str = flag(None, "cached teacher whose summaries are clustered (default: the first)")
-    images: str = flag(None, "where the rows of an .npy come from: a folder's images, sorted; for the contact sheet")
+    images: str = flag(None, "folder (or tar, or .txt list) whose images, sorted, are the rows of an .npy")
     out: str = flag(None, "folder for kept.npy, the tree, report.json and clusters.png (required)")
 
 
@@ -633,7 +634,7 @@ def main(argv=None):
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, required=required, **kind)
     config = Config(**vars(parser.parse_args(argv)))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo")  # what travels are sums, counts and ids in CPU memory
+        dist.init_process_group("gloo", timeout=timedelta(days=7))  # ranks wait for as long as a level may take
     try:
         run(config)
     except ValueError as error:

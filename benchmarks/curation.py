@@ -7,6 +7,7 @@ faiss-cpu and scikit-learn are measured if installed (`pip install faiss-cpu sci
 
 import curate
 import kernels.kmeans
+from benchmarks.tables import load, table
 
 # isort: split
 import importlib.util
@@ -227,78 +228,68 @@ def billion(n=400_000, d=128, levels=(4000, 200, 20), split_above=100, disk=2e9)
 # ---- tables ----
 
 
-def table(rows):
-    lines = ["| " + " | ".join(str(c) for c in row) + " |" for row in rows]
-    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
-
-
 def speed_table(results):
     runs = [results[name] for name in PARTS if name.startswith("speed")]
-    rows = [["", *(r["data"] for r in runs)]]
-    for name in runs[0]["ratio_to_gemm"]:
-        cells = [r["ratio_to_gemm"][name] for r in runs]
-        spread = [f"{c['median']:.2f} ({min(c['all']):.2f}-{max(c['all']):.2f})" for c in cells]
-        rows.append([name, *(f"{text}; {c['inertia']:.1f}" for text, c in zip(spread, cells, strict=True))])
+    rows = [[name] for name in runs[0]["ratio_to_gemm"]]
+    for r in runs:
+        for row, c in zip(rows, r["ratio_to_gemm"].values(), strict=True):
+            row.append(f"{c['median']:.2f} ({min(c['all']):.2f}-{max(c['all']):.2f}); {c['inertia']:.1f}")
     rows.append(["n", *(len(r["ratio_to_gemm"]["curate.kmeans"]["all"]) for r in runs)])
     rows.append(["bare product, CPU-s", *(f"{r['gemm_cpu_s']:.2f}" for r in runs)])
     seeding = [f"{r['seeding_and_one_assignment_over_gemm']:.2f}" for r in runs]
-    return table([*rows, ["D^2 seeds and one assignment, in products", *seeding]])
+    return table(["", *(r["data"] for r in runs)], [*rows, ["D^2 seeds and one assignment, in products", *seeding]])
+
+
+def spread(values, form, sign=""):
+    return f"{statistics.mean(values):{sign}{form}} ± {statistics.stdev(values):{form}}"
 
 
 def balance_table(results):
-    both = [results[name]["ways"] for name in ("balance 1.0", "balance 0.5")]
-    rows = [["", "centres 1.0 apart: entropy", "CPU-s", "0.5 apart: entropy", "CPU-s"]]
-    for way in both[0]:
-        rows.append([way])
-        for e, seconds in ((ways[way]["entropy"], ways[way]["cpu_s"]) for ways in both):
-            rows[-1].append(f"{statistics.mean(e):.3f} ± {statistics.stdev(e):.3f} (least {min(e):.3f})")
-            rows[-1].append(f"{statistics.median(seconds):.1f}")
-    return table(rows)
+    rows = [[way] for way in results["balance 1.0"]["ways"]]
+    for part in ("balance 1.0", "balance 0.5"):
+        for row, w in zip(rows, results[part]["ways"].values(), strict=True):
+            row += [
+                f"{spread(w['entropy'], '.3f')} (least {w['entropy_min']:.3f})",
+                f"{statistics.median(w['cpu_s']):.1f}",
+            ]
+    return table(["", "centres 1.0 apart: entropy", "CPU-s", "0.5 apart: entropy", "CPU-s"], rows)
 
 
 def plan_table(levels):
-    rows = [["level", "points", "clusters", "flop", "core-hours", "hours, 8 machines of 64 cores", "GB a machine"]]
-    for i, r in enumerate(levels):
-        cells = [i + 1, f"{r['points']:.3g}", f"{r['clusters']:.3g}", f"{r['flop']:.1e}", f"{r['core_hours']:.3g}"]
-        rows.append([*cells, f"{r['hours']:.2g}", f"{r['bytes_a_machine'] / 1e9:.2g}"])
-    return table(rows)
+    head = ["level", "points", "clusters", "flop", "core-hours", "hours, 8 machines of 64 cores", "GB a machine"]
+    cells = "{points:.3g} | {clusters:.3g} | {flop:.1e} | {core_hours:.3g} | {hours:.2g} | {gb:.2g}"
+    levels = [cells.format(gb=r["bytes_a_machine"] / 1e9, **r) for r in levels]
+    return table(head, [[i + 1, text] for i, text in enumerate(levels)])
 
 
-def check_table(scaled):
-    planned, measured = scaled["planned"], scaled["measured"]
-    rows = [["level", "points", "clusters", "planned, CPU-s", "measured, CPU-s"]]
+def check_table(planned, measured):
+    rows = []
     for i, (p, seconds) in enumerate(zip(planned, measured["cpu_s"], strict=True)):
         rows.append([i + 1, p["points"], p["clusters"], f"{3600 * p['core_hours']:.1f}", f"{seconds:.1f}"])
     most = max(p["bytes_a_machine"] for p in planned), measured["bytes"]
-    return table([*rows, ["memory", "", "", *(f"{b / 2**20:.0f} MiB" for b in most)]])
+    rows.append(["memory", "", "", *(f"{b / 2**20:.0f} MiB" for b in most)])
+    return table(["level", "points", "clusters", "planned, CPU-s", "measured, CPU-s"], rows)
 
 
 def pays_table():
-    """Of benchmarks/curated.json: means over seeds, and the differences from the random subset of the same seed."""
-    about = json.loads((ROOT / "benchmarks" / "curated.json").read_text())
-    by_way = {}
-    for run in about["runs"]:
-        by_way.setdefault(run["way"], []).append(run)
-
-    def row(what, value, form):
-        cells = []
-        for way, runs in by_way.items():
-            values = [value(r) for r in runs]
-            cells.append(f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form}}")
+    """Of curated.json: means over seeds, and the differences from the random subset of the same seed."""
+    runs = load("curated")["runs"]
+    wheres = {"tail": "rarer half of the concepts", "concepts": "mean over concepts", "all": "all"}
+    rows = {
+        f"{m}, {what}": (lambda r, m=m, w=w: r[m][w], ".3f") for m in ("zeroshot", "knn") for w, what in wheres.items()
+    }
+    rows["subset: entropy over concepts"] = (lambda r: r["entropy_over_concepts"], ".3f")
+    rows["subset: images of the rarer half"] = (lambda r: r["tail_images"], ".0f")
+    rows["subset: share of scenes with two things"] = (lambda r: r["two_things"], ".3f")
+    head, lines = ["", "random"], [[what] for what in rows]
+    for way in dict.fromkeys(r["way"] for r in runs):
+        head += [] if way == "random" else [f"curated from `{way}`", "less random"]
+        for line, (value, form) in zip(lines, rows.values(), strict=True):
+            values, random = ([value(r) for r in runs if r["way"] == w] for w in (way, "random"))
+            line.append(spread(values, form))
             if way != "random":
-                gains = [v - value(r) for v, r in zip(values, by_way["random"], strict=True)]
-                cells.append(f"{statistics.mean(gains):+{form}} ± {statistics.stdev(gains):{form}}")
-        return [what, *cells]
-
-    heads = (f"curated from `{way}` | less random" if way != "random" else way for way in by_way)
-    rows = [["", *" | ".join(heads).split(" | ")]]
-    for measure in ("zeroshot", "knn"):
-        for where, what in (("tail", "rarer half of the concepts"), ("concepts", "mean over concepts"), ("all", "all")):
-            rows.append(row(f"{measure}, {what}", lambda r, m=measure, w=where: r[m][w], ".3f"))
-    rows.append(row("subset: entropy over concepts", lambda r: r["entropy_over_concepts"], ".3f"))
-    rows.append(row("subset: images of the rarer half", lambda r: r["tail_images"], ".0f"))
-    rows.append(row("subset: share of scenes with two things", lambda r: r["two_things"], ".3f"))
-    return table(rows)
+                line.append(spread(np.subtract(values, random).tolist(), form, "+"))
+    return table(head, lines)
 
 
 def write_tables(results):
@@ -308,14 +299,14 @@ def write_tables(results):
         "speed": lambda: speed_table(results),
         "balance": lambda: balance_table(results),
         "plan": lambda: plan_table(results["billion"]["planned"]),
-        "plan check": lambda: check_table(results["billion"]["scaled_down"]),
+        "plan check": lambda: check_table(**results["billion"]["scaled_down"]),
         "pays": pays_table,
     }
     for name, make in made.items():
         try:
             before, rest = page.read_text().split(f"<!-- {name} -->\n")
-            page.write_text(f"{before}<!-- {name} -->\n{make()}\n{rest[rest.index('<!-- end -->') :]}")
-        except (KeyError, FileNotFoundError) as missing:
+            page.write_text("\n".join([f"{before}<!-- {name} -->", *make(), rest[rest.index("<!-- end -->") :]]))
+        except KeyError as missing:
             print(f"table {name}: not measured yet ({missing})")
 
 
