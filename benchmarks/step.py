@@ -111,7 +111,7 @@ def flops_per_token(model, mean_length):
     """
     c = model.config
     matrices = sum(p.numel() for name, p in model.named_parameters() if p.ndim >= 2 and ".pool." not in name)
-    idle = (c.layers - c.dense_layers) * 3 * c.dim * c.hidden * (c.experts - c.top_k) if c.experts else 0
+    idle = (c.layers - c.dense_layers) * 3 * c.dim * c.expert_hidden * (c.experts - c.top_k) if c.experts else 0
     return 3 * (2 * (matrices - idle) + c.layers * 4 * c.heads * c.head_dim * mean_length)
 
 

@@ -13,7 +13,7 @@ import amoe
 import data
 import kernels.moe
 import train
-from benchmarks.step import padded
+from benchmarks.step import measure_step, padded
 from kernels.attention import block_mask, image_runs, mask_blocks, mask_of
 
 CPU = train.Process(0, 1, torch.device("cpu"))
@@ -186,3 +186,15 @@ def test_a_padded_pack_is_the_same_images_at_one_length(cache):
         for name, target in wide.targets.items():
             assert len(target["patch"]) == wide.n_tokens
             assert target["summary"].equal(batch.targets[name]["summary"][:images])
+
+
+@pytest.mark.slow
+def test_the_step_is_measured_on_a_cache(cache, tmp_path):
+    """Catches a measurement that fails before its end, and padding that counts more than the images' own tokens."""
+    saved = []
+    words = ["--cache", str(cache.path), "--tokens", "512", "--out", str(tmp_path), "--device", "cpu"]
+    result = measure_step(words, 1, lambda so_far: saved.append(len(so_far)))
+    assert len(saved) == 3 and saved == sorted(set(saved)) and saved[-1] < len(result)
+    assert 0.9 < result["fill"] <= 1 and 0 < result["mfu"] < 1 and 0 <= result["data_wait_share"] < 1
+    ratio = result["packed_tokens_per_s"] / result["padded_tokens_per_s"]
+    assert ratio == pytest.approx(result["packed_over_padded"]) and all(ms > 0 for ms in result["parts_ms"].values())
