@@ -1,0 +1,335 @@
+"""The pictures of README.md and docs/: `python -m docs.figures [--run FOLDER] [name ...]` draws them anew.
+
+pack and student need nothing; the others want the folder that `python train.py` leaves. Pillow is all they are made of.
+"""
+
+import amoe
+import curate
+import data
+import evaluate
+import images
+import toy
+
+# isort: split
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+INK, GREY, FAINT = (40, 44, 52), (125, 130, 140), (226, 229, 234)
+BLUE, ORANGE, GREEN, RED, PURPLE = (52, 110, 180), (222, 132, 24), (56, 146, 92), (200, 60, 60), (128, 84, 168)
+COLOURS = (PURPLE, ORANGE, GREEN, BLUE, RED)
+SCALE = 4  # of what is drawn, over what is shown; the file has half of it
+
+
+class Page:
+    """A white page of logical pixels, drawn four times as large and reduced to twice: smooth lines and letters."""
+
+    def __init__(self, width, height):
+        self.picture = Image.new("RGB", (width * SCALE, height * SCALE), "white")
+        self.draw = ImageDraw.Draw(self.picture)
+
+    def text(self, x, y, words, size=15, colour=INK, anchor="lm"):
+        """Anchors are Pillow's: l, m or r of the words at x, then t, m or s of them at y."""
+        font = ImageFont.load_default(size=size * SCALE)
+        for i, line in enumerate(words.split("\n")):
+            self.draw.text((x * SCALE, (y + i * size * 1.35) * SCALE), line, fill=colour, font=font, anchor=anchor)
+
+    def box(self, x0, y0, x1, y1, fill=None, edge=None, corner=0, width=1):
+        at = [round(v * SCALE) for v in (x0, y0, x1, y1)]
+        self.draw.rounded_rectangle(at, corner * SCALE, fill=fill, outline=edge, width=int(width * SCALE))
+
+    def line(self, points, colour=INK, width=1.0):
+        self.draw.line([(x * SCALE, y * SCALE) for x, y in points], colour, int(width * SCALE), "curve")
+
+    def arrow(self, x0, y0, x1, y1, colour=INK):
+        """Straight, with its head at (x1, y1)."""
+        along, tip = np.array([x1 - x0, y1 - y0]) / np.hypot(x1 - x0, y1 - y0), np.array([x1, y1])
+        across, back = 4 * along[::-1] * (-1, 1), tip - 9 * along
+        self.line([(x0, y0), tip - 5 * along], colour, 1.4)
+        self.draw.polygon([tuple(SCALE * point) for point in (tip, back + across, back - across)], colour)
+
+    def image(self, x, y, array, width, height, how=Image.Resampling.NEAREST):
+        x, y, width, height = (round(v * SCALE) for v in (x, y, width, height))
+        self.picture.paste(Image.fromarray(np.asarray(array)).resize((width, height), how), (x, y))
+
+    def save(self, name, colours=128):
+        size = [n * 2 // SCALE for n in self.picture.size]
+        picture = self.picture.resize(size, Image.Resampling.LANCZOS).quantize(colours, dither=Image.Dither.NONE)
+        path = Path(__file__).with_name(f"{name}.png")
+        picture.save(path, optimize=True)
+        print(f"docs/{path.name}: {size[0]} x {size[1]}, {path.stat().st_size / 1000:.0f} kB")
+
+
+class Axes:
+    """A chart's frame on a page: `at` takes values to the page."""
+
+    def __init__(self, page, box, xs, ys, x_ticks=(), y_ticks=(), title="", x_name="", log=False):
+        self.page, self.box, self.xs, self.ys, self.log = page, box, xs, ys, log
+        x0, y0, x1, y1 = box
+        for tick in y_ticks:
+            _, y = self.at(xs[0], tick)
+            page.line([(x0, y), (x1, y)], FAINT)
+            page.text(x0 - 6, y, f"{tick:g}", 12, GREY, "rm")
+        for tick in x_ticks:
+            page.text(self.at(tick, ys[0])[0], y1 + 12, f"{tick:g}", 12, GREY, "mm")
+        page.line([(x0, y0), (x0, y1), (x1, y1)], GREY)
+        page.text((x0 + x1) / 2, y1 + 30, x_name, 13, GREY, "mm")
+        page.text(x0, y0 - 16, title, 15, INK, "ls")
+
+    def at(self, x, y):
+        x0, y0, x1, y1 = self.box
+        low, high, y = (np.log(v) for v in (*self.ys, max(y, 1e-9))) if self.log else (*self.ys, y)
+        return x0 + (x1 - x0) * (x - self.xs[0]) / (self.xs[1] - self.xs[0]), y1 - (y1 - y0) * (y - low) / (high - low)
+
+    def curve(self, points, colour, width=2.0):
+        self.page.line([self.at(*point) for point in points], colour, width)
+
+    def bars(self, heights, colour, first=0):
+        for x, height in enumerate(heights, first):
+            (left, y), (right, _) = self.at(x, height), self.at(x + 0.8, height)
+            self.page.box(left, min(y, self.box[3]), right, self.box[3], fill=colour)
+
+
+# ---- the pictures ----
+
+
+def pack(run):
+    """Three images, the strip of tokens that they become, and who attends to whom."""
+    colours, T = (BLUE, ORANGE, GREEN), 64
+    with tempfile.TemporaryDirectory() as folder:
+        place = toy.World(folder, 60).write()
+        files = [place / toy.World.name(i) for i in (24, 36, 50)]
+        rows, shapes = zip(*(amoe.to_rows(images.load_image(file, max_tokens=16)) for file in files), strict=True)
+    batch = amoe.pack(rows, shapes, T)
+    page, step, left, strip, starts = Page(900, 625), 13.4, 21, 236, batch.starts.tolist()
+    for i, ((h, w), colour) in enumerate(zip(shapes, colours, strict=True)):
+        first, end = (left + step * starts[i + n] for n in (0, 1))
+        middle = (first + end) / 2
+        page.text(middle, 24, f"image {i}: {h} x {w} patches", 15, colour, "mm")
+        page.arrow(middle, 200, middle, strip - 6, colour)
+        for n, row in enumerate(rows[i]):
+            patch = row.reshape(16, 16, 3)
+            page.image(middle + (n % w - w / 2) * 30, 118 + (n // w - h / 2) * 30, patch, 28, 28)
+            page.image(left + step * (starts[i] + 5 + n), strip, patch, step - 1, 30)
+        for n in range(5):
+            page.box(first + step * n, strip, first + step * (n + 1) - 1, strip + 30, "white" if n else colour, colour)
+        page.box(first, strip + 34, end - 1, strip + 39, colour)
+        page.text(first, strip + 52, f"{starts[i]}", 13, colour)
+    page.box(left + step * starts[-1], strip, left + step * T - 1, strip + 30, FAINT)
+    page.text(left + step * T, strip + 52, f"{starts[-1]}: padding", 13, GREY, "rm")
+    says = f"One pack of T = {T} tokens. A filled square is an image's CLS, four open ones are its\n"
+    page.text(
+        left, strip + 82, says + "registers, then come its patches in row-major order. No padding between images."
+    )
+    same_TT1, x0, y0, side = (batch.image[:, None] == batch.image)[..., None], left + 66, 380, 230
+    page.image(x0, y0, np.where(same_TT1, np.uint8([*colours, FAINT])[batch.image], np.uint8(255)), side, side)
+    page.box(x0, y0, x0 + side, y0 + side, edge=FAINT)
+    for i in range(3):
+        middle = side / T * (starts[i] + starts[i + 1]) / 2
+        page.text(x0 + middle, y0 + middle, f"image {i}", 13, "white", "mm")
+    page.text(x0 + side / 2, y0 - 10, "keys", 13, GREY, "mm")
+    page.text(x0 - 8, y0 + side / 2, "queries", 13, GREY, "rm")
+    says = "Who attends to whom: every token of an image to\nevery token of that image, and to no other. So packing\n"
+    says += "changes no result, and images of any shape share\none batch.\n\nThe blocks follow from `starts` ="
+    page.text(x0 + side + 60, y0 + 40, f"{says} {starts}\nalone: nothing of T x T is ever evaluated.", 16)
+    page.save("pack")
+
+
+def student(run):
+    """From rows of pixels to the losses, shapes on the arrows."""
+    page, x = Page(900, 698), 170
+
+    def block(x, y, words, colour=INK, width=220):
+        page.box(x - width / 2, y - 23, x + width / 2, y + 23, "white", colour, 6, 1.4)
+        page.text(x, y - words.count("\n") * 13 * 1.35 / 2, words, 13, colour, "mm")
+
+    def flow(x, y, length, shape="", colour=INK):
+        page.arrow(x, y, x, y + length, colour)
+        page.text(x + 10, y + length / 2 - 2, shape, 13, GREY)
+
+    for n in (2, 1):
+        block(x + 5 * n, 230 - 5 * n, "", BLUE)
+    for y, words, shape, colour in (
+        (40, "rows of pixels, one a token", "[T, 768] uint8, taken to [-1, 1]", INK),
+        (130, "img_projector; CLS and\nregisters have learned tokens", "[T, D]", INK),
+        (230, "blocks, one a layer", "[T, D]", BLUE),
+    ):
+        block(x, y, words, colour)
+        flow(x, y + 23, 44, shape)
+    block(x, 320, "RMSNorm")
+    page.line([(x, 343), (x, 386), (660, 386)], INK, 1.4)
+    page.text(x + 10, 363, "[T, D], the trunk's own features", 13, GREY)
+    page.box(460, 17, 880, 318, (246, 249, 253), BLUE, 10)
+    page.line([(x + 122, 225), (460, 180)], BLUE)
+    page.text(478, 42, "a block: x = x + attention(x), then x = x + experts(x)", 14, BLUE)
+    says = "Experts with less than the mean load gain bias for the\nnext routing: balance costs no loss term."
+    page.text(478, 276, says, 13, GREY)
+    for at, words in (
+        (566, ("RMSNorm", "q, k: RMSNorm, then\ngolden RoPE from yx", "attention inside each\nimage, with sinks")),
+        (774, ("RMSNorm", "router: K of E experts\na token, by sigmoid", "experts: gated SiLU,\nweighted by score")),
+    ):
+        for n, word in enumerate(words):
+            block(at, 88 + 68 * n, word, BLUE, 188)
+            if n < 2:
+                flow(at, 111 + 68 * n, 22, colour=BLUE)
+    for at, name, colour, more in ((240, "text", PURPLE, ""), (660, "dense", GREEN, "     registers [M, R, C]")):
+        flow(at, 386, 31)
+        block(at, 440, f"head of teacher '{name}': fc1, LayerNorm, GELU, fc2", colour, 350)
+        flow(at, 463, 34, "[T, C] in PHI-S space (E1)")
+        page.text(at, 510, f"patch [T, C]     summary [M, C]{more}", 13, colour, "mm")
+        flow(at, 522, 25)
+        says = "squared errors to the teacher, image by image (E2),\nall images alike (E3); its relations (E4)"
+        block(at, 570, says, colour, 350)
+        page.arrow(at, 593, 450 + (at - 450) * 0.4, 637)
+    block(450, 660, "loss: the sum over teachers (E5)", width=350)
+    page.save("student")
+
+
+def phi_s(run):
+    """Channel variances of both oracles, before PHI-S and after."""
+    cache, page = data.Cache(run / "toy" / "cache"), Page(900, 320)
+    for n, when in enumerate(("before", "after")):
+        box, title = (60 + 440 * n, 60, 440 + 440 * n, 270), f"variance of every channel, {when} PHI-S"
+        ticks, total, first = (0.001, 0.01, 0.1, 1, 10), sum(space.dim for space in cache.spaces), 0
+        axes = Axes(page, box, (0, total), (0.001, 20), (), ticks, title, log=True)
+        for space, colour in zip(cache.spaces, (PURPLE, GREEN), strict=True):
+            stored = (data.as_tensor(shard.all(f"patch.{space.name}")) for shard in cache.shards)
+            y_NC = torch.cat([amoe.dequantise(y) for y in stored])
+            v = (y_NC if n else space.phi_s.invert(y_NC)).double().var(0).sort(descending=True).values
+            axes.bars(v.tolist(), colour, first)
+            page.text(
+                axes.at(first + space.dim / 2, 1)[0], 290, f"'{space.name}', mean {v.mean():.2g}", 14, colour, "mm"
+            )
+            first += space.dim
+    page.save("phi_s", 64)
+
+
+def answers(run, choose):
+    """The run's cache, the held-out images that `choose` takes, and their features, {"teacher", "student"}."""
+    cache, student = data.Cache(run / "toy" / "cache"), amoe.load(run / "student.safetensors")
+    chosen = choose(cache, evaluate.split(cache)[1])
+    models = {"teacher": evaluate.of_targets(cache.spaces), "student": evaluate.of_student(student)}
+    streams = {who: evaluate.stream(model, cache, chosen, stored=who == "teacher") for who, model in models.items()}
+    return cache, chosen, {who: evaluate.gather(stream) for who, stream in streams.items()}
+
+
+def arkd(run):
+    """Pairs of held-out images, student against teacher: which of them the relational loss pulls at."""
+    page, most, (_, _, said) = Page(900, 490), 1.8, answers(run, lambda cache, held: held[::7])
+    page.text(450, 22, "A dot is a pair of held-out images: red ones are penalised, grey ones left alone.", anchor="mm")
+    for n, head in enumerate(said["teacher"]):
+        teacher, student = (torch.nn.functional.pdist(features[head]["summary"]) for features in said.values())
+        teacher, student = teacher / teacher.mean(), student / student.mean()
+        median, box, ticks = teacher.median(), (70 + 440 * n, 82, 430 + 440 * n, 430), (0, 0.5, 1, 1.5)
+        axes = Axes(page, box, (0, most), (0, most), ticks, ticks, "", f"distance in teacher '{head}', over its mean")
+        (x0, y0), (x1, y1), (xm, ym) = axes.at(0, 0), axes.at(most, most), axes.at(median, median)
+        for corners in ([(x0, y0), (xm, ym), (xm, y1), (x0, y1)], [(xm, ym), (x1, y1), (x1, y0), (xm, y0)]):
+            page.draw.polygon([(x * SCALE, y * SCALE) for x, y in corners], (252, 236, 232))
+        page.line([(xm, y0), (xm, y1)], GREY)
+        page.line([(x0, y0), (x1, y1)], INK)
+        page.text(xm, y1 - 8, "median", 13, GREY, "mm")
+        page.text(x0, 56, "distance in the student, over its mean", 13, GREY)
+        for t, s in zip(teacher.tolist(), student.tolist(), strict=True):
+            if max(t, s) < most:
+                colour, at = RED if (s > t) == (t < median) else (150, 158, 170), axes.at(t, s)
+                page.draw.circle([v * SCALE for v in at], 1.4 * SCALE, colour)
+        page.text(x0 + 10, y1 + 16, "close in the teacher,\nfurther apart in the student", 13, RED)
+        page.text(x1 - 8, y0 - 32, "far in the teacher,\ncloser in the student", 13, RED, "rm")
+    page.save("arkd", 64)
+
+
+def curves(run):
+    """The loss by term, from the run's log.jsonl."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()][1:]
+    steps, page = [line["step"] for line in lines], Page(900, 400)
+    for kinds, title, box, ticks in (
+        (
+            ("patch", "summary", "registers"),
+            "errors (E2): 1 is predicting the mean",
+            (55, 50, 435, 350),
+            (0.05, 0.2, 1, 5),
+        ),
+        (("arkd",), "relations (E4)", (590, 50, 780, 350), (0.001, 0.01, 0.1)),
+    ):
+        terms = [term for term in lines[0] if term.partition("_")[2] in kinds]
+        values = np.array([[line[term] for term in terms] for line in lines])
+        limits, halves = (ticks[0], max(values.max(), ticks[-1])), (0, steps[-1] // 2, steps[-1])
+        axes, below = Axes(page, box, (0, steps[-1]), limits, halves, ticks, title, "step", log=True), 0
+        if 1 in ticks:
+            axes.curve([(0, 1), (steps[-1], 1)], GREY, 1)
+        for n in np.argsort(-values[-1]):
+            below = max(axes.at(0, values[-1, n])[1], below + 17)
+            page.text(box[2] + 8, below, terms[n].replace("_", " "), 13, COLOURS[n])
+            axes.curve(zip(steps, values[:, n], strict=True), COLOURS[n])
+    page.save("curves", 64)
+
+
+def curation(run):
+    """The toy's concepts by how often they occur, in the pool and in a curated subset, beside the contact sheet."""
+    page, cache, world = Page(900, 622), data.Cache(run / "toy" / "cache"), toy.World(run / "toy")
+    with tempfile.TemporaryDirectory() as folder:
+        words = "--features", str(cache.path), "--teacher", "dense", "--levels", "500", "50", "--keep", "1000", "--out"
+        curate.main([*words, folder])
+        kept = set(np.load(Path(folder) / "kept.npy").tolist())
+        sheet = np.asarray(Image.open(Path(folder) / "clusters.png").convert("RGB"))
+    counts = np.zeros((2, len(toy.CLASSES)))
+    for i in (int(i) for shard in cache.shards for i in shard.ids):
+        counts[:, world.scenes[world.index[i]].label] += 1, i in kept
+    counts = counts[:, np.argsort(-counts[0])]
+    for n, (count, colour) in enumerate(zip(counts, (GREY, GREEN), strict=True)):
+        title = ("the pool", "curated")[n] + f": {count.sum():.0f} images, entropy {curate.entropy(count):.3f}"
+        box, x_name = (44, 84 + 290 * n, 340, 264 + 290 * n), f"the {len(count)} concepts, most frequent first"
+        Axes(page, box, (0, 48), (0, 18), (), (0, 5, 10, 15), title, x_name).bars(100 * count / count.sum(), colour)
+        page.text(box[0], box[1] - 42, "% of images", 13, GREY)
+    page.image(372, 10, sheet, 520, 520 * sheet.shape[0] / sheet.shape[1], Image.Resampling.LANCZOS)
+    page.save("curation", 96)
+
+
+def maps(run):
+    """PCA maps of the largest held-out toy images, each teacher beside the student in the teacher's own colours."""
+
+    def largest(cache, held):
+        return sorted(held, key=lambda entry: cache.shard(entry[0]).shapes[entry[1]].prod())[-4:]
+
+    cache, shown, said = answers(run, largest)
+    page, batch, cell, x = Page(900, 640), cache.read(shown, with_targets=False), 128, 20
+    columns = [("image", ""), *((who, head) for head in ("text", "dense") for who in said), ("student", "amoe")]
+    for title, head in columns:
+        if head and (title == "teacher" or head == "amoe"):  # what is to the right of it has its colours
+            x, basis = x + 20, evaluate.pca_basis(torch.cat(said[title][head]["patch"]))
+            wide = 2 * cell + 6 if title == "teacher" else cell
+            page.line([(x, 44), (x, 38), (x + wide, 38), (x + wide, 44)], GREY, 1.4)
+            page.text(x + wide / 2, 32, f"'{head}'" if title == "teacher" else "trunk", 15, INK, "ms")
+        page.text(x + cell / 2, 58, title, 15, INK, "mm")
+        for row, picture in enumerate(batch.images()):
+            shape = batch.shapes[row].tolist()
+            if head:
+                picture = evaluate.pca_map(said[title][head]["patch"][row], shape, basis)
+            h, w = (n * cell / max(shape) for n in shape)
+            page.image(x + (cell - w) / 2, 76 + row * (cell + 10) + (cell - h) / 2, picture, w, h)
+        x += cell + 6
+    page.save("toy", 256)
+
+
+FIGURES = {f.__name__: f for f in (pack, student, phi_s, arkd, curves, curation)} | {"toy": maps}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="docs.figures", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("name", nargs="*", choices=list(FIGURES), help="which to draw; all of them by default")
+    parser.add_argument("--run", default="runs/toy", help="the folder that `python train.py` left")
+    args = parser.parse_args(argv)
+    names, run = args.name or list(FIGURES), Path(args.run)
+    if set(names) - {"pack", "student"} and not (run / "student.safetensors").is_file():
+        parser.error(f"{run} holds no run: `python train.py` makes one, or --run names another")
+    for name in names:
+        FIGURES[name](run)
+
+
+if __name__ == "__main__":
+    main()
