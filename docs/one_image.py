@@ -1,0 +1,48 @@
+"""Runs the lines of docs/one_image.md and writes what they show beneath them: `python -m docs.one_image`."""
+
+import amoe  # noqa: F401 (before torch: it sets how OpenMP's threads wait)
+
+# isort: split
+import tempfile
+from pathlib import Path
+
+import torch
+
+PAGE = Path(__file__).with_suffix(".md")
+
+
+def show(value):
+    """A value in two digits; tensors and shapes as lists."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {show(v)}" for key, v in value.items()) + "}"
+    if isinstance(value, torch.Size):
+        return str(list(value))
+    if isinstance(value, list | tuple):
+        return "   ".join(map(show, value))
+    if isinstance(value, torch.Tensor):
+        digits = [f"{x:.2g}" if x % 1 else f"{x:.0f}" for x in value.flatten().tolist()]
+        return f"[{', '.join(digits)}]" if value.ndim else digits[0]
+    return str(value)
+
+
+def run(text, folder):
+    """The page's text with the values of its lines as they are now; the toy's images go to `folder`."""
+    names, out, in_code = {"folder": folder}, [], False
+    for line in text.splitlines():
+        if line.startswith("```"):
+            in_code = not in_code
+        if line.startswith(">>> "):
+            out.append(line)
+            code = line.removeprefix(">>> ")
+            if " = " in code or "import " in code:
+                exec(code, names)
+            elif (value := eval(code, names)) is not None:
+                out.append(show(value))
+        elif not in_code or line.startswith("```"):
+            out.append(line)
+    return "\n".join(out) + "\n"
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        PAGE.write_text(run(PAGE.read_text(), folder))
