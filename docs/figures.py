@@ -258,14 +258,15 @@ def curves(run):
     ):
         terms = [term for term in lines[0] if term.partition("_")[2] in kinds]
         values = np.array([[line[term] for term in terms] for line in lines])
-        limits, halves = (ticks[0], max(values.max(), ticks[-1])), (0, steps[-1] // 2, steps[-1])
+        limits = min(ticks[0], values.min()), max(ticks[-1], values.max())
+        halves = 0, steps[-1] // 2, steps[-1]
         axes, below = Axes(page, box, (0, steps[-1]), limits, halves, ticks, title, "step", log=True), 0
         if 1 in ticks:
             axes.curve([(0, 1), (steps[-1], 1)], GREY, 1)
         for n in np.argsort(-values[-1]):
             below = max(axes.at(0, values[-1, n])[1], below + 17)
-            page.text(box[2] + 8, below, terms[n].replace("_", " "), 13, COLOURS[n])
-            axes.curve(zip(steps, values[:, n], strict=True), COLOURS[n])
+            page.text(box[2] + 8, below, terms[n].replace("_", " "), 13, COLOURS[n % 5])
+            axes.curve(zip(steps, values[:, n], strict=True), COLOURS[n % 5])
     page.save("curves", 64)
 
 
