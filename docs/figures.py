@@ -58,11 +58,10 @@ class Page:
         self.picture.paste(Image.fromarray(np.asarray(array)).resize((width, height), how), (x, y))
 
     def save(self, name, colours=128):
-        size = [n * 2 // SCALE for n in self.picture.size]
-        picture = self.picture.resize(size, Image.Resampling.LANCZOS).quantize(colours, dither=Image.Dither.NONE)
+        picture = self.picture.reduce(SCALE // 2).quantize(colours, dither=Image.Dither.NONE)
         path = Path(__file__).with_name(f"{name}.png")
         picture.save(path, optimize=True)
-        print(f"docs/{path.name}: {size[0]} x {size[1]}, {path.stat().st_size / 1000:.0f} kB")
+        print(f"docs/{path.name}: {picture.width} x {picture.height}, {path.stat().st_size / 1000:.0f} kB")
 
 
 class Axes:
@@ -85,9 +84,6 @@ class Axes:
         x0, y0, x1, y1 = self.box
         low, high, y = (np.log(v) for v in (*self.ys, max(y, 1e-9))) if self.log else (*self.ys, y)
         return x0 + (x1 - x0) * (x - self.xs[0]) / (self.xs[1] - self.xs[0]), y1 - (y1 - y0) * (y - low) / (high - low)
-
-    def curve(self, points, colour, width=2.0):
-        self.page.line([self.at(*point) for point in points], colour, width)
 
     def bars(self, heights, colour, first=0):
         for x, height in enumerate(heights, first):
@@ -122,10 +118,8 @@ def pack(run):
         page.text(first, strip + 52, f"{starts[i]}", 13, colour)
     page.box(left + step * starts[-1], strip, left + step * T - 1, strip + 30, FAINT)
     page.text(left + step * T, strip + 52, f"{starts[-1]}: padding", 13, GREY, "rm")
-    says = f"One pack of T = {T} tokens. A filled square is an image's CLS, four open ones are its\n"
-    page.text(
-        left, strip + 82, says + "registers, then come its patches in row-major order. No padding between images."
-    )
+    says = f"One pack of T = {T} tokens. A filled square is an image's CLS, four open ones are its\nregisters,"
+    page.text(left, strip + 82, f"{says} then come its patches in row-major order. No padding between images.")
     same_TT1, x0, y0, side = (batch.image[:, None] == batch.image)[..., None], left + 66, 380, 230
     page.image(x0, y0, np.where(same_TT1, np.uint8([*colours, FAINT])[batch.image], np.uint8(255)), side, side)
     page.box(x0, y0, x0 + side, y0 + side, edge=FAINT)
@@ -167,8 +161,7 @@ def student(run):
     page.box(460, 17, 880, 318, (246, 249, 253), BLUE, 10)
     page.line([(x + 122, 225), (460, 180)], BLUE)
     page.text(478, 42, "a block: x = x + attention(x), then x = x + experts(x)", 14, BLUE)
-    says = "Experts with less than the mean load gain bias for the\nnext routing: balance costs no loss term."
-    page.text(478, 276, says, 13, GREY)
+    page.text(478, 285, "Experts under the mean load gain bias: balance has no loss term.", 13, GREY)
     for at, words in (
         (566, ("RMSNorm", "q, k: RMSNorm, then\ngolden RoPE from yx", "attention inside each\nimage, with sinks")),
         (774, ("RMSNorm", "router: K of E experts\na token, by sigmoid", "experts: gated SiLU,\nweighted by score")),
@@ -202,9 +195,8 @@ def phi_s(run):
             y_NC = torch.cat([amoe.dequantise(y) for y in stored])
             v = (y_NC if n else space.phi_s.invert(y_NC)).double().var(0).sort(descending=True).values
             axes.bars(v.tolist(), colour, first)
-            page.text(
-                axes.at(first + space.dim / 2, 1)[0], 290, f"'{space.name}', mean {v.mean():.2g}", 14, colour, "mm"
-            )
+            mean, x = f"'{space.name}', mean {v.mean():.2g}", axes.at(first + space.dim / 2, 1)[0]
+            page.text(x, 290, mean, 14, colour, "mm")
             first += space.dim
     page.save("phi_s", 64)
 
@@ -236,8 +228,8 @@ def arkd(run):
         page.text(x0, 56, "distance in the student, over its mean", 13, GREY)
         for t, s in zip(teacher.tolist(), student.tolist(), strict=True):
             if max(t, s) < most:
-                colour, at = RED if (s > t) == (t < median) else (150, 158, 170), axes.at(t, s)
-                page.draw.circle([v * SCALE for v in at], 1.4 * SCALE, colour)
+                colour = RED if (s > t) == (t < median) else (150, 158, 170)
+                page.draw.circle([v * SCALE for v in axes.at(t, s)], 1.4 * SCALE, colour)
         page.text(x0 + 10, y1 + 16, "close in the teacher,\nfurther apart in the student", 13, RED)
         page.text(x1 - 8, y0 - 32, "far in the teacher,\ncloser in the student", 13, RED, "rm")
     page.save("arkd", 64)
@@ -262,11 +254,11 @@ def curves(run):
         halves = 0, steps[-1] // 2, steps[-1]
         axes, below = Axes(page, box, (0, steps[-1]), limits, halves, ticks, title, "step", log=True), 0
         if 1 in ticks:
-            axes.curve([(0, 1), (steps[-1], 1)], GREY, 1)
+            page.line([axes.at(0, 1), axes.at(steps[-1], 1)], GREY)
         for n in np.argsort(-values[-1]):
             below = max(axes.at(0, values[-1, n])[1], below + 17)
             page.text(box[2] + 8, below, terms[n].replace("_", " "), 13, COLOURS[n % 5])
-            axes.curve(zip(steps, values[:, n], strict=True), COLOURS[n % 5])
+            page.line([axes.at(*point) for point in zip(steps, values[:, n], strict=True)], COLOURS[n % 5], 2)
     page.save("curves", 64)
 
 
@@ -322,10 +314,12 @@ FIGURES = {f.__name__: f for f in (pack, student, phi_s, arkd, curves, curation)
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="docs.figures", description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("name", nargs="*", choices=list(FIGURES), help="which to draw; all of them by default")
+    parser.add_argument("name", nargs="*", help="of " + ", ".join(FIGURES) + "; all of them by default")
     parser.add_argument("--run", default="runs/toy", help="the folder that `python train.py` left")
     args = parser.parse_args(argv)
     names, run = args.name or list(FIGURES), Path(args.run)
+    if unknown := set(names) - set(FIGURES):
+        parser.error(f"no picture is called '{min(unknown)}': choose of {', '.join(FIGURES)}")
     if set(names) - {"pack", "student"} and not (run / "student.safetensors").is_file():
         parser.error(f"{run} holds no run: `python train.py` makes one, or --run names another")
     for name in names:
