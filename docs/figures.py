@@ -248,7 +248,7 @@ def curves(run):
         ),
         (("arkd",), "relations (E4)", (590, 50, 780, 350), (0.001, 0.01, 0.1)),
     ):
-        terms = [term for term in lines[0] if term.partition("_")[2] in kinds]
+        terms = [term for term in lines[0] if term.rpartition("_")[2] in kinds]
         values = np.array([[line[term] for term in terms] for line in lines])
         limits = min(ticks[0], values.min()), max(ticks[-1], values.max())
         halves = 0, steps[-1] // 2, steps[-1]

@@ -83,7 +83,7 @@ def python_of(title):
 def test_the_teacher_of_the_readme_teaches(tmp_path):
     """Catches an example that no longer runs, or whose answers have not the announced shapes."""
     (tmp_path / "mine.py").write_text(python_of("A teacher of your own"))
-    [teacher] = teachers.load_teachers([f"colours={tmp_path}/mine.py:make"], tmp_path, "cpu")
+    [teacher] = teachers.load_teachers([f"colours={tmp_path}/mine.py:Colours"], tmp_path, "cpu")
     torch.manual_seed(0)
     image = torch.randint(256, (48, 32, 3), dtype=torch.uint8)
     rows, shape = amoe.to_rows(image)
