@@ -30,7 +30,20 @@ Shape letters: T tokens of a pack, M images in it, N images, C channels of a tea
 """
 
 from amoe import ROW, dequantise, pack, quantise
-from images import Images, View, choose_view, find_sources
+from images import (
+    SHARED,
+    Images,
+    Sources,
+    View,
+    choose_view,
+    digest,
+    find_sources,
+    is_in,
+    map_ahead,
+    open_store,
+    seal,
+    unseal,
+)
 from kernels.attention import mask_blocks
 from teachers import (
     embed_captions,
@@ -45,11 +58,10 @@ from teachers import (
 
 # isort: split
 import argparse
-import collections
 import contextlib
-import hashlib
 import itertools
 import json
+import os
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -66,7 +78,6 @@ from tqdm import tqdm
 FORMAT = 2
 CHUNK = 64  # rows behind one checksum: an image is read without decoding much of its neighbours
 MEMORY = 1 << 30  # bytes of whole arrays that a reading process keeps: two windows of small shards
-SHARED = ts.Context()  # what is written to memory:// is there for all who read in this process
 WINDOW = 16  # shards shuffled together
 OPEN_PACKS = 4  # packs left for the next window to fill
 FULL = 0.97
@@ -81,31 +92,6 @@ class Damage(ValueError):
 
 
 # ---- the store ----
-
-
-def digest(data):
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def seal(content, indent=None):
-    """JSON bytes of a dict that end in the hash of its other entries."""
-    return json.dumps(content | {"hash": digest(json.dumps(content, sort_keys=True).encode())}, indent=indent).encode()
-
-
-def unseal(raw):
-    """The dict, its "hash" included, or None where the bytes are not what was sealed."""
-    try:
-        content = json.loads(raw)
-        rest = {key: value for key, value in content.items() if key != "hash"}
-        return content if content["hash"] == digest(json.dumps(rest, sort_keys=True).encode()) else None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def open_store(path):
-    """The tensorstore key-value store of a cache: a local folder or a URL such as s3://bucket/cache."""
-    url = f"{str(path).rstrip('/')}/" if "://" in str(path) else {"driver": "file", "path": f"{Path(path).resolve()}/"}
-    return ts.KvStore.open(url, context=SHARED).result()
 
 
 def list_keys(store, prefix):
@@ -441,11 +427,11 @@ def cache(
     ValueError for an existing cache of other contents, for unreadable images beyond the share max_skipped, for teachers
     whose answers do not fit, and for what cannot be written.
     """
-    sources = images if isinstance(images, list) else find_sources(images)
+    own = isinstance(images, list) and not isinstance(images[0], (str, Path))
+    sources = Sources.of(images) if own else find_sources(images)
     if subset is not None:
-        wanted = set(np.asarray(subset).tolist())
-        sources = [s for s in sources if s.id in wanted]
-        if not sources:
+        sources = sources.subset(subset)
+        if not len(sources):
             raise ValueError("none of the ids of --subset is among the images")
     layout = {"min_tokens": min_tokens, "max_tokens": max_tokens, "views": views, "seed": seed}
     dataset = Images(sources, images, **layout, shard_images=shard_images)
@@ -488,9 +474,10 @@ def fit_or_read_spaces(store, file, about, out, dataset, teachers, calibrate, de
         "max_tokens": dataset.max_tokens,
         "views": dataset.n_views,
         "sources": len(sources),
-        "sources_hash": digest("\n".join(s.name for s in sources).encode()),
+        "sources_hash": sources.names_hash(),
     }
-    chosen = sorted(np.random.default_rng(dataset.seed).permutation(len(sources))[:calibrate])
+    random = np.random.default_rng(dataset.seed)
+    chosen = sorted(random.choice(len(sources), min(calibrate, len(sources)), replace=False, shuffle=False).tolist())
     if store.read(file).result().value:
         before = unseal(store.read(file).result().value)
         before = read_about(store, out) if file == "cache.json" else before
@@ -685,12 +672,6 @@ class Position:
     carried: tuple = ()
 
 
-def is_in(ids, some):
-    """Whether each id is one of `some`, sorted. Boolean, one an id."""
-    at = np.searchsorted(some, ids)
-    return some[at.clip(max=len(some) - 1)] == ids if len(some) else np.zeros(len(ids), bool)
-
-
 def first_fit(lengths, n_tokens):
     """First fit: every image into the first pack that has room. (Each image's pack, int64; the room left in each pack.)
 
@@ -832,23 +813,9 @@ def loader(order, position, rank=0, world=1, per_step=1, threads=0, on_corrupt="
         batch = read_pack(order.dataset, item[0], order.n_tokens, order.special - 1, on_corrupt)
         return batch.pin_memory() if torch.cuda.is_available() else batch, item[1]
 
-    return map_ahead(read, wanted(), threads) if threads else map(read, wanted())
-
-
-def map_ahead(function, items, threads):
-    """function of every item, in order; twice as many as there are threads are under way.
-
-    Each thread computes by itself: OpenMP would give every one a team of its own, and halve the speed of a CPU's step.
-    """
-    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-    under_way = collections.deque()
-    try:
-        for item in items:
-            under_way.append(pool.submit(function, item))
-            if len(under_way) == 2 * threads:
-                yield under_way.popleft().result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    # Each thread computes by itself: with an OpenMP team for every one a step on the CPU takes twice as long.
+    pool = threads and ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    return map_ahead(pool, read, wanted(), 2 * threads) if threads else map(read, wanted())
 
 
 # ---- command line ----
@@ -873,12 +840,21 @@ def info(cache):
         print(text)
 
 
+def describe(sources):
+    """A printed page: what is in a table of sources."""
+    rows, tars = sources.rows, sum(in_tar for _, in_tar in sources.about["places"])
+    size = sum(os.path.getsize(os.path.join(sources.folder, name)) for name in ("rows", "names", "notes"))
+    print(f"{len(rows)} images of {rows['size'].sum() / 2**20:.1f} MiB, {tars} tars, {(rows['height'] == 0).sum()} bad")
+    print(f"{sources.folder}: {size / 2**20:.1f} MiB, {size / len(rows):.0f} bytes an image")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="data.py", description="The feature cache.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     write = commands.add_parser("cache", help="run teachers over images and write a cache", allow_abbrev=False)
     add = write.add_argument
-    add("--images", required=True, help="folder of images or tars, a tar, or a .txt list of them")
+    places = {"nargs": "+", "required": True, "help": "folders of images or tars, tars, .txt lists of them, or URLs"}
+    add("--images", **places)
     add(
         "--teacher",
         action="append",
@@ -903,6 +879,9 @@ def main(argv=None):
     add("--calibrate", type=int, default=512, help="images that PHI-S is fitted on")
     add("--max-skipped", type=float, default=0.05, help="share of unusable images above which caching stops")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where teachers run")
+    index = commands.add_parser("index", help="make the table of sources, and say what is in it", allow_abbrev=False)
+    index.add_argument("--images", **places)
+    index.add_argument("--workers", type=int, default=0, help="processes that read headers; 0: threads of this one")
     for name, text in (("info", "say what is in a cache"), ("verify", "check every byte of a cache")):
         commands.add_parser(name, help=text, allow_abbrev=False).add_argument("cache")
     args = parser.parse_args(argv)
@@ -913,7 +892,7 @@ def main(argv=None):
             raise ValueError(f"--shard-range {args.shard_range} is not I/N with 0 <= I < N")
         result = cache(
             args.images,
-            load_teachers(args.teacher, args.images, args.device),
+            load_teachers(args.teacher, args.images[0], args.device),
             args.out,
             min_tokens=args.min_tokens,
             max_tokens=args.max_tokens,
@@ -928,6 +907,8 @@ def main(argv=None):
             device=args.device,
         )
         info(result)
+    elif args.command == "index":
+        describe(find_sources(args.images, args.workers, anew=True))
     elif args.command == "info":
         info(Cache(args.cache))
     else:

@@ -13,7 +13,7 @@ Shape letters: N points or scenes, h x w patches of a scene, C channels of a tea
 """
 
 import evaluate
-from images import Source
+from images import name_hash
 
 # isort: split
 import json
@@ -159,7 +159,7 @@ class World:
         self.folder, self.n, self.seed = Path(folder), n, seed
         rank = np.random.default_rng([seed, 0]).permutation(len(CLASSES)) + 1.0
         self.frequency = rank**-ZIPF / (rank**-ZIPF).sum()
-        self.index = {Source(self.name(i), Path()).id: i for i in range(n)}
+        self.index = {name_hash(self.name(i)): i for i in range(n)}
         self.scenes = [self.scene(i) for i in range(n)]
 
     @staticmethod

@@ -16,6 +16,12 @@ import toy
 SHARED = Path(os.environ.get("AMOE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def index(tmp_path_factory):
+    """Tables of sources of the tests' images are kept apart from the user's."""
+    os.environ["AMOE_INDEX"] = str(tmp_path_factory.mktemp("index"))
+
+
 @pytest.fixture
 def shared():
     """Reference outputs, photos and real teachers that are not part of the repository."""

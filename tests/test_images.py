@@ -1,10 +1,18 @@
 """Image files to rows: the token budget, conversions, and what bad files get."""
 
+import functools
+import http.server
 import io
+import json
+import os
+import re
 import struct
 import tarfile
+import threading
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -228,3 +236,194 @@ def test_reasons_name_no_path_and_no_address(tmp_path):
         with pytest.raises(ValueError) as error:
             images.load_image(file)
         assert str(tmp_path) not in str(error.value) and "0x" not in str(error.value)
+
+
+# ---- the table of sources ----
+
+
+def photos(folder, n=6):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(n):
+        Image.new("RGB", (32 + 16 * i, 48), (40 * i, 0, 0)).save(folder / f"{i}.png")
+    os.utime(folder, (1, 1))  # older than the clock's tick
+    return folder
+
+
+def test_a_table_is_made_once_and_again_when_images_change(tmp_path, monkeypatch):
+    """Catches a table that outlives its images, and headers read again where nothing changed."""
+    folder, scanned = photos(tmp_path / "a"), []
+    monkeypatch.setenv("AMOE_INDEX", str(tmp_path / "index"))
+    monkeypatch.setattr(images, "scan", lambda job, scan=images.scan: scanned.append(job) or scan(job))
+    first = images.find_sources(folder)
+    assert [s.id for s in images.find_sources(folder)] == [s.id for s in first] and len(scanned) == 1
+    (folder / "3.txt").write_text("a caption")
+    os.utime(folder, (2, 2))
+    assert images.find_sources(folder)[3].caption == "a caption" and len(scanned) == 2
+    Image.new("RGB", (160, 160)).save(folder / "2.png")
+    os.utime(folder, (2, 2))  # as if nothing but the file had changed
+    assert images.find_sources(folder)[2].row["width"] == 160 and len(scanned) == 3
+    (folder / "3.txt").write_text("another caption")
+    assert images.find_sources(folder)[3].caption == "another caption" and len(scanned) == 4
+
+
+def test_an_image_changed_after_its_table_is_an_error(tmp_path, monkeypatch):
+    """Catches a wrong image under an id: other bytes at a known place, in a file and in a tar."""
+    folder = photos(tmp_path / "a")
+    make_tar(tmp_path / "x.tar", {p.name: p.read_bytes() for p in sorted(folder.iterdir())})
+    for found in (images.find_sources(folder), images.find_sources(tmp_path / "x.tar")):
+        assert images.load_image(found[1])[0, 0, 0] == 40
+        time.sleep(0.02)
+        raw = found[1].path.encode() if found[1].in_tar else (folder / "5.png").read_bytes()
+        with open(found[1].path, "r+b") as file:
+            file.write(raw[:1] if found[1].in_tar else raw)
+        with pytest.raises(ValueError, match="has changed since it was indexed"):
+            images.load_image(found[1])
+
+
+@pytest.mark.parametrize("name", ["rows", "names", "notes", "about.json"])
+def test_a_damaged_table_is_an_error_or_made_anew(tmp_path, monkeypatch, name):
+    """Catches offsets that are believed: a flipped byte would show one image under the id of another."""
+    monkeypatch.setenv("AMOE_INDEX", str(tmp_path / "index"))
+    folder = photos(tmp_path / "a")
+    (folder / "captions.json").write_text(json.dumps([{"file": f"{i}.png", "caption": f"no {i}"} for i in range(6)]))
+    os.utime(folder, (1, 1))
+    os.utime(folder / "captions.json", (1, 1))
+    file = images.find_sources(folder).folder / Path(name)
+    whole, random = file.read_bytes(), np.random.default_rng(0)
+    for k in range(40):
+        raw = bytearray(whole)
+        at = int(random.integers(len(raw)))
+        raw[at] ^= 1 << int(random.integers(8))
+        file.write_bytes(raw if k else raw[:-1])
+        try:
+            found = images.find_sources(folder)
+            said = [(s.name, s.caption, images.load_image(s).shape[1] // 16) for s in found]
+            assert said == [(f"{i}.png", f"no {i}", 2 + i) for i in range(6)]
+        except ValueError as error:
+            assert "table of sources" in str(error) and name != "about.json"
+    file.write_bytes(whole)
+
+
+def test_shapes_come_from_the_table_and_images_are_opened_once(tmp_path, monkeypatch):
+    """Catches headers read while training."""
+    found = images.find_sources(photos(tmp_path / "a"))
+    opened = []
+    monkeypatch.setattr(images, "read_bytes", lambda *a, read=images.read_bytes: opened.append(a[0]) or read(*a))
+    dataset = images.Images(found, views=2)
+    assert dataset.shard(0).shapes[::2].tolist() == [[3, 2 + i] for i in range(6)] and not opened
+    batch = dataset.read([(0, i) for i in range(0, 12, 2)])
+    assert batch.shapes.tolist() == [[3, 2 + i] for i in range(6)] and len(opened) == 6
+    views = dataset.read([(0, i) for i in range(1, 12, 2)])
+    assert views.shapes.tolist() == dataset.shard(0).shapes[1::2].tolist()
+
+
+def test_processes_make_the_same_table(tmp_path):
+    """Catches results out of order, and offsets that begin anew in each job."""
+    folder = photos(tmp_path / "a", 5)
+    for k in range(3):
+        make_tar(folder / f"{k}.tar", {f"{i}.png": (folder / f"{i}.png").read_bytes() for i in range(k + 1)})
+    one = images.find_sources(folder)
+    many = images.find_sources(folder, workers=2, anew=True)
+    assert [s.name for s in one] == sorted(s.name for s in one) and len(one) == 11
+    assert one.rows.tobytes() == many.rows.tobytes() and one.names_hash() == many.names_hash()
+
+
+def test_several_folders_links_and_lists_of_folders(tmp_path):
+    """Catches rglob, which follows no link, a loop that is walked for ever, and two images of one name."""
+    a, b = photos(tmp_path / "a", 2), photos(tmp_path / "b/deep", 2).parent
+    (a / "link").symlink_to(b)
+    (b / "loop").symlink_to(b)
+    (b / "up").symlink_to(a)
+    assert [s.name for s in images.find_sources(a)] == ["0.png", "1.png", "link/deep/0.png", "link/deep/1.png"]
+    both = images.find_sources([a, b / "deep"])
+    linked = ["a/link/deep/0.png", "a/link/deep/1.png"]
+    assert [s.name for s in both] == ["a/0.png", "a/1.png", *linked, "deep/0.png", "deep/1.png"]
+    (tmp_path / "list.txt").write_text("a\nb/deep/1.png\n")
+    assert [s.name for s in images.find_sources(tmp_path / "list.txt")][2:] == [*linked, "b/deep/1.png"]
+    with pytest.raises(ValueError, match="twice"):
+        images.find_sources([a, a])
+
+
+def test_pipes_devices_and_foreign_names_are_skipped(tmp_path):
+    """Catches a wait for a pipe, a read of /dev/zero, and a name that is no UTF-8 which stops everything."""
+    folder = photos(tmp_path / "a", 2)
+    os.mkfifo(folder / "pipe.png")
+    (folder / "zero.png").symlink_to("/dev/zero")
+    with open(os.fsencode(folder) + b"/caf\xe9.png", "wb") as file:
+        file.write((folder / "0.png").read_bytes())
+    os.mkfifo(folder / "0.txt")
+    (folder / "1.txt").write_bytes(b"caf\xe9 \xe2\x80\xa8 here")
+    (tmp_path / "list.txt").write_text("a/pipe.png\na/gone.png\na/1.png\n")
+    found = images.find_sources(folder)
+    assert [s.name for s in found] == ["0.png", "1.png", "caf\\xe9.png"] and found[0].caption is None
+    assert found[1].caption == "caf\ufffd \u2028 here"
+    with pytest.raises(ValueError, match="No such file"):
+        images.load_image(found[2])
+    for source in images.find_sources(tmp_path / "list.txt")[:2]:
+        with pytest.raises(ValueError, match=r"no regular file|No such file"):
+            images.load_image(source)
+
+
+class Ranges(http.server.SimpleHTTPRequestHandler):
+    """A plain server that knows byte ranges."""
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        path = Path(self.directory + self.path)
+        raw = path.read_bytes() if path.is_file() else None
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        first = int(wanted[1]) if wanted else 0
+        if raw is None or first >= len(raw):
+            self.send_error(404 if raw is None else 416)
+            return
+        part = raw[first : int(wanted[2]) + 1 if wanted and wanted[2] else None]
+        self.server.sent.append(len(part))
+        self.send_response(206 if wanted else 200)
+        if wanted:
+            self.send_header("Content-Range", f"bytes {first}-{first + len(part) - 1}/{len(raw)}")
+        self.send_header("ETag", f'"{hash(raw)}"')
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        self.wfile.write(part)
+
+
+@pytest.fixture
+def web(tmp_path):
+    (tmp_path / "web").mkdir()
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Ranges, directory=str(tmp_path / "web"))
+    )
+    server.sent = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server, tmp_path / "web", f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def test_tars_and_lists_are_read_over_http(web):
+    """Catches a URL taken for a path, whole tars fetched for one image, and a tar that changed in between."""
+    server, folder, url = web
+    noise = Image.effect_noise((900, 900), 90)
+    members = {"a.png": encoded(noise.convert("RGB")).getvalue(), "a.txt": b"a noise"}
+    members |= {f"{i}.png": encoded(Image.new("RGB", (32 + 16 * i, 32), (i, 0, 0))).getvalue() for i in range(40)}
+    make_tar(folder / "x.tar", members)
+    (folder / "0.png").write_bytes(members["7.png"])
+    (folder / "list.txt").write_text("x.tar\n0.png\ngone.png\n")
+    found, local = images.find_sources(f"{url}/list.txt"), images.find_sources(folder / "x.tar")
+    assert [s.name for s in found] == [*(s.name for s in local), "0.png", "gone.png"] and found[0].caption == "a noise"
+    assert all((a.row["height"], a.span) == (b.row["height"], b.span) for a, b in zip(found, local, strict=False))
+    server.sent.clear()
+    assert torch.equal(images.load_image(found[8]), images.load_image(local[8]))
+    assert server.sent == [local[8].span[1]] and images.load_image(found[41])[0, 0, 0] == 7
+    with pytest.raises(ValueError, match="No such file"):
+        images.load_image(found[42])
+    make_tar(folder / "x.tar", dict(reversed(members.items())))
+    with pytest.raises(ValueError, match="has changed"):
+        images.load_image(found[8])
+    make_tar(folder / "x.tar", members)
+    (folder / "x.tar").write_bytes((folder / "x.tar").read_bytes()[:1_000_000])
+    with pytest.raises(ValueError, match=r"x\.tar is no whole"):
+        images.find_sources(f"{url}/x.tar")
+    with pytest.raises(ValueError, match="cannot be listed"):
+        images.find_sources(f"{url}/")
