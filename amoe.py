@@ -12,7 +12,9 @@ L tokens of an image, E experts, K experts a token, F hidden width of a feed-for
 R registers, N rows of anything, B images of the global batch.
 """
 
-# kernels before anything else: it sets, before torch is loaded, how OpenMP's threads wait
+# Ours before the others: kernels sets, before torch is loaded, how OpenMP's threads wait
+from hub.plug_in import plug_in
+from hub.siglino import from_siglino, to_siglino
 from kernels.arkd import arkd
 from kernels.attention import attend, image_runs
 from kernels.hadamard import hadamard
@@ -32,6 +34,7 @@ import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -58,6 +61,75 @@ def from_rows(rows, shape):
     """The inverse of to_rows: [h * w, 768] and (h, w) to [16 h, 16 w, 3]."""
     h, w = shape
     return rows.reshape(h, w, PATCH, PATCH, 3).transpose(1, 2).reshape(h * PATCH, w * PATCH, 3)
+
+
+def grid(height, width, min_tokens, max_tokens):
+    """Patches (h, w) for images of height x width pixels: native resolution, shrunk or enlarged to the token budget.
+
+    The native grid is rounded to whole patches. Above max_tokens it is the largest grid of the same aspect that fits;
+    below min_tokens the smallest that reaches it, or the largest that fits where there is none between the two.
+    Numbers give ints, arrays give arrays.
+    """
+    a, b = np.float64(height) / PATCH, np.float64(width) / PATCH
+
+    def grown(h, w):
+        """The next grid as the scale grows: scales at which a side rounds up are compared, cross-multiplied."""
+        tall, wide = (h + 0.5) * b, (w + 0.5) * a
+        return h + (tall <= wide), w + (wide <= tall)
+
+    def largest(n):
+        """The last grid of at most n patches, by steps from a scale at which every side may round up by a half."""
+        scale = (np.sqrt((a + b) ** 2 / 4 + 4 * a * b * (n - 0.25)) - (a + b) / 2) / (2 * a * b)
+        scale = np.minimum(scale, n / np.maximum(a, b))
+        h, w = np.maximum(1, np.rint(a * scale)), np.maximum(1, np.rint(b * scale))
+        while True:
+            above = grown(h, w)
+            fits = above[0] * above[1] <= n
+            if not np.any(fits):
+                return h, w
+            h, w = np.where(fits, above[0], h), np.where(fits, above[1], w)
+
+    h, w = np.maximum(1, np.rint(a)), np.maximum(1, np.rint(b))
+    if np.any(low := h * w < min_tokens):
+        h, w = (np.where(low, new, old) for new, old in zip(grown(*largest(min_tokens - 1)), (h, w), strict=True))
+    if np.any(high := h * w > max_tokens):
+        h, w = (np.where(high, new, old) for new, old in zip(largest(max_tokens), (h, w), strict=True))
+    return (h.astype(np.int32), w.astype(np.int32)) if np.ndim(h) else (int(h), int(w))
+
+
+def to_rgb(image):
+    """A PIL image in 8-bit RGB, transparency over white."""
+    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip at 255
+        image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def rows_of(image, max_tokens):
+    """(rows, (h, w)) of a path, a PIL image, or uint8 pixels [H, W, 3] as an array or a tensor.
+
+    Pixels with sides in multiples of 16 stay as they are, all else is resized to `grid`.
+    """
+    if isinstance(image, (str, os.PathLike)):
+        try:
+            with Image.open(image) as opened:
+                return rows_of(opened, max_tokens)
+        except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and others
+            raise ValueError(f"cannot read {image}: {str(error) or type(error).__name__}") from error
+    if isinstance(image, Image.Image):
+        image = to_rgb(ImageOps.exif_transpose(image))
+    else:
+        pixels = torch.from_numpy(np.array(image)) if isinstance(image, np.ndarray) else image
+        if not isinstance(pixels, torch.Tensor) or pixels.dtype != torch.uint8 or pixels.shape[2:] != (3,):
+            given = f"{type(image).__name__} of {pixels.dtype} {[*pixels.shape]}" if hasattr(pixels, "dtype") else image
+            raise ValueError(f"encode takes paths, PIL images and uint8 pixels [H, W, 3], and was given {given!r}")
+        if pixels.shape[0] % PATCH == 0 == pixels.shape[1] % PATCH:
+            return to_rows(pixels)
+        image = Image.fromarray(pixels.numpy(force=True))
+    h, w = grid(image.height, image.width, 1, max_tokens)
+    return to_rows(torch.from_numpy(np.array(image.resize((w * PATCH, h * PATCH), Image.Resampling.BICUBIC))))
 
 
 # ---- a pack of images ----
@@ -482,7 +554,7 @@ class MapPool(nn.Module):
         return x_MC + self.mlp.fc2(F.gelu(self.mlp.fc1(self.layernorm(x_MC)), approximate="tanh"))
 
 
-class Head(nn.Module):
+class Head(Float32Buffers):
     """One teacher's features from the trunk's tokens: fc1 -> LayerNorm -> GELU -> fc2, for all kinds of token alike."""
 
     def __init__(self, dim, space):
@@ -492,9 +564,17 @@ class Head(nn.Module):
         self.norm = nn.LayerNorm(space.dim)
         self.fc2 = nn.Linear(space.dim, space.dim, bias=False)
         self.phi_s = space.phi_s
+        means = (None, None) if None in (space.phi_s, space.summary_mean) else (space.phi_s.mean, space.summary_mean)
+        for kind, mean_C in zip(("patch", "summary"), means, strict=True):  # of the teacher's features in training
+            self.register_buffer(f"{kind}_mean", None if mean_C is None else mean_C.clone())
         self.pool = None
         if space.pool is not None:
             self.pool = MapPool.from_state(space.pool, space.pool_heads, space.pool_eps)
+
+    def initialise(self):
+        for linear in (self.fc1, self.fc2):
+            nn.init.trunc_normal_(linear.weight, std=0.01)
+        nn.init.zeros_(self.fc1.bias)
 
     def own(self, z):
         """Balanced features to the teacher's own space; already there once folded."""
@@ -527,21 +607,87 @@ class Head(nn.Module):
 # ---- the student ----
 
 
-class AMoE(Float32Buffers):
-    """The student, like its teachers a function of a packed Batch to features.
+class Student(Float32Buffers):
+    """A trunk and a Head a teacher over its tokens: like its teachers a function of a packed Batch to features.
 
-    `spaces` is one Space a teacher. Parameter names are the released checkpoints', but for the heads, which stand under
-    `heads.<teacher>`.
+    AMoE is its own trunk, PlugIn has any other. Both give `tokens`, and call `add_heads`.
     """
+
+    def add_heads(self, dim, registers, spaces):
+        """`spaces` is one Space a teacher; registers: those of an image of the packs."""
+        for space in spaces:
+            if space.registers > registers:
+                raise ValueError(
+                    f"teacher '{space.name}' has {space.registers} registers and the student {registers}: "
+                    "each is matched by one of the student's"
+                )
+        self.registers = registers
+        self.heads = nn.ModuleDict({space.name: Head(dim, space) for space in spaces})
+        self.recompute = False  # activations in the backward pass: less memory, a third more time
+
+    @property
+    def device(self):
+        return next(self.parameters()).device
+
+    def forward(self, batch, extents=None):
+        """Returns ({teacher: outputs of its Head, "amoe": the trunk's own}, expert load [MoE layers, E] float32).
+
+        extents: what kernels.attention.attend takes; by default `image_runs`, made here on the host.
+        """
+        h_TD, expert_load = self.tokens(batch, extents)
+        out = {name: head(h_TD, batch) for name, head in self.heads.items()}
+        out["amoe"] = {"patch": h_TD, "summary": h_TD[batch.starts[:-1].long()]}
+        return out, expert_load
+
+    @torch.no_grad()
+    def balance(self, load_LE, rate):
+        """Aux-loss-free balancing, after an optimizer step; load_LE counted over all packs and ranks of the step."""
+        layers = [block.moe for block in self.layers if hasattr(block, "moe")]
+        for layer, load_E in zip(layers, load_LE, strict=True):
+            layer.balance(load_E, rate)
+
+    @torch.no_grad()
+    def encode(self, images, shapes=None, n_tokens=16384, max_tokens=256, centre=False):
+        """Features of images in the teachers' own spaces, one dict an image, on the model's device.
+
+        images: paths, PIL images, or uint8 pixels [H, W, 3] as arrays or tensors. Sides in multiples of 16 stay, others
+        are resized to at most `max_tokens` patches, as are paths and PIL images. With `shapes` [(h, w)], row tensors
+        [n, 768] (uint8, or floats already normalised). Images are packed `n_tokens` at a time.
+
+        An answer is {"patch": {teacher: [n, C]}, "summary": {teacher: [C]}, "shape": (h, w)} with the trunk's own
+        features as a further teacher, "amoe". centre: less the mean of the teacher's features in training, without
+        which all cosines are high; "amoe" has none and stays. ValueError says what cannot be encoded.
+        """
+        if shapes is None:
+            if isinstance(images, (str, os.PathLike, Image.Image)):
+                raise ValueError(f"encode takes a list of images, and was given {images!r}")
+            pairs = [rows_of(image, max_tokens) for image in images]
+            rows, shapes = [rows for rows, _ in pairs], [shape for _, shape in pairs]
+        else:
+            rows = list(images)
+        if centre and (lacking := [name for name, head in self.heads.items() if head.patch_mean is None]):
+            raise ValueError(f"centre=True: this student holds no mean of the features of '{lacking[0]}'")
+        out = []
+        for part in split_by_tokens([1 + self.registers + len(r) for r in rows], n_tokens):
+            batch = pack(rows[part], shapes[part], registers=self.registers).to(self.device)
+            features, _ = self(batch)
+            for name, head in self.heads.items():
+                f = features[name]
+                f["patch"] = head.own(f["patch"])
+                if centre:
+                    f["patch"], f["summary"] = f["patch"] - head.patch_mean, f["summary"] - head.summary_mean
+            for i, shape in enumerate(shapes[part]):
+                patch = {name: f["patch"][batch.patch_rows(i)] for name, f in features.items()}
+                summary = {name: f["summary"][i] for name, f in features.items()}
+                out.append({"patch": patch, "summary": summary, "shape": tuple(shape)})
+        return out
+
+
+class AMoE(Student):
+    """The Mixture-of-Experts ViT. Parameter names are the released checkpoints', but for heads: `heads.<teacher>`."""
 
     def __init__(self, config, spaces):
         super().__init__()
-        for space in spaces:
-            if space.registers > config.registers:
-                raise ValueError(
-                    f"teacher '{space.name}' has {space.registers} registers and the student {config.registers}: "
-                    "each is matched by one of the student's"
-                )
         self.config = config
         self.img_projector = nn.Linear(ROW, config.dim, bias=False)
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.dim))
@@ -549,8 +695,7 @@ class AMoE(Float32Buffers):
         self.register_buffer("freqs_cis_golden", golden_frequencies(config.heads, config.head_dim))
         self.layers = nn.ModuleList(Block(config, l) for l in range(config.layers))
         self.norm = nn.RMSNorm(config.dim, eps=1e-5)
-        self.heads = nn.ModuleDict({space.name: Head(config.dim, space) for space in spaces})
-        self.recompute = False  # activations in the backward pass: less memory, a third more time
+        self.add_heads(config.dim, config.registers, spaces)
         self.initialise()
 
     @torch.no_grad()
@@ -565,21 +710,9 @@ class AMoE(Float32Buffers):
                 elif "norm" not in name:
                     nn.init.trunc_normal_(p, std=0.02 / math.sqrt(2 * (l + 1)))
         for head in self.heads.values():
-            nn.init.trunc_normal_(head.fc1.weight, std=0.01)
-            nn.init.trunc_normal_(head.fc2.weight, std=0.01)
-            nn.init.zeros_(head.fc1.bias)
+            head.initialise()
 
-    def forward(self, batch, extents=None):
-        """Returns ({teacher: outputs of its Head, "amoe": the trunk's own}, expert load [MoE layers, E] float32).
-
-        extents: what kernels.attention.attend takes; by default `image_runs`, made here on the host.
-        """
-        h_TD, expert_load = self.trunk(batch, extents)
-        out = {name: head(h_TD, batch) for name, head in self.heads.items()}
-        out["amoe"] = {"patch": h_TD, "summary": h_TD[batch.starts[:-1].long()]}
-        return out, expert_load
-
-    def trunk(self, batch, extents=None):
+    def tokens(self, batch, extents=None):
         """The tokens [T, D] after the final norm, and the expert load [MoE layers, E]."""
         extents = image_runs(batch.starts, batch.n_tokens) if extents is None else extents
         n_special = 1 + self.config.registers
@@ -600,40 +733,28 @@ class AMoE(Float32Buffers):
             loads += [] if load_E is None else [load_E]
         return self.norm(x_TD), torch.stack(loads) if loads else x_TD.new_zeros(0, 0, dtype=torch.float32)
 
-    @torch.no_grad()
-    def balance(self, load_LE, rate):
-        """Aux-loss-free balancing, after an optimizer step; load_LE counted over all packs and ranks of the step."""
-        layers = [block.moe for block in self.layers if hasattr(block, "moe")]
-        for layer, load_E in zip(layers, load_LE, strict=True):
-            layer.balance(load_E, rate)
 
-    @torch.no_grad()
-    def encode(self, images, shapes=None, n_tokens=16384):
-        """Features of images in the teachers' own spaces, one dict an image.
+class PlugIn(Student):
+    """A trunk of the user's: a module with `dim` that, called with a Batch, answers [T, dim], rows aligned with it.
 
-        images: uint8 tensors [H, W, 3] with sides in multiples of 16, or row tensors [n, 768] (uint8, or floats
-        already normalised) with `shapes` [(h, w)]. An answer is {"patch": {teacher: [n, C]}, "summary": {teacher: [C]}}
-        with the trunk's own features as a further teacher, "amoe". Images are packed `n_tokens` at a time.
-        """
-        if shapes is None:
-            pairs = [to_rows(torch.as_tensor(image)) for image in images]
-            rows, shapes = [p[0] for p in pairs], [p[1] for p in pairs]
-        else:
-            rows = list(images)
-        registers, out = self.config.registers, []
-        for part in split_by_tokens([1 + registers + len(r) for r in rows], n_tokens):
-            batch = pack(rows[part], shapes[part], registers=registers).to(self.cls_token.device)
-            features, _ = self(batch)
-            for name, head in self.heads.items():
-                features[name]["patch"] = head.own(features[name]["patch"])
-            for i in range(batch.n_images):
-                out.append(
-                    {
-                        "patch": {name: f["patch"][batch.patch_rows(i)] for name, f in features.items()},
-                        "summary": {name: f["summary"][i] for name, f in features.items()},
-                    }
-                )
-        return out
+    An image's rows are its summary, its registers (`trunk.registers`, by default 4) and its patches. factory: the
+    FILE.py:FACTORY that makes the trunk, called with the device.
+    """
+
+    layers = ()  # blocks, as AMoE has them: none is known here
+
+    def __init__(self, factory, spaces, device="cpu"):
+        super().__init__()
+        self.factory, self.trunk = factory, plug_in(factory, device, "student", ("dim", "parameters", "forward"))
+        self.add_heads(self.trunk.dim, getattr(self.trunk, "registers", 4), spaces)
+        for head in self.heads.values():
+            head.initialise()
+
+    def tokens(self, batch, extents=None):
+        h_TD = self.trunk(batch)
+        if h_TD.shape != (batch.n_tokens, self.trunk.dim):
+            raise ValueError(f"{self.factory} answered {list(h_TD.shape)} to a pack of {batch.n_tokens} tokens")
+        return h_TD, h_TD.new_zeros(0, 0, dtype=torch.float32)
 
 
 def normalise(rows):
@@ -647,9 +768,15 @@ def normalise(rows):
 def read_state(path):
     """A state dict of tensors from .safetensors, .pth or .pt, or from the parts that a .safetensors.index.json names.
 
-    ValueError names the file when it holds anything else.
+    A folder stands for its index, else for its one .safetensors. ValueError names the file that holds anything else.
     """
     path = Path(path)
+    if path.is_dir():
+        found = list(path.glob("*.safetensors.index.json")) or list(path.glob("*.safetensors"))
+        if len(found) != 1:
+            names = ", ".join(sorted(p.name for p in found)) or "no .safetensors"
+            raise ValueError(f"{path} holds {names}: name the file of weights to take")
+        return read_state(found[0])
     if not path.is_file():
         raise ValueError(f"no weights at {path}")
     try:
@@ -690,68 +817,94 @@ def write_atomically(path, write):
         raise ValueError(f"cannot write {path}: {reason}; what was there before is untouched") from error
 
 
-def save(model, path):
-    """Write a student as one .safetensors that `load` reads: sizes in its metadata, PHI-S folded into the heads."""
-    folded = copy.deepcopy(model).cpu()
+def describe(model):
+    """What the weights of a student do not say, as JSON can hold it."""
     heads = {}
-    for name, head in folded.heads.items():
-        head.fold()
-        heads[name] = {"dim": head.fc2.out_features, "registers": head.registers}
-        if head.pool is not None:
-            heads[name] |= {"pool_heads": head.pool.heads, "pool_eps": head.pool.layernorm.eps}
-    about = json.dumps({"config": asdict(model.config), "heads": heads})
-    state = {key: value.contiguous() for key, value in folded.state_dict().items()}
-    # One entry of metadata: several would be written in an order that differs from run to run.
-    write_atomically(path, lambda file: file.write(safetensors.torch.save(state, {"student": about})))
-
-
-def load(path):
-    """A student that `save` wrote, in eval mode; its heads answer in the teachers' own spaces."""
-    state = read_state(path)
-    with safetensors.safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
-    if "student" not in metadata:
-        raise ValueError(f"{path} is no student of train.py: its metadata has no sizes (load_siglino reads SigLino's)")
-    about = json.loads(metadata["student"])
-    spaces = []
-    for name, sizes in about["heads"].items():
-        prefix = f"heads.{name}.pool."
-        pool = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        spaces.append(Space(name, pool=pool or None, **sizes))
-    model = AMoE(Config(**about["config"]), spaces)
     for name, head in model.heads.items():
-        if f"heads.{name}.fc2.bias" in state:  # PHI-S was folded in
-            head.fc2 = nn.Linear(head.fc2.in_features, head.fc2.out_features)
-    load_exactly(model, state, path)
+        has = {"bias": head.fc2.bias is not None, "means": head.patch_mean is not None}
+        p = head.pool
+        pool = p and {"hidden": p.mlp["fc1"].out_features, "heads": p.heads, "eps": p.layernorm.eps}
+        heads[name] = {"dim": head.fc2.out_features, "registers": head.registers, **has, "pool": pool}
+    return {"trunk": asdict(model.config) if isinstance(model, AMoE) else {"factory": model.factory}, "heads": heads}
+
+
+def rebuild(about, state, source):
+    """The student that `describe` told of with the weights of `state`, in eval mode; source: their name in errors."""
+    spaces, trunk = [], about["trunk"]
+    for name, sizes in about["heads"].items():
+        C, pool = sizes["dim"], sizes["pool"] or {"heads": 0, "eps": 0}
+        balanced = f"heads.{name}.phi_s.mean" in state  # as a checkpoint of training is, and no student/
+        phi_s = PhiS(torch.zeros(C), torch.zeros(C, C), 1) if balanced else None
+        weights = under(f"heads.{name}.pool.", state) or None
+        spaces.append(Space(name, C, sizes["registers"], phi_s, None, 1.0, (), weights, pool["heads"], pool["eps"]))
+    model = PlugIn(trunk["factory"], spaces) if "factory" in trunk else AMoE(Config(**trunk), spaces)
+    for head, sizes in zip(model.heads.values(), about["heads"].values(), strict=True):
+        C = sizes["dim"]
+        head.fc2 = nn.Linear(C, C, bias=sizes["bias"])
+        head.patch_mean, head.summary_mean = (torch.zeros(C) if sizes["means"] else None for _ in range(2))
+    load_exactly(model, state, source)
     return model.eval()
 
 
-def siglino_config(state, top_k, source):
-    """The Config that a SigLino state dict has the shapes of."""
-    layers = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("layers."))
-    dense = next((l for l in range(layers) if f"layers.{l}.feed_forward.w1.weight" not in state), layers)
-    experts = (0, 0, 0)
-    if dense < layers:
-        if f"layers.{dense}.moe.experts.w1" not in state:
-            raise ValueError(
-                f"{source} is no SigLino checkpoint: layer {dense} has neither 'moe.experts.w1' nor "
-                "'feed_forward.w1.weight'"
-            )
-        experts = state[f"layers.{dense}.moe.experts.w1"].shape
-    heads, quarter, _ = state["freqs_cis_golden"].shape
-    return Config(
-        layers=layers,
-        dim=state["img_projector.weight"].shape[0],
-        heads=heads,
-        head_dim=4 * quarter,
-        experts=experts[0],
-        top_k=top_k if experts[0] else 0,
-        expert_hidden=experts[1],
-        dense_layers=dense,
-        dense_hidden=len(state["layers.0.feed_forward.w1.weight"]) if dense else 0,
-        norm_weight="layers.0.attention_norm.weight" in state,
-        registers=state["storage_tokens"].shape[1],
-    )
+def under(prefix, state):
+    """The part of a state dict whose keys begin with the prefix, which they lose."""
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def folded(model):
+    """A copy of a student on the CPU whose heads answer in the teachers' own spaces: PHI-S is in their weights."""
+    copied = copy.deepcopy(model).cpu()
+    for head in copied.heads.values():
+        head.fold()
+    return copied
+
+
+def save(model, folder):
+    """Write a student as the folder that `load` reads: config.json, model.safetensors with PHI-S folded in, and code.
+
+    The code is modeling_amoe.py, the same model in plain torch, or the FILE.py of a trunk of the user's.
+    """
+    folder, whole = Path(folder), folded(model)
+    about, code = {"model_type": "amoe", **describe(whole)}, Path(__file__).parent / "hub" / "modeling_amoe.py"
+    if isinstance(model, AMoE):
+        about["auto_map"] = {"AutoConfig": "modeling_amoe.AMoEConfig", "AutoModel": "modeling_amoe.AMoE"}
+    else:
+        code = Path(model.factory.rpartition(":")[0])
+        about["trunk"]["factory"] = Path(model.factory).name
+    state = {key: value.clone().contiguous() for key, value in whole.state_dict().items()}  # tied weights come apart
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in (
+        (code.name, code.read_bytes()),
+        ("model.safetensors", safetensors.torch.save(state, {"format": "pt"})),
+        ("config.json", (json.dumps(about, indent=1) + "\n").encode()),
+    ):
+        write_atomically(folder / name, lambda file, content=content: file.write(content))
+
+
+def read_config(folder):
+    """config.json of a folder; {} where there is none that can be read."""
+    try:
+        return json.loads((Path(folder) / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def load(path, top_k=6):
+    """A student in eval mode, its heads in the teachers' own spaces; ValueError says why there is none at `path`.
+
+    path: a run's folder, its student/ or the model.safetensors in it, or a released SigLino checkpoint, which then has
+    that top_k. A trunk of the user's is made by the FILE.py in the folder, whose code runs.
+    """
+    path = Path(path)
+    for folder in (path, path / "student", *([path.parent] if path.name == "model.safetensors" else [])):
+        about = read_config(folder)
+        if about.get("model_type") == "amoe" and "heads" in about:
+            if "factory" in about["trunk"]:
+                about["trunk"]["factory"] = str(folder / about["trunk"]["factory"])
+            return rebuild(about, read_state(folder / "model.safetensors"), folder)
+    if next(path.glob("step-*.pt"), None):
+        raise ValueError(f"{path} has no student/ yet: python train.py --export {path} makes it")
+    return load_siglino(path, top_k)
 
 
 def load_siglino(weights, top_k=6):
@@ -762,39 +915,17 @@ def load_siglino(weights, top_k=6):
     """
     state = dict(weights if isinstance(weights, dict) else read_state(weights))
     source = "the state dict" if isinstance(weights, dict) else str(weights)
-    missing = [
-        k
-        for k in ("img_projector.weight", "freqs_cis_golden", "layers.0.attention.sinks", "storage_tokens")
-        if k not in state
-    ]
-    if missing:
-        raise ValueError(f"{source} is no SigLino checkpoint: it has no '{missing[0]}'")
-    config = siglino_config(state, top_k, source)
-    pool_prefix = "siglip2_multihead_attention_pooling_head."
-    pool = {key.removeprefix(pool_prefix): state.pop(key) for key in list(state) if key.startswith(pool_prefix)}
-    for key in ("layer_norm_dinov3.weight", "layer_norm_dinov3.bias"):
-        state.pop(key, None)  # present in the checkpoints, unused in their forward pass
-    spaces = []
-    for name in ("dinov3", "siglip2"):
-        dim = state[f"{name}_adapter.fc1.weight"].shape[0] if f"{name}_adapter.fc1.weight" in state else 0
-        if not dim:
-            raise ValueError(f"{source} is no SigLino checkpoint: it has no '{name}_adapter.fc1.weight'")
-        if name == "siglip2":
-            spaces.append(Space(name, dim, pool=pool, pool_eps=1e-5))
-        else:
-            spaces.append(Space(name, dim, registers=config.registers))
-    model = AMoE(config, spaces)
-    for key in list(state):
-        if "_adapter." in key:
-            state["heads." + key.replace("_adapter.", ".")] = state.pop(key)
-    load_exactly(model, state, source, allow_missing=lambda key: ".pool." in key)  # loaded with the Space
-    return model.eval()
+    return rebuild(*from_siglino(state, top_k, source), source)
 
 
-def read_student(path, top_k=6):
-    """A student from a file of weights: what `save` wrote, or a SigLino checkpoint, which then has that top_k."""
-    state = read_state(path)
-    return load_siglino(path, top_k) if "siglip2_adapter.fc1.weight" in state else load(path)
+def save_siglino(model, path):
+    """Write a student as one .safetensors in the layout of the released checkpoints: the inverse of load_siglino.
+
+    ValueError where that layout has no place for it, as for heads with PHI-S folded in.
+    """
+    whole = folded(model)
+    state = to_siglino(describe(whole), whole.state_dict())
+    write_atomically(path, lambda file: file.write(safetensors.torch.save(state, {"format": "pt"})))
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """How good frozen features are, on plain folders: kNN, zero-shot, retrieval, segmentation, PCA maps, speed.
 
-    python evaluate.py knn --model student.safetensors --train IMAGES     (or zeroshot, retrieval, segment, pca, speed)
+    python evaluate.py knn --model runs/NAME --train IMAGES     (or zeroshot, retrieval, segment, pca, speed)
 
 A model, to evaluation, is a function from a Batch to {head: {"patch": [T, C], "summary": [M, C]}} in the teachers' own
 spaces: `of_student`, `of_teacher` and `of_targets` make one of a student (AMoE or SigLino), of a teacher, and of what a
@@ -43,7 +43,7 @@ VOID = 255  # mask value of pixels that belong to no class
 
 def of_student(model):
     """The features of an AMoE: a head a teacher, and "amoe", the trunk's own."""
-    device = model.cls_token.device
+    device = model.device
 
     @torch.inference_mode()
     def answer(batch):
@@ -52,7 +52,7 @@ def of_student(model):
             features[name]["patch"] = head.own(features[name]["patch"].float())
         return features
 
-    answer.registers, answer.heads = model.config.registers, [*model.heads, "amoe"]
+    answer.registers, answer.heads = model.registers, [*model.heads, "amoe"]
     return answer
 
 
@@ -756,7 +756,9 @@ def parse(argv):
         add = measures.add_parser(
             name, help=text, description=text, allow_abbrev=False, formatter_class=shown
         ).add_argument
-        models = "student, SigLino checkpoint, NAME=SPEC of a teacher, or untrained: " + ", ".join(amoe.CONFIGS)
+        models = "run or its student/, SigLino checkpoint, NAME=SPEC of a teacher, or untrained: " + ", ".join(
+            amoe.CONFIGS
+        )
         add("--model", required=True, nargs="+", help=f"what to measure, several in one table: {models}")
         add("--top-k", type=int, default=6, help="experts a token of a SigLino checkpoint: 6 for 0.3B, 2 for 0.15B")
         add("--max-tokens", type=int, nargs="+", default=[256], help="token budgets; the table has a line for each")
@@ -804,7 +806,7 @@ def open_model(name, args):
     if name in amoe.CONFIGS:
         torch.manual_seed(0)
         return of_student(amoe.AMoE(amoe.CONFIGS[name], []).eval().to(args.device)), None
-    return of_student(amoe.read_student(name, args.top_k).to(args.device)), None
+    return of_student(amoe.load(name, args.top_k).to(args.device)), None
 
 
 def images_folder(args):

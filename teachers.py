@@ -27,14 +27,16 @@ from amoe import (
     autocast,
     normalise,
     pack,
+    read_config,
     read_state,
     split_by_tokens,
+    under,
 )
+from hub.plug_in import plug_in
 from kernels.attention import attend, image_runs, mask_of
 from kernels.rope import rotate_half
 
 # isort: split
-import importlib.util
 import json
 import math
 import re
@@ -552,8 +554,9 @@ def load_teacher(spec, device="cpu"):
     """A teacher from NAME=FILE (.safetensors, the .index.json of several, or .pth; its keys say what it is) or
     NAME=FILE.py:FACTORY.
 
-    A plug-in's factory is called with the device; what it returns needs `name`, `dim` and `registers`, and is called
-    NAME from then on. tokenizer.json is looked for beside a file of weights. Every error is a ValueError of one line.
+    FILE may be a folder as the Hub lays it out, whose config.json says the number of heads. A plug-in's factory is
+    called with the device; what it returns needs `name`, `dim` and `registers`, and is called NAME from then on.
+    tokenizer.json is looked for beside the weights. Every error is a ValueError of one line.
     """
     name, _, where = spec.partition("=")
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or not where or name == "amoe":
@@ -561,8 +564,8 @@ def load_teacher(spec, device="cpu"):
             f"'{spec}' is no teacher: write NAME=FILE.safetensors, NAME=FILE.pth or NAME=FILE.py:FACTORY, NAME in "
             "letters, digits, _ and - and not 'amoe', which is the student"
         )
-    if match := re.fullmatch(r"(.*\.py)(?::(\w*))?", where):
-        teacher = plug_in(match[1], match[2], device)
+    if re.fullmatch(r".*\.py(:\w*)?", where):
+        teacher = plug_in(where, device, "teacher", ("name", "dim", "registers", "__call__"))
     else:
         state = read_state(where)
         kind = kind_of(state)
@@ -571,32 +574,16 @@ def load_teacher(spec, device="cpu"):
             raise ValueError(f"{where} is no DINOv3 and no SigLIP 2: none of its keys begins with one of {starts}")
         if name in PREFIXES and name != kind:
             raise ValueError(f"{where} is a {kind} checkpoint and was given as {name}: write {kind}={where}")
-        teacher = load_state(kind, state, source=where).to(device)
+        folder = Path(where) if Path(where).is_dir() else Path(where).parent
+        config = read_config(where)
+        towers = [config, config.get("vision_config", {}), config.get("text_config", {})]
+        heads = {tower["num_attention_heads"] for tower in towers if "num_attention_heads" in tower}
+        if len(heads) > 1:
+            raise ValueError(f"{where}/config.json: towers of {heads} heads, and here both have as many")
+        teacher = load_state(kind, state, min(heads, default=None), source=where).to(device)
         if kind == "siglip2":
-            teacher.tokenizer = Path(where).with_name("tokenizer.json")
+            teacher.tokenizer = folder / "tokenizer.json"
     teacher.name = name
-    return teacher
-
-
-def plug_in(path, factory, device):
-    """What `factory(device)` of the Python file at `path` returns, checked to be a teacher."""
-    if not factory:
-        raise ValueError(f"{path} needs the name of its factory: write NAME={path}:FACTORY")
-    if not Path(path).is_file():
-        raise ValueError(f"no plug-in teacher at {path}")
-    spec = importlib.util.spec_from_file_location(f"teacher_{Path(path).stem}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
-    try:
-        spec.loader.exec_module(module)
-        if not hasattr(module, factory):
-            raise AttributeError(f"it has no '{factory}'")
-        teacher = getattr(module, factory)(device)
-    except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise ValueError(f"{path}:{factory} made no teacher: {type(error).__name__}: {reason}") from error
-    lacking = [name for name in ("name", "dim", "registers", "__call__") if not hasattr(teacher, name)]
-    if lacking:
-        raise ValueError(f"{path}:{factory} returned a {type(teacher).__name__} without '{lacking[0]}', no teacher")
     return teacher
 
 
@@ -746,12 +733,11 @@ def space_from(raw):
     """The inverse of space_bytes."""
     tensors = safetensors.torch.load(raw)
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-    pool = {k.removeprefix("pool."): v for k, v in tensors.items() if k.startswith("pool.")}
     return Space(
         **json.loads(header["__metadata__"]["space"]),
         phi_s=PhiS(tensors["phi_s.mean"], tensors["phi_s.rotation"], tensors["phi_s.sigma"]),
         summary_mean=tensors["summary_mean"],
         summary_variance=float(tensors["summary_variance"]),
         register_variance=tuple(tensors["register_variance"].tolist()),
-        pool=pool or None,
+        pool=under("pool.", tensors) or None,
     )

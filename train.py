@@ -2,7 +2,7 @@
 
 In the order of a run: flags, the loop (`train`), one step (`gradients` is its mathematics), checkpoints, preparing,
 finishing. Alone means a world of one: no branch of the code asks whether it runs distributed. The run's folder holds
-log.jsonl, curves.png, step-XXXXXX.pt, student.safetensors, pca.png and result.json.
+log.jsonl, curves.png, step-XXXXXX.pt, student/ (what amoe.load takes), pca.png and result.json.
 """
 
 import amoe
@@ -11,6 +11,7 @@ import evaluate
 import kernels.moe
 import toy
 from amoe import autocast
+from hub.card import card
 from images import Images, find_sources
 from kernels.attention import block_mask, image_runs, mask_blocks
 from teachers import Teacher, embed_captions, load_teachers, make_targets
@@ -54,7 +55,8 @@ RESULTS, SPEED, PATHS = "changes results", "speed only", "paths and records"
 @dataclass
 class Flags:
     model: str = flag("toy", RESULTS, "student: " + ", ".join(amoe.CONFIGS))
-    init: str = flag("", RESULTS, "weights to begin with and take the sizes of: a student.safetensors, or SigLino's")
+    student: str = flag("", RESULTS, "FILE.py:FACTORY of a trunk of your own, in the place of --model")
+    init: str = flag("", RESULTS, "weights to begin with and take the sizes of: a run, its student/, or SigLino's")
     steps: int = flag(640, RESULTS, "optimizer steps")
     tokens: int = flag(2048, RESULTS, "tokens in a pack, padding included")
     accumulate: int = flag(1, RESULTS, "packs a rank adds up before a step; relations (ARKD) span all of them")
@@ -102,6 +104,7 @@ class Flags:
     track: str = flag("", PATHS, "write the log's numbers there too; needs its package", ("", "tensorboard", "wandb"))
     keep: int = flag(2, PATHS, "checkpoints that are kept")
     evaluate: bool = flag(True, PATHS, "measure the student at the end")
+    export: str = flag("", PATHS, "make student/ of this run again, from its newest checkpoint, and do no more")
 
 
 def parse(argv=None):
@@ -130,6 +133,8 @@ def parse(argv=None):
             raise ValueError(f"--{name.replace('_', '-')} {getattr(flags, name)} is less than 1")
     if flags.track and not importlib.util.find_spec(flags.track):
         raise ValueError(f"--track {flags.track}: the package is not installed; pip install {flags.track}")
+    if flags.student and flags.checkpoint:
+        raise ValueError("--checkpoint recomputes blocks of --model: a --student that needs it does so itself")
     if flags.fsdp and flags.ema:
         raise ValueError("--ema averages whole weights and --fsdp shards them: leave one of them out")
     if not flags.out:
@@ -152,7 +157,7 @@ class Run:
     spaces: list  # an amoe.Space a teacher
     teachers: list  # those to run at every step; none with a cache
     world: object  # toy.World, or None
-    model: amoe.AMoE
+    model: amoe.Student
     wrapped: object  # the model as ranks share it
     forward: object  # `forward`, compiled or not
     optimizer: torch.optim.Optimizer
@@ -172,7 +177,7 @@ def train(flags, process, compiled):
     began = time.perf_counter()
     run = prepare(flags, process, compiled)
     signals = catch_signals()
-    order = data.Order(run.dataset, flags.tokens, flags.seed, load_subset(flags), run.model.config.registers)
+    order = data.Order(run.dataset, flags.tokens, flags.seed, load_subset(flags), run.model.registers)
     threads = flags.workers or (2 if process.device.type == "cuda" else 0)
     reading = {"per_step": flags.accumulate, "threads": threads, "on_corrupt": flags.on_corrupt}
     batches = data.loader(order, run.position, process.rank, process.world, **reading)
@@ -185,6 +190,7 @@ def train(flags, process, compiled):
             batch, run.position = interval.wait(batches)
             packs.append(to_device(batch, process, compiled, run.teachers, run.spaces))
         run.recent.append([i for batch, _ in packs for i in batch.ids.tolist()])
+        torch.manual_seed((flags.seed << 32) + run.step * process.world + process.rank)  # for a plug-in with dropout
         measured, expert_load = gradients(run.wrapped, packs, run.spaces, flags, process, run.forward)
         norm = update(run.model, run.optimizer, run.average, measured, expert_load, run.bad_steps, run.step, flags)
         run.step += 1
@@ -388,6 +394,7 @@ def state_of(run):
         weights, moments = run.model.state_dict(), run.optimizer.state_dict()
     return {
         "step": run.step,
+        "student": amoe.describe(run.model),
         "model": weights,
         "optimizer": moments,
         "average": run.average,
@@ -400,14 +407,18 @@ def state_of(run):
     }
 
 
-def restore(run, path):
-    """Load a checkpoint into the run. ValueError names a flag that changes results and differs; --steps may grow."""
+def read_checkpoint(path):
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(
             f"{path} is not a readable checkpoint: {str(error).splitlines()[0]}; delete it to use an older one"
         ) from error
+
+
+def restore(run, path):
+    """Load a checkpoint into the run. ValueError names a flag that changes results and differs; --steps may grow."""
+    state = read_checkpoint(path)
     for f in fields(Flags):
         before, now = state["flags"].get(f.name), getattr(run.flags, f.name)
         if f.metadata["group"] == RESULTS and before != now and f.name != "steps":
@@ -481,7 +492,7 @@ def open_tracker(flags, step):
     return lambda step, numbers: run.log(numbers, step=step)
 
 
-def describe(flags, process, config):
+def describe(flags, process, model):
     """The log's first line: what a reader needs to run it again."""
     commit = ""
     with contextlib.suppress(OSError):  # no git on this machine
@@ -491,7 +502,7 @@ def describe(flags, process, config):
     device = torch.cuda.get_device_name() if gpu else f"{os.cpu_count()} CPU cores, {platform.machine()}"
     return {
         "config": asdict(flags),
-        "model": asdict(config),
+        "model": amoe.describe(model)["trunk"],
         "argv": sys.argv,
         "commit": commit or "unknown",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -626,7 +637,7 @@ def setup(flags):
     experts = kernels.moe.choose(
         flags.kernels, torch.device(device), torch.bfloat16 if device != "cpu" else torch.float32
     )
-    compiled = flags.compile == "on" or (flags.compile == "auto" and device.startswith("cuda"))
+    compiled = flags.compile == "on" or (flags.compile == "auto" and device.startswith("cuda") and not flags.student)
     if rank == 0:
         form = "FlexAttention, compiled" if compiled and device != "cpu" else "SDPA on each image"
         print(
@@ -683,13 +694,13 @@ def prepare(flags, process, compiled):
         print(f"--resume: {folder} holds no checkpoint, so this is the beginning", flush=True)
     run.log = Log(folder, process.rank, run.step, flags)
     if not found:
-        run.log.write(**describe(flags, process, model.config))
+        run.log.write(**describe(flags, process, model))
     return run
 
 
 def make_run_folder(folder, flags):
     """Make the run's folder; a run that is there already is an error unless it is to be resumed or overwritten."""
-    names = ("log.jsonl", "result.json", "skipped.jsonl", "student.safetensors")
+    names = ("log.jsonl", "result.json", "skipped.jsonl", "student/config.json")
     files = [*checkpoints(folder), *(folder / name for name in names if (folder / name).exists())]
     if files and not flags.resume:
         if not flags.overwrite:
@@ -749,15 +760,17 @@ def build(flags, spaces, device):
     """A student at its beginning, the same on every rank and device for a seed."""
     torch.manual_seed(flags.seed)
     config = amoe.CONFIGS[flags.model]
-    parent = amoe.read_student(flags.init, config.top_k or 6) if flags.init else None
-    if parent:
+    parent = amoe.load(flags.init, config.top_k or 6) if flags.init else None
+    if isinstance(parent, amoe.PlugIn) and not flags.student:
+        raise ValueError(f"--init {flags.init} has a trunk of its own: give its FILE.py:FACTORY by --student")
+    if parent and not flags.student:
         alike = [n for n, c in amoe.CONFIGS.items() if replace(c, top_k=0) == replace(parent.config, top_k=0)]
         if alike and flags.model not in alike:
             raise ValueError(f"--init {flags.init} has the sizes of {' or '.join(alike)}: say which by --model")
         if not alike:
             print(f"--init {flags.init}: sizes of its own, top-{parent.config.top_k} experts", flush=True)
         config = parent.config
-    model = amoe.AMoE(config, spaces)
+    model = amoe.PlugIn(flags.student, spaces, device) if flags.student else amoe.AMoE(config, spaces)
     if parent:
         fresh = amoe.inherit(model, parent)
         kept = [name for name in model.heads if name not in fresh]
@@ -788,7 +801,7 @@ def wrap(model, flags, process):
     if flags.fsdp:
         from torch.distributed.fsdp import fully_shard
 
-        for block in model.layers:
+        for block in model.layers:  # a plug-in is sharded as a whole
             fully_shard(block)
         return fully_shard(model)
     if process.world == 1:
@@ -810,21 +823,19 @@ def save_checkpoint(run):
         evaluate.draw(run.folder / "curves.png", lambda: evaluate.curves(run.log.path))
 
 
-def student_of(run):
-    """The student as it is now, or its average under --ema, on rank 0; all ranks help to gather sharded weights."""
-    state = state_of(run)
-    if run.process.rank == 0:
-        student = amoe.AMoE(run.model.config, run.spaces).to(run.process.device)
-        amoe.load_exactly(student, state["model"], "the run's last state")
-        student.load_state_dict(state["average"], strict=False)  # empty but under --ema
-        return student
+def student_of(state):
+    """The student of a checkpoint's state, or its average under --ema."""
+    student = amoe.rebuild(state["student"], state["model"], "the checkpoint")
+    student.load_state_dict(state["average"], strict=False)  # empty but under --ema
+    return student
 
 
 def held_out_scores(run, most=500):
     """{"held_out_...": figure} of at most `most` held-out images, on rank 0; "held_out_teacher_..." is the goal."""
-    student = student_of(run)
+    state = state_of(run)
     if run.process.rank > 0:
         return {}
+    student = student_of(state).to(run.process.device)
     teacher = evaluate.of_targets(run.spaces, run.teachers, run.process.device)
     models = {"student": evaluate.of_student(student), "teacher": teacher}
     scores = evaluate.imitation_scores(run.dataset, run.spaces, models, lambda *_: None, most)
@@ -834,9 +845,9 @@ def held_out_scores(run, most=500):
 
 def finish(run, began, signalled):
     """Leave a student; after the last step also its scores and pictures, after a signal an exit code."""
-    student = student_of(run)
+    state = state_of(run)
     if run.process.rank == 0:
-        amoe.save(student, run.folder / "student.safetensors")
+        student = export(run.folder, state).to(run.process.device)
         if signalled:
             name = signal.Signals(signalled).name
             print(f"stopped by {name} after step {run.step}, which is saved: --resume goes on", flush=True)
@@ -846,16 +857,32 @@ def finish(run, began, signalled):
             result["seconds"] = time.perf_counter() - began
             text = json.dumps(result, indent=1) + "\n"
             amoe.write_atomically(run.folder / "result.json", lambda file: file.write(text.encode()))
+            write_card(run.folder, state)
             rate = result["tokens_per_s"]
             print(f"{result['seconds']:.0f} s in all, {rate:.0f} tokens/s in training; see {run.folder}", flush=True)
     if signalled:
         sys.exit(128 + signalled)
 
 
+def export(folder, state):
+    """Write student/ of a run's folder from the state of a checkpoint; returns the student."""
+    student = student_of(state)
+    amoe.save(student, folder / "student")
+    write_card(folder, state)
+    return student
+
+
+def write_card(folder, state):
+    """README.md of student/, from a checkpoint's state and what else the run has written."""
+    defaults = {f.name: f.default for f in fields(Flags) if f.metadata["group"] == RESULTS}
+    text = card(folder, state, {name: v for name, v in state["flags"].items() if v != defaults.get(name, v)})
+    amoe.write_atomically(folder / "student" / "README.md", lambda file: file.write(text.encode()))
+
+
 def measure(run, student):
     """Print the table of the student, its teachers and the untrained student, draw pca.png; returns the scores."""
     dataset, spaces, teachers, device = run.dataset, run.spaces, run.teachers, run.process.device
-    untrained = build(run.flags, spaces, device)
+    untrained = build(run.flags, spaces, device).eval()
     imitated = evaluate.of_targets(spaces, teachers, device)
     models = {"student": evaluate.of_student(student), "teacher": imitated, "untrained": evaluate.of_student(untrained)}
 
@@ -884,6 +911,12 @@ def measure(run, student):
 
 def main(argv=None):
     flags = parse(argv)
+    if flags.export:
+        newest = checkpoints(flags.export)[-1:]
+        if not newest:
+            raise ValueError(f"--export {flags.export}: there is no checkpoint, step-XXXXXX.pt")
+        export(Path(flags.export), read_checkpoint(newest[0]))
+        return print(f"{flags.export}/student is what {newest[0].name} holds", flush=True)
     process, compiled = setup(flags)
     train(flags, process, compiled)
     process.barrier()  # a rank that leaves early takes the others' connections with it

@@ -470,8 +470,8 @@ def test_a_saved_student_comes_back_whole(random_images, tmp_path):
     spaces = [amoe.Space("a", 24, registers=2, phi_s=phi_s)]
     spaces += [amoe.Space("b", 24, phi_s=phi_s, pool=pool.state_dict(), pool_heads=4, pool_eps=1e-5)]
     model = small(spaces)
-    amoe.save(model, tmp_path / "student.safetensors")
-    again = amoe.load(tmp_path / "student.safetensors")
+    amoe.save(model, tmp_path / "student")
+    again = amoe.load(tmp_path / "student")
     assert model.heads["a"].phi_s is not None and again.heads["a"].phi_s is None
     for x, y in zip(model.encode(rows, shapes), again.encode(rows, shapes), strict=True):
         for name in ("a", "b", "amoe"):

@@ -334,17 +334,17 @@ def test_a_student_is_measured_head_by_head_at_every_budget(cache, colours, tmp_
     """Catches a budget that changes nothing, an ensemble that is one of its parts, and a head that is not its own."""
     monkeypatch.chdir(tmp_path)
     flags = train.parse(["--cache", str(cache.path)])
-    amoe.save(train.build(flags, cache.spaces, torch.device("cpu")), "student.safetensors")
-    words = ["--model", "student.safetensors", "--out", "r.json", "--max-tokens", "4", "16"]
+    amoe.save(train.build(flags, cache.spaces, torch.device("cpu")), "student")
+    words = ["--model", "student", "--out", "r.json", "--max-tokens", "4", "16"]
     evaluate.main(["knn", "--train", "classes", *words, "--head", "dense", "amoe", "text+dense"])
     found = scores_of("r.json")
     assert [(s["max_tokens"], s["head"]) for s in found] == [
         (b, h) for b in (4, 16) for h in ("dense", "amoe", "text+dense")
     ]
-    both = ["--model", "student.safetensors", "toy", f"oracle={colours}/oracle.py:make", "--out", "r.json"]
+    both = ["--model", "student", "toy", f"oracle={colours}/oracle.py:make", "--out", "r.json"]
     evaluate.main(["knn", "--train", "classes", *both])
     assert [(s["model"], s["head"]) for s in scores_of("r.json")] == [
-        *(("student.safetensors", head) for head in ("text", "dense", "amoe")),
+        *(("student", head) for head in ("text", "dense", "amoe")),
         ("toy", "amoe"),
         (both[3], "oracle"),
     ]
@@ -359,7 +359,7 @@ def test_a_student_is_measured_head_by_head_at_every_budget(cache, colours, tmp_
     slow, fast = scores_of("r.json")
     assert slow["pixels"] == 32 and fast["pixels"] == 64 and slow["images_per_s"] > fast["images_per_s"]
     text = ["--text", f"text={colours}/oracle.py:make"]
-    with pytest.raises(ValueError, match=r"--head siglip: student.safetensors has the heads text, dense, amoe"):
+    with pytest.raises(ValueError, match=r"--head siglip: student has the heads text, dense, amoe"):
         evaluate.main(["knn", "--train", "classes", *words, "--head", "siglip"])
     with pytest.raises(ValueError, match="give --text"):
         evaluate.main(["zeroshot", "--images", "classes", *words])

@@ -284,7 +284,7 @@ def test_a_signal_saves_and_exits(cache, tmp_path, name):
     assert process.returncode == 128 + getattr(signal, name) and "--resume goes on" in out and "Traceback" not in err
     (saved,) = train.checkpoints(tmp_path / "run")
     assert torch.load(saved)["step"] >= 3
-    assert amoe.load(tmp_path / "run" / "student.safetensors").config == amoe.CONFIGS["toy"]
+    assert amoe.load(tmp_path / "run" / "student").config == amoe.CONFIGS["toy"]
 
 
 def test_wrong_words_get_one_line(cache, tmp_path):
@@ -381,8 +381,8 @@ def test_a_student_begins_with_the_weights_of_another(cache, tmp_path):
     flags = flags_for(cache)
     parent = student(cache, flags)
     parent.layers[0].moe.expert_bias += torch.randn(8)
-    amoe.save(parent, tmp_path / "student.safetensors")
-    begin = ["--init", str(tmp_path / "student.safetensors")]
+    amoe.save(parent, tmp_path / "parent")
+    begin = ["--init", str(tmp_path / "parent")]
     child = train.build(flags_for(cache, *begin), cache.spaces, torch.device("cpu"))
     images = [torch.randint(256, (48, 64, 3), dtype=torch.uint8)]
     [want], [got] = parent.encode(images), child.encode(images)
@@ -393,8 +393,8 @@ def test_a_student_begins_with_the_weights_of_another(cache, tmp_path):
     packs = [(cache.read(entries_of(cache, 4)), None)]
     train.gradients(child, packs, cache.spaces, flags, place())
     assert child.heads["dense"].fc2.bias.grad.abs().sum() > 0
-    amoe.save(child, tmp_path / "child.safetensors")
-    [again] = amoe.load(tmp_path / "child.safetensors").encode(images)
+    amoe.save(child, tmp_path / "child")
+    [again] = amoe.load(tmp_path / "child").encode(images)
     assert torch.allclose(again["patch"]["text"], got["patch"]["text"], atol=1e-3)
     with pytest.raises(ValueError, match="say which by --model"):
         train.build(flags_for(cache, *begin, "--model", "dense-30m"), cache.spaces, torch.device("cpu"))

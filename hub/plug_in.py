@@ -1,0 +1,31 @@
+"""Teachers and students of the user's own: what a factory in a Python file makes."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+
+def plug_in(spec, device, kind, needs):
+    """What FACTORY(device) of a FILE.py:FACTORY returns: a `kind`, "teacher" or "student", with the attributes `needs`.
+
+    ValueError of one line for whatever the file raises.
+    """
+    path, _, factory = spec.rpartition(":")
+    if spec.endswith(".py") or not factory:
+        path = path if not factory else spec
+        raise ValueError(f"{path} needs the name of its factory: write {path}:FACTORY")
+    if not Path(path).is_file():
+        raise ValueError(f"no plug-in {kind} at {path}")
+    found = importlib.util.spec_from_file_location(f"{kind}_{Path(path).stem}", path)
+    module = sys.modules[found.name] = importlib.util.module_from_spec(found)  # dataclasses look their module up
+    try:
+        found.loader.exec_module(module)
+        if not hasattr(module, factory):
+            raise AttributeError(f"it has no '{factory}'")
+        made = getattr(module, factory)(device)
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"{spec} made no {kind}: {type(error).__name__}: {reason}") from error
+    if lacking := [name for name in needs if not hasattr(made, name)]:
+        raise ValueError(f"{spec} returned a {type(made).__name__} without '{lacking[0]}', no {kind}")
+    return made
