@@ -203,7 +203,7 @@ def phi_s(run):
 
 def answers(run, choose):
     """The run's cache, the held-out images that `choose` takes, and their features, {"teacher", "student"}."""
-    cache, student = data.Cache(run / "toy" / "cache"), amoe.load(run / "student.safetensors")
+    cache, student = data.Cache(run / "toy" / "cache"), amoe.load(run)
     chosen = choose(cache, evaluate.split(cache)[1])
     models = {"teacher": evaluate.of_targets(cache.spaces), "student": evaluate.of_student(student)}
     streams = {who: evaluate.stream(model, cache, chosen, stored=who == "teacher") for who, model in models.items()}
@@ -320,7 +320,7 @@ def main(argv=None):
     names, run = args.name or list(FIGURES), Path(args.run)
     if unknown := set(names) - set(FIGURES):
         parser.error(f"no picture is called '{min(unknown)}': choose of {', '.join(FIGURES)}")
-    if set(names) - {"pack", "student"} and not (run / "student.safetensors").is_file():
+    if set(names) - {"pack", "student"} and not (run / "student" / "config.json").is_file():
         parser.error(f"{run} holds no run: `python train.py` makes one, or --run names another")
     for name in names:
         FIGURES[name](run)

@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 
 # Said with the teacher's own name for its terms; others are for the user to look up.
-LICENCES = {"siglip2": "SigLIP 2 is Apache-2.0.", "dinov3": "DINOv3 is under the DINOv3 License."}
+LICENCES = {
+    "siglip2": "SigLIP 2 is Apache-2.0.",
+    "dinov3": "DINOv3 is under the DINOv3 License, which says what may be done with models made from its outputs.",
+}
 
 PLAIN = """```python
 from modeling_amoe import load, open_image  # one image at a time; torch and safetensors alone, Pillow for open_image

@@ -96,14 +96,18 @@ def test_the_student_of_the_readme_answers(tmp_path, monkeypatch, capsys):
     """Catches an example that no longer runs, and shapes in its comments that are not so."""
     config = amoe.Config(layers=1, dim=16, heads=2, head_dim=8, experts=2, top_k=1, expert_hidden=8)
     (tmp_path / "runs" / "toy").mkdir(parents=True)
-    student = amoe.AMoE(config, [amoe.Space("text", 64), amoe.Space("dense", 96)])
-    amoe.save(student, tmp_path / "runs" / "toy" / "student.safetensors")
-    for name in ("a.png", "b.png"):
-        Image.fromarray(np.full((40, 70, 3), 90, np.uint8)).save(tmp_path / name)
+    spaces = [
+        amoe.Space(name, C, phi_s=amoe.PhiS.fit(torch.randn(200, C)), summary_mean=torch.zeros(C))
+        for name, C in (("text", 64), ("dense", 96))
+    ]
+    amoe.save(amoe.AMoE(config, spaces), tmp_path / "runs" / "toy" / "student")
+    (tmp_path / "photos").mkdir()
+    for name, grey in (("a.png", 90), ("b.png", 200)):
+        Image.fromarray(np.full((40, 70, 3), grey, np.uint8)).save(tmp_path / "photos" / name)
     monkeypatch.chdir(tmp_path)
     exec(python_of("Using a student"), {})
     out = capsys.readouterr().out
-    assert "torch.Size([8, 96])" in out and "torch.Size([8, 16])" in out
+    assert "(2, 4) torch.Size([8, 96])" in out and "photos/a.png\nphotos/b.png" in out
 
 
 def test_one_image_shows_what_its_lines_give(tmp_path):

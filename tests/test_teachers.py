@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import teachers
@@ -733,3 +734,54 @@ def test_real_sizes_run_on_a_cpu_within_24_gib(kind):
     )
     print(line)
     assert line["peak_host_gib"] < 24 and line["packed_over_padded"] > 1
+
+
+# ---- folders as the Hub lays them out ----
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_hub_folder_is_taken_as_it_is(shared, tmp_path, parts, random_images):
+    """Catches a number of heads taken from the table where config.json says another, and parts that are left out."""
+    tensors = load_file(shared / "golden" / "dinov3.safetensors")
+    state = {key.removeprefix("state_hf/"): v for key, v in tensors.items() if key.startswith("state_hf/")}
+    with safe_open(shared / "golden" / "dinov3.safetensors", "pt") as file:
+        heads = json.loads(file.metadata()["meta"])["config"]["n_heads"]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "dinov3_vit", "num_attention_heads": heads}))
+    keys = sorted(state)
+    names = ["model.safetensors"] if parts == 1 else [f"model-{n:05d}-of-00002.safetensors" for n in (1, 2)]
+    for n, name in enumerate(names):
+        save_file({key: state[key].contiguous() for key in keys[n::parts]}, tmp_path / name, {"format": "pt"})
+    if parts == 2:
+        weight_map = {key: names[i % 2] for i, key in enumerate(keys)}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    [teacher] = teachers.load_teachers([f"dinov3={tmp_path}"], tmp_path, "cpu")
+    want = teachers.load_state("dinov3", state, n_heads=heads)
+    batch = pack(*random_images)
+    assert torch.equal(teacher(batch)["patch"], want(batch)["patch"])
+
+
+def test_a_hub_folder_of_siglip2_finds_its_tokenizer_and_its_heads(shared, tmp_path):
+    """Catches a tokenizer looked for beside the folder, and two towers of other numbers of heads run with one."""
+    tensors = load_file(shared / "golden" / "siglip2.safetensors")
+    state = {k.removeprefix("state/"): v.contiguous() for k, v in tensors.items() if k.startswith("state/")}
+    with safe_open(shared / "golden" / "siglip2.safetensors", "pt") as file:
+        heads = json.loads(file.metadata()["meta"])["config"]["n_heads"]
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    config = {"vision_config": {"num_attention_heads": heads}, "text_config": {"num_attention_heads": heads}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    teacher = teachers.load_teacher(f"siglip2={tmp_path}")
+    assert teacher.tokenizer == tmp_path / "tokenizer.json" and teacher.pool_heads == heads
+    config["text_config"]["num_attention_heads"] = 2 * heads
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="both have as many"):
+        teachers.load_teacher(f"siglip2={tmp_path}")
+
+
+def test_a_folder_that_is_not_clear_is_named(tmp_path):
+    """Catches weights chosen by the order of a directory."""
+    with pytest.raises(ValueError, match=r"no \.safetensors"):
+        teachers.load_teacher(f"dinov3={tmp_path}")
+    for name in "ab":
+        save_file({name: torch.zeros(1)}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(ValueError, match=r"a\.safetensors, b\.safetensors"):
+        teachers.load_teacher(f"dinov3={tmp_path}")
