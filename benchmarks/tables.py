@@ -117,7 +117,20 @@ def loader():
     return table(head, rows, "Shares of plain files' bandwidth, and thousands of tokens a second.")
 
 
-TABLES = {make.__name__: make for make in (toy, photos, evaluate, teachers, step, int8, loader)}
+def adapt():
+    found = load("adapt")
+    measures, rows = ("zeroshot", "knn", "miou"), []
+    for name, s in found["scores"].items():
+        rows.append((name, *(f"{s[where][m]:.3f}" for where in ("new", "old") for m in measures)))
+    note = (
+        "`python -m benchmarks.adapt runs/toy`: {steps} steps on {images} images, n = 1 seed; scored on {new} held-out "
+    )
+    note += "images of the new domain and {old} of the old. kNN's bank and mIoU's probe come from the same domain."
+    head = ("", *(f"{where}: {m}" for where in ("new domain", "old") for m in measures))
+    return table(head, rows, note.format(**found, **found["held_out"]))
+
+
+TABLES = {make.__name__: make for make in (toy, photos, evaluate, teachers, step, int8, loader, adapt)}
 
 
 def changed_pages(root=HERE.parent):

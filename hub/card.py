@@ -80,7 +80,9 @@ def score_table(result):
 
 def card(folder, state, changed):
     """The card's text: of a run's folder, a checkpoint's state, and the flags that are not at their defaults."""
-    begun, result = json.loads((folder / "log.jsonl").read_text().splitlines()[0]), {}
+    begun, result = {"commit": "unknown", "versions": {}, "device": "unknown"}, {}
+    if (folder / "log.jsonl").exists():
+        begun = json.loads((folder / "log.jsonl").read_text().splitlines()[0])
     if (folder / "result.json").exists():
         result = json.loads((folder / "result.json").read_text())
     if result.get("steps") != state["step"] or "student" not in result:  # of another step, or not measured

@@ -452,6 +452,12 @@ def test_two_ranks_train_and_resume_sharded_or_not(cache, tmp_path):
     again = torchrun(*words[:-3], "--steps", "6", "--fsdp", "--resume")
     assert again.returncode == 0, again.stderr[-3000:]
     assert sorted(losses(tmp_path / "run")) == [1, 2, 3, 4, 5, 6]
+    left = (tmp_path / "run" / "student" / "model.safetensors").read_bytes()
+    for path in [*(tmp_path / "run" / "student").iterdir(), tmp_path / "run" / "log.jsonl"]:
+        path.unlink()
+    train.main(["--export", str(tmp_path / "run")])
+    assert (tmp_path / "run" / "student" / "model.safetensors").read_bytes() == left
+    assert "commit | unknown" in (tmp_path / "run" / "student" / "README.md").read_text()
 
 
 @pytest.mark.slow
