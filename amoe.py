@@ -13,8 +13,9 @@ R registers, N rows of anything, B images of the global batch.
 """
 
 # Ours before the others: kernels sets, before torch is loaded, how OpenMP's threads wait
+from hub.commands import Parser, choose_device, locked, number, one_line, reading, run_command  # noqa: F401
 from hub.plug_in import plug_in
-from hub.siglino import from_siglino, to_siglino
+from hub.siglino import check_sizes, from_siglino, to_siglino
 from kernels.arkd import arkd
 from kernels.attention import attend, image_runs
 from kernels.hadamard import hadamard
@@ -779,7 +780,7 @@ def read_state(path):
         return read_state(found[0])
     if not path.is_file():
         raise ValueError(f"no weights at {path}")
-    try:
+    with reading(path):
         if path.suffix == ".json":
             parts = sorted(set(json.loads(path.read_text())["weight_map"].values()))
             return {key: value for part in parts for key, value in read_state(path.with_name(part)).items()}
@@ -787,11 +788,8 @@ def read_state(path):
             state = safetensors.torch.load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a reader's own error names no file
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} is not a readable weights file: {reason}") from error
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise ValueError(f"{path} holds no state dict of tensors")
+        if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+            raise ValueError("holds no state dict of tensors")
     return state
 
 
@@ -812,9 +810,10 @@ def write_atomically(path, write):
         os.fsync(folder)
         os.close(folder)
     except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError
-        temporary.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
-        raise ValueError(f"cannot write {path}: {reason}; what was there before is untouched") from error
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        said = one_line(error).removeprefix(f"{temporary}: ")
+        raise ValueError(f"cannot write {path}: {said}; what was there before is untouched") from error
 
 
 def describe(model):
@@ -830,6 +829,7 @@ def describe(model):
 
 def rebuild(about, state, source):
     """The student that `describe` told of with the weights of `state`, in eval mode; source: their name in errors."""
+    check_sizes(about, state, source)
     spaces, trunk = [], about["trunk"]
     for name, sizes in about["heads"].items():
         C, pool = sizes["dim"], sizes["pool"] or {"heads": 0, "eps": 0}
@@ -884,9 +884,10 @@ def save(model, folder):
 def read_config(folder):
     """config.json of a folder; {} where there is none that can be read."""
     try:
-        return json.loads((Path(folder) / "config.json").read_text())
-    except (OSError, ValueError):
+        about = json.loads((Path(folder) / "config.json").read_text())
+    except (OSError, ValueError, RecursionError):
         return {}
+    return about if isinstance(about, dict) else {}
 
 
 def load(path, top_k=6):
@@ -899,7 +900,7 @@ def load(path, top_k=6):
     for folder in (path, path / "student", *([path.parent] if path.name == "model.safetensors" else [])):
         about = read_config(folder)
         if about.get("model_type") == "amoe" and "heads" in about:
-            if "factory" in about["trunk"]:
+            if isinstance(about.get("trunk"), dict) and isinstance(about["trunk"].get("factory"), str):
                 about["trunk"]["factory"] = str(folder / about["trunk"]["factory"])
             return rebuild(about, read_state(folder / "model.safetensors"), folder)
     if next(path.glob("step-*.pt"), None):

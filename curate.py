@@ -20,6 +20,7 @@ Shape letters: N points (or this rank's), K centroids, D channels, B points of a
 """
 
 # These before torch: kernels/__init__.py, which each of them loads first, sets how OpenMP's threads wait.
+import amoe
 import data
 from amoe import write_atomically
 from images import find_sources, load_image
@@ -27,7 +28,7 @@ from kernels.kmeans import PRODUCTS, Assignment, product_for
 from kernels.seeds import draw_seeds, random_of, single_threaded
 
 # isort: split
-import argparse
+import itertools
 import json
 import os
 import threading
@@ -48,8 +49,9 @@ BLOCK = 8192  # points; ranks own whole blocks, so a block's arithmetic is the s
 # ---- flags ----
 
 
-def flag(default, text):
-    return field(default=default, metadata={"help": text})
+def flag(default, text, allowed=None):
+    """A field of Config; allowed: a number's (least, most)."""
+    return field(default=default, metadata={"help": text, "allowed": allowed})
 
 
 @dataclass
@@ -57,16 +59,16 @@ class Config:
     """What `python curate.py` takes; the fields are the flags."""
 
     # changes results
-    levels: tuple[int, ...] = flag(None, "clusters per level, from the points up, decreasing (required)")
-    keep: int = flag(None, "how many images to keep (required)")
-    seed: int = flag(0, "the result is a function of the features, these flags and this")
-    iterations: int = flag(10, "Lloyd iterations of every k-means")
-    resamplings: int = flag(10, "resampling steps a level; 0 for plain hierarchical k-means")
-    share: float = flag(0.3, "points a cluster gives to a resampling (r): this share of the mean")
-    nearest: int = flag(32, "r is at most this (at least 2); r x clusters points are in memory")
-    split_above: int = flag(50_000, "a level of more clusters than this takes two steps: coarse cells, k-means in each")
+    levels: tuple[int, ...] = flag(None, "clusters per level, from the points up, decreasing (required)", (1, 10**9))
+    keep: int = flag(None, "how many images to keep (required)", (1, 10**12))
+    seed: int = flag(0, "the result is a function of the features, these flags and this", (0, 2**63 - 1))
+    iterations: int = flag(10, "Lloyd iterations of every k-means", (1, 10**4))
+    resamplings: int = flag(10, "resampling steps a level; 0 for plain hierarchical k-means", (0, 10**4))
+    share: float = flag(0.3, "points a cluster gives to a resampling (r): this share of the mean", (0, 1))
+    nearest: int = flag(32, "r is at most this; r x clusters points are in memory", (2, 10**6))
+    split_above: int = flag(50_000, "more clusters than this take two steps: cells, k-means in each", (1, 10**9))
     # speed only
-    device: str = flag(None, "cpu or cuda (default: cuda if there is one)")
+    device: str = flag("auto", "auto, cpu, cuda or cuda:N")
     # paths
     features: str = flag(None, "a feature cache (folder) or an .npy file [N, D] (required)")
     teacher: str = flag(None, "cached teacher whose summaries are clustered (default: the first)")
@@ -152,6 +154,16 @@ class Points:
             row = self.lo + block.start + int(bad.nonzero()[0])
             raise ValueError(f"{self.name}: row {row} holds NaN, infinity or more than 1e18; drop or fix such rows")
         return max(abs(v.item()) for v in x_BD.aminmax())
+
+    def hash_rows(self):
+        """The hash of all rows as they are stored, the same for any number of ranks."""
+
+        def work(block):
+            raw = np.ascontiguousarray(self.read(slice(self.lo + block.start, self.lo + block.stop))).view(np.uint8)
+            return [data.digest(raw[first : first + BLOCK]) for first in range(0, len(raw), BLOCK)]
+
+        blocks = itertools.chain(*self.all_gather(list(itertools.chain(*self.each_block(work)))))
+        return data.digest("".join(blocks).encode())
 
     def subset(self, ids, alone=False):
         """Some of the points as Points in memory, on every rank."""
@@ -412,15 +424,17 @@ def cluster_points(points, k, config, seed, log=lambda line: None):
     return c_KD, label_N
 
 
-def build_tree(points, config, folder=None, log=lambda line: None):
+def build_tree(points, config, folder=None, log=lambda line: None, tree_hash=""):
     """The tree, bottom-up: for each level its centroids [K, D] float32 and the parent of each node below (int64).
-    With a folder, each finished level is written there and read back by the next run: a killed run continues.
+    With a folder, each finished level is written there and read back by the next run of the same tree_hash.
     """
     tree = []
     for depth, k in enumerate(config.levels):
         path = folder and folder / f"level{depth + 1}.npz"
         if path and path.exists():
-            with np.load(path) as saved:
+            with amoe.reading(path), np.load(path) as saved:
+                if str(saved["tree"]) != tree_hash:
+                    raise ValueError("a level of another tree: remove it, and it is made anew")
                 tree.append({name: saved[name] for name in ("centroids", "parent", "inertia")})
             log(f"level {depth + 1}: {k} clusters, read from {path.name}")
         else:
@@ -431,7 +445,7 @@ def build_tree(points, config, folder=None, log=lambda line: None):
             parent, inertia = nodes.all_concat(label_N.cpu().numpy()), d2_N.mean(dtype=np.float64)
             tree.append({"centroids": nodes.uncentre(c_KD), "parent": parent, "inertia": inertia})
             if path and points.rank == 0:
-                write_atomically(path, lambda file, level=tree[-1]: np.savez(file, **level))
+                write_atomically(path, lambda file, level=tree[-1]: np.savez(file, **level, tree=tree_hash))
             about = f"{k} clusters of {nodes.n}, mean d^2 {inertia:.5g}, {time.perf_counter() - began:.1f} s"
             log(f"level {depth + 1}: {about}")
         if points.shared:
@@ -556,10 +570,10 @@ def load_features(config):
         return np.asarray(ids), x_ND, lambda rows: data.thumbnails(path, np.asarray(ids)[rows])
     if path.suffix != ".npy" or not path.is_file():
         raise ValueError(f"--features {path}: want a cache folder (with cache.json) or an .npy file, and it is neither")
-    try:
+    with amoe.reading(path):
         x_ND = np.load(path, mmap_mode="r")
-    except ValueError as error:
-        raise ValueError(f"--features {path}: not a readable .npy matrix ({error})") from None
+        if x_ND.ndim != 2 or not x_ND.size or x_ND.dtype.kind not in "fiu":
+            raise ValueError(f"no matrix [N, D] of numbers, but {x_ND.dtype} {list(x_ND.shape)}")
     if not config.images:
         return np.arange(len(x_ND)), x_ND, None
     sources = find_sources(config.images)
@@ -577,37 +591,36 @@ def read_thumbnail(source):
 
 
 def check_same_tree(out, points, config):
-    """Make the folder; ValueError if it holds the tree of other features or flags. Another --keep may reuse it."""
+    """Make the folder; ValueError if it holds the tree of other features or flags. Another --keep may reuse it.
+    Returns the hash of what the tree is made of, to which its levels are bound.
+    """
     about = {k: v for k, v in asdict(config).items() if k not in ("keep", "device", "images", "out", "features")}
-    about |= {
-        "points": points.n,
-        "channels": points.d,
-        "checksum": float(np.abs(points.mean_D, dtype=np.float64).sum()),
-    }
+    about |= {"points": points.n, "channels": points.d, "hash": points.hash_rows()}
+    about = json.loads(json.dumps(about))  # as it will be read
     if points.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         if not (out / "tree.json").exists():
             write_atomically(out / "tree.json", lambda file: file.write(json.dumps(about, indent=1).encode()))
     if points.shared:
         dist.barrier()
-    before = json.loads((out / "tree.json").read_text())
+    with amoe.reading(out / "tree.json"):
+        before = dict(json.loads((out / "tree.json").read_bytes()))
     if differ := {k: (before.get(k), about.get(k)) for k in before | about if before.get(k) != about.get(k)}:
         raise ValueError(f"--out {out} holds the tree of another run, (then, now): {differ}; choose another folder")
+    return data.digest(json.dumps(about, sort_keys=True).encode())
 
 
 def run(config):
     """The command: features in, DIR/kept.npy, level*.npz, report.json and clusters.png out."""
     ids, x_ND, read_images = load_features(config)
     check_levels(len(x_ND), config.levels, config.keep)
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: torch sees no GPU here")
+    device = amoe.choose_device(config.device)
     points = Points(x_ND, device, config.features)
     log = print if points.rank == 0 else lambda line: None
     shape, how = f"{points.n} points of {points.d} channels", PRODUCTS[product_for(points.device)]
     log(f"{shape}, {points.ranks} rank(s), {device}: {how}")
-    check_same_tree(Path(config.out), points, config)
-    tree = build_tree(points, config, Path(config.out), log)
+    tree_hash = check_same_tree(Path(config.out), points, config)
+    tree = build_tree(points, config, Path(config.out), log, tree_hash)
     if points.rank == 0:
         write_results(tree, sample(tree, config.keep, config.seed), ids, read_images, config, log)
 
@@ -626,23 +639,21 @@ def write_results(tree, kept, ids, read_images, config, log):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="balanced subset by hierarchical k-means", allow_abbrev=False)
+    parser = amoe.Parser(prog="curate.py", description="balanced subset by hierarchical k-means")
     for f in fields(Config):
-        kind = {"type": int, "nargs": "+"} if f.name == "levels" else {"type": f.type}
-        text = f.metadata["help"] if f.default is None else f"{f.metadata['help']} (default: {f.default})"
-        required = f.name in ("features", "levels", "keep", "out")
-        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, required=required, **kind)
+        how = {"help": f.metadata["help"], "default": f.default, "required": "(required)" in f.metadata["help"]}
+        if f.metadata["allowed"]:
+            how["type"] = amoe.number(f.type if f.type is float else int, *f.metadata["allowed"])
+        parser.add_argument("--" + f.name.replace("_", "-"), nargs="+" if f.name == "levels" else None, **how)
     config = Config(**vars(parser.parse_args(argv)))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         dist.init_process_group("gloo", timeout=timedelta(days=7))  # ranks wait for as long as a level may take
     try:
         run(config)
-    except ValueError as error:
-        parser.exit(2, f"curate.py: error: {error}\n")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    amoe.run_command("curate.py", main, "what is finished stays, the same command goes on from there")

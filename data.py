@@ -29,7 +29,8 @@ A shard without a valid shard.json does not exist for readers; a writer that fin
 Shape letters: T tokens of a pack, M images in it, N images, C channels of a teacher, R registers.
 """
 
-from amoe import ROW, dequantise, pack, quantise
+import amoe
+from amoe import ROW, dequantise, one_line, pack, quantise
 from images import (
     SHARED,
     Images,
@@ -57,7 +58,6 @@ from teachers import (
 )
 
 # isort: split
-import argparse
 import contextlib
 import itertools
 import json
@@ -133,6 +133,8 @@ def read_about(store, path):
         about = json.loads(raw)
     except ValueError as error:
         raise ValueError(f"{path}/cache.json is damaged: {error}") from error
+    if not isinstance(about, dict):
+        raise ValueError(f"{path}/cache.json is damaged: it holds no object")
     if about.get("format") != FORMAT:
         raise ValueError(f"{path} has cache format {about.get('format')} and this code reads {FORMAT}: cache it anew")
     if unseal(raw) is None:
@@ -192,7 +194,7 @@ class Shard:
         try:
             return future.result()
         except (ValueError, OSError) as error:
-            raise Damage(self.number, f", array {name}: {str(error).splitlines()[0][:200]}") from error
+            raise Damage(self.number, f", array {name}: {one_line(error)}") from error
 
     def all(self, name):
         return self.wait(name, self.read(name))
@@ -295,6 +297,8 @@ class Cache:
             target = {"patch": as_tensor(patch)}
             for kind in ("summary", "registers") if space.registers else ("summary",):
                 rows_C = [self.array(number, f"{kind}.{space.name}")[i] for number, i in entries]
+                for (number, _), row_C in zip(entries, rows_C, strict=True):
+                    check_finite(number, f"{kind}.{space.name}", row_C)
                 target[kind] = torch.from_numpy(np.stack(rows_C))
             if space.registers:
                 target["registers"] = target["registers"].unflatten(1, (space.registers, space.dim))
@@ -335,6 +339,12 @@ class Cache:
         return torch.from_numpy(np.stack([rows[number][i] for number, i in entries]))
 
 
+def check_finite(number, name, array):
+    """Damage where what a shard holds of a teacher is NaN or infinity: a measure of it would be wrong in silence."""
+    if not np.isfinite(array).all():
+        raise Damage(number, f", array {name}: it holds values that are not finite (NaN or infinity)")
+
+
 def as_tensor(array):
     """numpy to torch, bfloat16 included, which numpy knows by tensorstore's word only."""
     if array.dtype == np.dtype("int8"):
@@ -368,9 +378,21 @@ def verify(cache):
                     f"shard {number:05d}, array {key.split('/')[0]}: {key} {state}; remove shards/{number:05d} and "
                     f"rerun the caching command"
                 )
+        if not any(f"shard {number:05d}" in complaint for complaint in complaints):
+            complaints += complaints_of_values(cache.shard(number))
     if not complaints and cache.store.read("skipped.jsonl").result().value != skipped_lines(cache.store):
         complaints.append("skipped.jsonl is not what the shards say: rerun the caching command")
     return complaints
+
+
+def complaints_of_values(shard):
+    """What verify has to say of a shard whose bytes are those that were written."""
+    names = {key.split("/")[0] for key in shard.record["files"]}
+    for name in sorted(n for n in names if n.startswith(("patch.", "summary.", "registers."))):
+        try:
+            check_finite(shard.number, name, shard.all(name) if shard.record["rows"] else 0)
+        except Damage as error:
+            yield f"{error}; remove shards/{shard.number:05d} and rerun the caching command"
 
 
 def signal_to_noise(cache):
@@ -637,9 +659,8 @@ def naming_errors(what):
     try:
         yield
     except (OSError, ValueError) as error:
-        said = str(error).split("\n")[0].split(" [source locations")[0]
         raise ValueError(
-            f"cannot write {what}: {said}; what is committed stays, and the same command goes on from there"
+            f"cannot write {what}: {one_line(error)}; what is committed stays, and the same command goes on from there"
         ) from error
 
 
@@ -716,7 +737,8 @@ class Order:
     def __init__(self, dataset, n_tokens, seed=0, subset=None, registers=4):
         self.dataset, self.n_tokens, self.seed, self.special = dataset, n_tokens, seed, 1 + registers
         self.subset = None if subset is None else np.sort(np.asarray(subset))
-        self.windows = -(-len(dataset.numbers) // WINDOW)
+        self.there = np.array(dataset.numbers)  # a lost shard leaves the order of the others alone
+        self.windows = -(-dataset.n_shards // WINDOW)
         self.epoch = None, None
         if not any(len(self.kept(number)) for number in dataset.numbers):
             raise ValueError(
@@ -740,14 +762,17 @@ class Order:
     def permuted(self, epoch):
         """The numbers of the shards in the order of an epoch, which is kept: a permutation of 390,625 takes 10 ms."""
         if self.epoch[0] != epoch:
-            self.epoch = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.dataset.numbers)
+            self.epoch = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.dataset.n_shards)
         return self.epoch[1]
 
     def plan(self, position):
         """The packs of a window, [[(shard number, index), ...], ...], and the images that it carries over."""
-        numbers = self.permuted(position.epoch)[position.window * WINDOW : (position.window + 1) * WINDOW].tolist()
-        first = len(position.carried)
-        parts = [(n, np.array([i])) for n, i in position.carried] + [(n, self.kept(n)) for n in numbers]
+        numbers = self.permuted(position.epoch)[position.window * WINDOW : (position.window + 1) * WINDOW]
+        numbers = numbers[is_in(numbers, self.there)].tolist()
+        carried = [(n, i) for n, i in position.carried if n in self.there]
+        first, parts = len(carried), [(n, np.array([i])) for n, i in carried] + [(n, self.kept(n)) for n in numbers]
+        if not parts:
+            return [], ()
         random = np.random.default_rng([self.seed, position.epoch, position.window + 1])
         count = sum(len(indices) for _, indices in parts)
         order = np.concatenate([np.arange(first), first + random.permutation(count - first)]).astype(np.int64)
@@ -773,6 +798,26 @@ class Order:
                 yield packs[n], replace(position, pack=n + 1)
             last = position.window + 1 == self.windows
             position = Position(position.epoch + last, 0 if last else position.window + 1, 0, carried)
+
+
+def read_subset(path):
+    """The image ids of a .npy, as curate.py writes it, int64 [N]; None without a path. ValueError names the file."""
+    if not path:
+        return None
+    with amoe.reading(path):
+        ids = np.load(path)
+        if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(f"holds {ids.dtype} {list(ids.shape)} and image ids are a row of integers")
+        return ids.astype(np.int64)
+
+
+def names_of(dataset, ids):
+    """The names of the sources of image ids, each once."""
+    found = {}
+    for number in dataset.numbers:
+        for i in np.flatnonzero(np.isin(dataset.shard(number).ids, ids)).tolist():
+            found[dataset.meta((number, i))["source"]] = True
+    return list(found)
 
 
 # ---- the loader ----
@@ -849,62 +894,57 @@ def describe(sources):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="data.py", description="The feature cache.", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-    write = commands.add_parser("cache", help="run teachers over images and write a cache", allow_abbrev=False)
+    parser = amoe.Parser(prog="data.py", description="The feature cache.")
+    commands, number = parser.add_subparsers(dest="command", required=True), amoe.number
+    write = commands.add_parser("cache", help="run teachers over images and write a cache")
     add = write.add_argument
     places = {"nargs": "+", "required": True, "help": "folders of images or tars, tars, .txt lists of them, or URLs"}
     add("--images", **places)
-    add(
-        "--teacher",
-        action="append",
-        required=True,
-        metavar="NAME=SPEC",
-        help="weights file, or file.py:factory; repeatable",
-    )
+    more = {"action": "append", "required": True, "metavar": "NAME=SPEC"}
+    add("--teacher", **more, help="weights file, or file.py:factory; repeatable")
     add("--out", required=True, help="folder or tensorstore URL of the cache; an unfinished one is continued")
-    add("--min-tokens", type=int, default=1, help="patches below which an image is enlarged")
-    add("--max-tokens", type=int, default=256, help="patches above which an image is shrunk")
-    add("--views", type=int, default=1, help="views an image: the whole of it, then random crops")
+    add("--min-tokens", type=number(int, 1, 65536), default=1, help="patches below which an image is enlarged")
+    add("--max-tokens", type=number(int, 1, 65536), default=256, help="patches above which an image is shrunk")
+    add("--views", type=number(int, 1, 10**4), default=1, help="views an image: the whole of it, then random crops")
     add("--subset", help=".npy of image ids to keep (curate.py writes one)")
     add("--dtype", choices=("int8", "bf16"), default="int8", help="how patch features are stored")
-    add("--seed", type=int, default=0, help="of the calibration sample and the views")
-    add("--shard-images", type=int, default=512, help="sources in a shard")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the calibration sample and the views")
+    add("--shard-images", type=number(int, 1, 10**6), default=512, help="sources in a shard")
     add(
         "--shard-range",
         default="0/1",
         metavar="I/N",
-        help="write every N-th shard from the I-th: N processes or machines share the work",
+        help="write every N-th shard from the I-th: N writers share the work",
     )
-    add("--calibrate", type=int, default=512, help="images that PHI-S is fitted on")
-    add("--max-skipped", type=float, default=0.05, help="share of unusable images above which caching stops")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where teachers run")
-    index = commands.add_parser("index", help="make the table of sources, and say what is in it", allow_abbrev=False)
+    add("--calibrate", type=number(int, 1, 10**6), default=512, help="images that PHI-S is fitted on")
+    add("--max-skipped", type=number(float, 0, 1), default=0.05, help="share of unusable images that stops caching")
+    add("--device", default="auto", help="where teachers run: auto, cpu, cuda or cuda:N")
+    index = commands.add_parser("index", help="make the table of sources, and say what is in it")
     index.add_argument("--images", **places)
-    index.add_argument("--workers", type=int, default=0, help="processes that read headers; 0: threads of this one")
+    threads = {
+        "type": number(int, 0, 1024),
+        "default": 0,
+        "help": "processes that read headers; 0: threads",
+    }
+    index.add_argument("--workers", **threads)
     for name, text in (("info", "say what is in a cache"), ("verify", "check every byte of a cache")):
-        commands.add_parser(name, help=text, allow_abbrev=False).add_argument("cache")
+        commands.add_parser(name, help=text).add_argument("cache", help="its folder or URL")
     args = parser.parse_args(argv)
     if args.command == "cache":
         i, _, n = args.shard_range.partition("/")
-        i, n = (int(x) if x.isdigit() else -1 for x in (i, n))
+        i, n = (int(x) if x.isdecimal() else -1 for x in (i, n))
         if not 0 <= i < n:
             raise ValueError(f"--shard-range {args.shard_range} is not I/N with 0 <= I < N")
+        device = amoe.choose_device(args.device)
+        same = "min_tokens", "max_tokens", "views", "dtype", "seed", "shard_images", "calibrate", "max_skipped"
         result = cache(
             args.images,
-            load_teachers(args.teacher, args.images[0], args.device),
+            load_teachers(args.teacher, args.images[0], device),
             args.out,
-            min_tokens=args.min_tokens,
-            max_tokens=args.max_tokens,
-            views=args.views,
-            subset=None if args.subset is None else np.load(args.subset),
-            dtype=args.dtype,
-            seed=args.seed,
-            shard_images=args.shard_images,
+            subset=read_subset(args.subset),
             shard_range=(i, n),
-            calibrate=args.calibrate,
-            max_skipped=args.max_skipped,
-            device=args.device,
+            device=device,
+            **{name: value for name, value in vars(args).items() if name in same},
         )
         info(result)
     elif args.command == "index":
@@ -921,9 +961,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except ValueError as error:
-        sys.exit(f"data.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("data.py: interrupted; what is committed stays, the same command continues")
+    amoe.run_command("data.py", main, "what is committed stays, the same command continues")

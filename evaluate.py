@@ -16,10 +16,11 @@ import amoe
 from amoe import PATCH, dequantise, pack, split_by_tokens, to_rows
 from data import held_out
 from images import Images, find_sources, resized, target_grid, with_image
-from teachers import load_teachers, make_targets, run_teachers
+from teachers import embed_text, load_teachers, make_targets, run_teachers
 
 # isort: split
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -52,7 +53,7 @@ def of_student(model):
             features[name]["patch"] = head.own(features[name]["patch"].float())
         return features
 
-    answer.registers, answer.heads = model.registers, [*model.heads, "amoe"]
+    answer.name, answer.registers, answer.heads = "the student", model.registers, [*model.heads, "amoe"]
     return answer
 
 
@@ -62,7 +63,7 @@ def of_teacher(teacher, device="cpu"):
     def answer(batch):
         return run_teachers([teacher], batch.to(device))
 
-    answer.heads = [teacher.name]
+    answer.name, answer.heads = f"teacher '{teacher.name}'", [teacher.name]
     return answer
 
 
@@ -118,11 +119,12 @@ def stream(model, dataset, entries, n_tokens=4096, stored=False, progress=None):
                 entry = next(e for e in there if dataset.shard(e[0]).ids[e[1]] == image_id)
                 rows = batch.patch_rows(i)
                 shape = tuple(batch.shapes[i].tolist())
-                yield (
-                    entry,
-                    shape,
-                    {h: {"summary": f["summary"][i], "patch": f["patch"][rows]} for h, f in features.items()},
-                )
+                said = {h: {"summary": f["summary"][i], "patch": f["patch"][rows]} for h, f in features.items()}
+                for head, f in said.items():
+                    if not all(torch.isfinite(x).all() for x in f.values()):
+                        who, image = getattr(model, "name", "the model"), dataset.meta(entry)["source"]
+                        raise ValueError(f"{who}, head '{head}': features of {image} that are not finite")
+                yield entry, shape, said
             bar.update(len(part))
     bar.close()
 
@@ -143,9 +145,16 @@ def gather(streamed, kept=None):
 # ---- measures ----
 
 
+def finite(x_NC):
+    """The rows as they are; ValueError where one holds NaN or infinity: NaN wins or loses every comparison."""
+    if not (sound_N := torch.isfinite(x_NC).all(1)).all():
+        raise ValueError(f"features that are not finite (NaN or infinity): row {int((~sound_N).nonzero()[0])}")
+    return x_NC
+
+
 def unit(x_NC, published=False):
     """Rows of length one; as published, in the bfloat16 that SigLino is evaluated in, where many cosines are equal."""
-    return F.normalize(x_NC.bfloat16() if published else x_NC, dim=1)
+    return F.normalize(finite(x_NC.bfloat16() if published else x_NC), dim=1)
 
 
 def knn(bank_NC, labels_N, query_QC, truth_Q, k=20, temperature=0.07, published=False):
@@ -155,7 +164,9 @@ def knn(bank_NC, labels_N, query_QC, truth_Q, k=20, temperature=0.07, published=
     for query, truth in zip(query_QC.split(1024), truth_Q.split(1024), strict=True):  # never Q x N
         similarity, nearest = (unit(query, published) @ bank_NC.T).topk(k, dim=1)
         votes = similarity.new_zeros(len(query), int(max(labels_N.max(), truth_Q.max())) + 1)
-        votes.scatter_add_(1, labels_N[nearest], (similarity / temperature).exp())
+        # less the nearest's cosine: the votes stand as they do without, and none is infinite
+        weight = similarity if published else similarity - similarity[:, :1]
+        votes.scatter_add_(1, labels_N[nearest], (weight / temperature).exp())
         won += wins(votes, truth, published) * len(query)
     return won / len(query_QC)
 
@@ -179,11 +190,11 @@ def recall(query_QC, gallery_NC, truth_Q, labels_N=None, at=(1, 5, 10)):
 
     A gallery row is a query's own where its label (by default its index) is the query's truth. Ties rank before it.
     """
-    gallery_NC = F.normalize(gallery_NC, dim=1)
+    gallery_NC = unit(gallery_NC)
     labels_N = torch.arange(len(gallery_NC)) if labels_N is None else labels_N
     hits = dict.fromkeys(at, 0)
     for query, truth in zip(query_QC.split(1024), truth_Q.split(1024), strict=True):  # never Q x N
-        score = F.normalize(query, dim=1) @ gallery_NC.T
+        score = unit(query) @ gallery_NC.T
         own = labels_N == truth[:, None]
         best = score.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
         rank = ((score >= best) & ~own).sum(1)
@@ -221,7 +232,7 @@ def linear_probe(x_NC, share_NK, iterations=40, decay=1e-4):
 
     Full-batch L-BFGS from zero on standardised features: nothing to tune, nothing to draw.
     """
-    mean, std = x_NC.mean(0), x_NC.std(0).clamp(min=1e-6)
+    mean, std = finite(x_NC).mean(0), x_NC.std(0).clamp(min=1e-6)
     x = (x_NC - mean) / std
     weight = torch.zeros(share_NK.shape[1], x.shape[1], requires_grad=True)
     bias = torch.zeros(share_NK.shape[1], requires_grad=True)
@@ -240,7 +251,7 @@ def linear_probe(x_NC, share_NK, iterations=40, decay=1e-4):
 
 def confusion(probe, patch_NC, shape, mask_HW, classes, void=VOID):
     """Pixels by [true class, guessed class], the probe's logits upsampled bilinearly to the mask."""
-    logits = F.linear(patch_NC, *probe).T.reshape(1, classes, *shape)
+    logits = F.linear(finite(patch_NC), *probe).T.reshape(1, classes, *shape)
     guess = F.interpolate(logits, mask_HW.shape, mode="bilinear", align_corners=False)[0].argmax(0)
     known = (mask_HW != void) & (mask_HW < classes)
     pair = mask_HW[known].long() * classes + guess[known]
@@ -267,7 +278,7 @@ def published_miou(confusion_KK, void):
 
 def cosine(a, b, mean):
     """Mean cosine of matching rows less the teacher's mean: a shared mean would flatter raw cosines."""
-    return float(F.cosine_similarity(a - mean, b - mean, dim=1).double().mean())
+    return float(F.cosine_similarity(finite(a) - mean, finite(b) - mean, dim=1).double().mean())
 
 
 # ---- pictures ----
@@ -275,7 +286,7 @@ def cosine(a, b, mean):
 
 def pca_basis(x_NC):
     """(mean [C], three principal directions [C, 3], ranges [2, 3] from the 2nd to the 98th percentile)."""
-    mean = x_NC.mean(0)
+    mean = finite(x_NC).mean(0)
     _, _, v = torch.linalg.svd((x_NC - mean)[:: max(1, len(x_NC) // 20000)], full_matrices=False)
     projected = (x_NC - mean) @ v[:3].T
     order = projected.sort(dim=0).values
@@ -570,17 +581,31 @@ def check_widths(images, text_C, name):
             )
 
 
+def read_words(args):
+    """({folder: how to say it} of --classes, the lines of --templates); ValueError names the file that holds others."""
+    templates = TEMPLATES
+    with amoe.reading(args.classes):
+        spoken = json.loads(Path(args.classes).read_bytes()) if args.classes else {}
+        if not isinstance(spoken, dict) or not all(isinstance(said, str) for said in spoken.values()):
+            raise ValueError("no object of {folder: how to say it}")
+    with amoe.reading(args.templates):
+        if args.templates:
+            templates = [line for line in Path(args.templates).read_bytes().decode().splitlines() if line.strip()]
+        if not templates or any(t.format("x") == t.format("y") for t in templates):
+            raise ValueError("want a template a line, each with {} where the class stands")
+    return spoken, templates
+
+
 def measure_zeroshot(args, model, budget):
     dataset, entries = folder(args.images, args, budget)
     encode, heads = args.encode_text, args.head or [args.text_head]
-    spoken = json.loads(Path(args.classes).read_text()) if args.classes else {}
+    spoken, templates = read_words(args)
     names = sorted({category(dataset, e) for e in entries})
-    templates = Path(args.templates).read_text().splitlines() if args.templates else TEMPLATES
     text = []
     for name in names:
         said = spoken.get(name, name.replace("_", " "))
         said = said.lower() if args.published else said
-        text.append(unit(encode([t.format(said) for t in templates]).float().cpu(), args.published).mean(0))
+        text.append(unit(encode([t.format(said) for t in templates]), args.published).mean(0))
     asked, kept = summaries(model, dataset, entries, heads, f"{budget}: images")
     check_widths(asked, text[0], args.text_head)
     truth, text = torch.tensor([names.index(category(dataset, e)) for e in kept]), torch.stack(text)
@@ -595,7 +620,7 @@ def measure_retrieval(args, model, budget):
     asked, kept = summaries(model, dataset, entries, args.head or [args.text_head], f"{budget}: images")
     captions = {}  # an image's caption may be another's too: both are then right
     truth = torch.tensor([captions.setdefault(dataset.meta(e)["caption"], len(captions)) for e in kept])
-    text = args.encode_text(list(captions)).float().cpu()
+    text = args.encode_text(list(captions))
     check_widths(asked, text[0], args.text_head)
     out = {}
     for head, x in asked.items():
@@ -612,13 +637,11 @@ def measure_retrieval(args, model, budget):
 def read_mask(root, dataset, entry, side=None):
     """An image's class indices [H, W] int64 from root/masks, or the nearest ones in a square of `side` pixels."""
     path = (root / "masks" / dataset.meta(entry)["source"]).with_suffix(".png")
-    if not path.is_file():
-        raise ValueError(f"{dataset.meta(entry)['source']} has no mask at {path}")
-    image = Image.open(path)
-    array = np.array(image.resize((side, side), Image.Resampling.NEAREST) if side else image)
-    if array.ndim != 2:
-        raise ValueError(f"{path} is no map of class indices: it has {array.shape[2]} channels")
-    return torch.from_numpy(array.astype(np.int64))
+    with amoe.reading(path), Image.open(path) as image:
+        array = np.array(image.resize((side, side), Image.Resampling.NEAREST) if side else image)
+        if array.ndim != 2:
+            raise ValueError(f"no map of class indices: it has {array.shape[2]} channels")
+        return torch.from_numpy(array.astype(np.int64))
 
 
 def fit_probes(args, train, classes, n_patches):
@@ -632,6 +655,8 @@ def fit_probes(args, train, classes, n_patches):
         labels.append(share[known])
         for head in args.head or features:
             rows.setdefault(head, []).append(chosen(features, head)["patch"][known])
+    if not any(map(len, labels)):
+        raise ValueError(f"{args.train}/masks say nothing: every pixel is --void {args.void}")
     return [{head: linear_probe(torch.cat(x), torch.cat(labels)) for head, x in rows.items()}]
 
 
@@ -749,51 +774,51 @@ PROTOCOLS = "published: as SigLino's own evaluation does it, its sizes of images
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__.split("\n")[0], allow_abbrev=False)
-    measures = parser.add_subparsers(dest="measure", required=True)
+    parser = amoe.Parser(prog="evaluate.py", description=__doc__.split("\n")[0])
+    measures, number = parser.add_subparsers(dest="measure", required=True), amoe.number
     for name, (_, text) in MEASURES.items():
-        shown = argparse.ArgumentDefaultsHelpFormatter
-        add = measures.add_parser(
-            name, help=text, description=text, allow_abbrev=False, formatter_class=shown
-        ).add_argument
-        models = "run or its student/, SigLino checkpoint, NAME=SPEC of a teacher, or untrained: " + ", ".join(
-            amoe.CONFIGS
-        )
+        add = measures.add_parser(name, help=text, description=text).add_argument
+        kinds = ("a run or its student/, a SigLino checkpoint, NAME=SPEC of a teacher, or untrained", *amoe.CONFIGS)
+        models = ", ".join(kinds)
         add("--model", required=True, nargs="+", help=f"what to measure, several in one table: {models}")
-        add("--top-k", type=int, default=6, help="experts a token of a SigLino checkpoint: 6 for 0.3B, 2 for 0.15B")
-        add("--max-tokens", type=int, nargs="+", default=[256], help="token budgets; the table has a line for each")
-        add("--head", nargs="+", help="heads by name (None: all), 'amoe' being the trunk; a+b is an ensemble")
-        add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where the model runs")
+        add("--top-k", type=number(int, 1, 1024), default=6, help="experts a token of a SigLino checkpoint (0.15B: 2)")
+        budgets = {"type": number(int, 1, 65536), "nargs": "+", "default": [256]}
+        add("--max-tokens", **budgets, help="token budgets; the table has a line for each")
+        add("--head", nargs="+", help="heads by name, else all, 'amoe' being the trunk; a+b is an ensemble")
+        add("--device", default="auto", help="where the model runs: auto, cpu, cuda or cuda:N")
         add("--out", default=f"runs/evaluate/{name}.json", help="the result, as JSON")
         if name == "speed":
-            add("--tokens", type=int, default=16384, help="tokens in a pack, at most")
+            add("--tokens", type=number(int, 1, 2**20), default=16384, help="tokens in a pack, at most")
             continue
-        add("--min-tokens", type=int, default=1, help="patches below which an image is enlarged")
+        add("--min-tokens", type=number(int, 1, 65536), default=1, help="patches below which an image is enlarged")
         add("--enlarge", action="store_true", help="bring smaller images to the budget too")
-        add("--max-skipped", type=float, default=0.05, help="share of unusable images above which it stops")
+        add("--max-skipped", type=number(float, 0, 1), default=0.05, help="share of unusable images that stops it")
         if name != "pca":
             add("--protocol", choices=("strict", "published"), default="strict", help=PROTOCOLS)
         if name in ("knn", "segment"):
             add("--train", required=True, help="folder to learn from")
-            add("--test", help="folder to be tested on (None: every tenth image of --train, by its name's hash)")
+            add("--test", help="folder to be tested on, else every tenth image of --train, by its name's hash")
         else:
             add("--images", required=True, help="folder of images")
             add("--held-out", action="store_true", help="only the tenth of them that training leaves out")
         if name in ("zeroshot", "retrieval"):
             add("--text", metavar="NAME=SPEC", help="teacher that embeds text, for the student's head of that name")
         if name == "knn":
-            add("--k", type=int, default=20, help="neighbours that vote")
-            add("--temperature", type=float, default=0.07, help="a vote weighs exp(cosine / temperature)")
+            add("--k", type=number(int, 1, 10**6), default=20, help="neighbours that vote")
+            heat = {"type": number(float, 1e-4, 1e4), "default": 0.07}
+            add("--temperature", **heat, help="a vote weighs exp(cosine / temperature)")
         elif name == "zeroshot":
             add("--classes", help="JSON of {folder: how to say it}")
             add("--templates", help="text file, a template a line, {} standing for the class")
         elif name == "segment":
-            add("--void", type=int, default=VOID, help="mask value that counts for nobody (ADE20k: 0)")
-            add("--lr", type=float, default=1e-3, help="of the published protocol's linear head")
-            add("--probe-patches", type=int, default=200_000, help="patches that the linear head learns from, at most")
+            add("--void", type=number(int, 0, 65535), default=VOID, help="mask value of no class (ADE20k: 0)")
+            add("--lr", type=number(float, 0, 10), default=1e-3, help="of the published protocol's linear head")
+            patches = {"type": number(int, 1, 10**9), "default": 200_000}
+            add("--probe-patches", **patches, help="patches that the linear head learns from, at most")
         elif name == "pca":
-            add("--count", type=int, default=8, help="images on the sheet")
+            add("--count", type=number(int, 1, 1000), default=8, help="images on the sheet")
     args = parser.parse_args(argv)
+    args.device = amoe.choose_device(args.device)
     args.published = getattr(args, "protocol", "strict") == "published"
     return args
 
@@ -819,7 +844,7 @@ def set_text(args, teacher):
         raise ValueError("a student has no text tower: give --text NAME=SPEC, the teacher that its head imitates")
     if not hasattr(teacher, "encode_text"):
         raise ValueError(f"teacher '{teacher.name}' embeds no text")
-    args.encode_text, args.text_head = teacher.encode_text, teacher.name
+    args.encode_text, args.text_head = functools.partial(embed_text, teacher), teacher.name
 
 
 def side_by_side(models):
@@ -831,10 +856,11 @@ def main(argv=None):
     args = parse(argv)
     said = {key: value for key, value in vars(args).items() if key != "measure"}
     began, scores = time.perf_counter(), []
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)  # before hours of work for it
     opened = {name: open_model(name, args) for name in args.model}
     text = getattr(args, "text", None) and load_teachers([args.text], images_folder(args), args.device)[0]
     for name, (model, _) in opened.items():
-        for head in itertools.chain.from_iterable(h.split("+") for h in args.head or ()):
+        for head in itertools.chain.from_iterable(h.split("+") for h in args.head or ([text.name] if text else ())):
             if head not in model.heads:
                 raise ValueError(f"--head {head}: {name} has the heads {', '.join(model.heads)}")
     if args.measure == "pca" and len(opened) > 1:
@@ -854,16 +880,10 @@ def main(argv=None):
             shown = "  ".join(f"{k}: {iou:.3f}" for k, iou in ious.items())
             print(f"IoU by class, {score['model']}, head {score['head']}, {score['max_tokens']} tokens: {shown}")
     result = {"measure": args.measure, "flags": said, "scores": scores, "torch": torch.__version__}
-    out = Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result | {"seconds": time.perf_counter() - began}, indent=1) + "\n")
-    print(f"written to {out}")
+    text = json.dumps(result | {"seconds": time.perf_counter() - began}, indent=1) + "\n"
+    amoe.write_atomically(args.out, lambda file: file.write(text.encode()))
+    print(f"written to {args.out}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"evaluate.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("evaluate.py: interrupted; nothing was written")
+    amoe.run_command("evaluate.py", main, "nothing was written")

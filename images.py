@@ -3,13 +3,14 @@
 A *dataset* is what packs are made of. There are two, Images (files, decoded when asked for) and data.Cache (stored
 rows and teachers' features), and whoever takes one takes the other:
 
-    path, numbers           where it lies, and the numbers of its shards
+    path, n_shards          where it lies, and how many shards it should have
+    numbers                 those that it has, in order
     shard(number)           `ids` int64 [images] and `shapes` int32 [images, 2], which are (0, 0) for an unusable image
     read(entries, n_tokens, registers, with_targets)    the Batch of entries [(shard number, index)]
     meta(entry)             {"source", "caption", "category"}
 """
 
-from amoe import PATCH, grid, pack, to_rgb, to_rows
+from amoe import PATCH, grid, one_line, pack, to_rgb, to_rows
 
 # isort: split
 import collections
@@ -101,8 +102,7 @@ def with_image(file, use):
     except ValueError as error:
         raise ValueError(str(error).split("\n")[0] or "unreadable") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and others
-        said = getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
-        raise ValueError(f"cannot be decoded: {said}") from error
+        raise ValueError(f"cannot be decoded: {getattr(error, 'strerror', None) or one_line(error)}") from error
 
 
 def upright(image):
@@ -198,7 +198,7 @@ def open_store(path):
     try:
         return ts.KvStore.open(url, context=SHARED).result()
     except (ValueError, NotImplementedError) as error:
-        raise ValueError(f"{path} cannot be opened: {str(error).splitlines()[0][:200]}") from error
+        raise ValueError(f"{path} cannot be opened: {one_line(error)}") from error
 
 
 def read_bytes(path, first=0, size=None, known=None):
@@ -583,20 +583,17 @@ def walk(folder, folders, above=()):
 
 def read_notes(folder, root, folders):
     """What the captions.json of a folder says, {name below root: JSON}; nothing where there is none."""
-    path = f"{folder}/captions.json"
+    path, below = f"{folder}/captions.json", "" if root == os.path.abspath(folder) else os.path.basename(folder) + "/"
     try:
         raw = read_bytes(path)[0]
         note_time(path, folders)
-        entries = {entry["file"]: labels_of(entry) for entry in json.loads(raw.decode(errors="replace"))}
+        said = {below + entry["file"]: labels_of(entry) for entry in json.loads(raw.decode(errors="replace"))}
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
-        raise ValueError(f'{path} is no list of {{"file", "caption", "category"}}: {error}') from error
-    below = "" if root == os.path.abspath(folder) else os.path.basename(folder) + "/"
-    return {
-        below + name: json.dumps(dict(zip(("caption", "category"), both, strict=True))).encode()
-        for name, both in entries.items()
-    }
+        raise ValueError(f'{path} is no list of {{"file", "caption", "category"}}: {one_line(error)}') from error
+    keys = "caption", "category"
+    return {name: json.dumps(dict(zip(keys, both, strict=True))).encode() for name, both in said.items()}
 
 
 def scan(job):
@@ -773,11 +770,14 @@ class Images:
         skipped=None,
         quiet=False,
     ):
+        if min_tokens > max_tokens:
+            raise ValueError(f"--min-tokens {min_tokens} is more than --max-tokens {max_tokens}")
         self.sources, self.path = Sources.of(sources), path
         self.min_tokens, self.max_tokens, self.n_views, self.seed = min_tokens, max_tokens, views, seed
         self.shard_images, self.draft, self.max_skipped = shard_images, draft, max_skipped
         self.skipped, self.quiet = skipped, quiet
-        self.numbers = list(range(-(-len(sources) // shard_images)))
+        self.n_shards = -(-len(sources) // shard_images)
+        self.numbers = list(range(self.n_shards))
         self.seen, self.bad, self.lock = 0, {}, threading.Lock()
         self.shard = lru_cache(KEPT)(self.headers)
         self.pool = ThreadPoolExecutor()  # Pillow decodes and resizes outside the interpreter's lock

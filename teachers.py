@@ -26,9 +26,11 @@ from amoe import (
     Space,
     autocast,
     normalise,
+    one_line,
     pack,
     read_config,
     read_state,
+    reading,
     split_by_tokens,
     under,
 )
@@ -349,7 +351,7 @@ class SigLIP2(Teacher):
         try:
             tokenizer = Tokenizer.from_file(str(self.tokenizer))
         except Exception as error:  # the reader raises bare Exceptions that name no file
-            raise ValueError(f"{self.tokenizer} is no tokenizer.json: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"{self.tokenizer} is no tokenizer.json: {one_line(error)}") from error
         tokenizer.enable_truncation(length)
         tokenizer.enable_padding(length=length, pad_id=tokenizer.token_to_id("<pad>") or 0, pad_token="<pad>")
         ids_NL = [encoding.ids for encoding in tokenizer.encode_batch([text.lower() for text in texts])]
@@ -622,17 +624,17 @@ def run_teachers(teachers, batch):
     """
     device, answers = batch.rows.device, {}
     for t in teachers:
-        with autocast(device):
+        with reading(f"teacher '{t.name}' failed"), autocast(device):
             answer = t(batch)
         want = {"patch": (batch.n_tokens, t.dim), "summary": (batch.n_images, t.dim)}
         if t.registers:
             want["registers"] = (batch.n_images, t.registers, t.dim)
         for kind, shape in want.items():
-            got = answer.get(kind)
-            if got is None or tuple(got.shape) != shape:
-                got = None if got is None else list(got.shape)
+            got = answer.get(kind) if isinstance(answer, dict) else None
+            if not isinstance(got, torch.Tensor) or tuple(got.shape) != shape:
+                got = list(got.shape) if isinstance(got, torch.Tensor) else type(got).__name__
                 raise ValueError(
-                    f"teacher '{t.name}' answered {kind} {got} where its dim and registers mean {list(shape)}"
+                    f"teacher '{t.name}' answered {kind} {got} where its dim and registers mean a tensor {list(shape)}"
                 )
             if not torch.isfinite(got).all():
                 raise ValueError(
@@ -649,6 +651,15 @@ def make_targets(teachers, spaces, batch):
     return {s.name: answers[s.name] | {"patch": s.phi_s.to(device).apply(answers[s.name]["patch"])} for s in spaces}
 
 
+def embed_text(teacher, texts):
+    """A teacher's embeddings of texts, [N, C] float32 on the CPU; ValueError where its answer is none."""
+    with reading(f"teacher '{teacher.name}' embeds no text"):
+        rows_NC = teacher.encode_text(texts).float().cpu()
+        if tuple(rows_NC.shape) != (len(texts), teacher.dim) or not torch.isfinite(rows_NC).all():
+            raise ValueError(f"its answer to {len(texts)} texts is {list(rows_NC.shape)}, or not finite")
+    return rows_NC
+
+
 def embed_captions(teacher, captions):
     """Text embeddings [N, C] float32 of captions (None gives NaN), or None where the teacher embeds no text."""
     if not hasattr(teacher, "encode_text"):
@@ -657,7 +668,7 @@ def embed_captions(teacher, captions):
     known = [i for i, caption in enumerate(captions) if caption]
     if known:
         try:
-            out[known] = teacher.encode_text([captions[i] for i in known]).float().cpu().numpy()
+            out[known] = embed_text(teacher, [captions[i] for i in known]).numpy()
         except ValueError as error:  # SigLIP 2 without its text tower or tokenizer still has images to teach
             print(f"captions are not embedded: {error}", file=sys.stderr, flush=True)
             return None

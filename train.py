@@ -31,12 +31,11 @@ import subprocess
 import sys
 import time
 import warnings
-from collections import deque
+import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch._functorch import config as functorch
@@ -45,49 +44,49 @@ from tqdm import tqdm
 # ---- flags ----
 
 
-def flag(default, group, text, choices=None):
-    return field(default=default, metadata={"group": group, "help": text, "choices": choices})
+def flag(default, group, text, allowed=None):
+    """A field of Flags; allowed: the words that it may be, or a number's (least, most)."""
+    return field(default=default, metadata={"group": group, "help": text, "allowed": allowed})
 
 
 RESULTS, SPEED, PATHS = "changes results", "speed only", "paths and records"
+COUNT = (1, 10**9)
 
 
 @dataclass
 class Flags:
-    model: str = flag("toy", RESULTS, "student: " + ", ".join(amoe.CONFIGS))
+    model: str = flag("toy", RESULTS, "student", tuple(amoe.CONFIGS))
     student: str = flag("", RESULTS, "FILE.py:FACTORY of a trunk of your own, in the place of --model")
     init: str = flag("", RESULTS, "weights to begin with and take the sizes of: a run, its student/, or SigLino's")
-    steps: int = flag(640, RESULTS, "optimizer steps")
-    tokens: int = flag(2048, RESULTS, "tokens in a pack, padding included")
-    accumulate: int = flag(1, RESULTS, "packs a rank adds up before a step; relations (ARKD) span all of them")
-    lr: float = flag(6e-3, RESULTS, "peak learning rate")
-    warmup: int = flag(30, RESULTS, "steps of linear warm-up")
+    steps: int = flag(640, RESULTS, "optimizer steps", COUNT)
+    tokens: int = flag(2048, RESULTS, "tokens in a pack, padding included", (1, 2**20))
+    accumulate: int = flag(1, RESULTS, "packs a rank adds up before a step; ARKD spans all of them", (1, 4096))
+    lr: float = flag(6e-3, RESULTS, "peak learning rate", (0, 100))
+    warmup: int = flag(30, RESULTS, "steps of linear warm-up", (0, 10**9))
     schedule: str = flag(
         "cosine", RESULTS, "after warm-up: to zero, or flat and down over the last fifth", ("cosine", "wsd")
     )
-    weight_decay: float = flag(0.02, RESULTS, "AdamW's, on matrices only: not on norms, biases, sinks and tokens")
-    clip: float = flag(1.0, RESULTS, "largest norm of the whole gradient")
-    arkd: float = flag(0.5, RESULTS, "weight of the relational loss; 0 leaves it out")
+    weight_decay: float = flag(0.02, RESULTS, "AdamW's, on matrices: not on norms, biases, sinks, tokens", (0, 10))
+    clip: float = flag(1.0, RESULTS, "largest norm of the whole gradient", (1e-9, 1e9))
+    arkd: float = flag(0.5, RESULTS, "weight of the relational loss; 0 leaves it out", (0, 1000))
     arkd_mode: str = flag("arkd", RESULTS, "asymmetric, or the symmetric baseline", ("arkd", "rkd"))
-    balance: float = flag(2e-3, RESULTS, "step of the expert biases towards equal load")
-    ema: float = flag(0.0, RESULTS, "decay of an average of the weights, which is then what is evaluated; 0 for none")
-    seed: int = flag(0, RESULTS, "of initialisation and data order")
+    balance: float = flag(2e-3, RESULTS, "step of the expert biases towards equal load", (0, 1))
+    ema: float = flag(0.0, RESULTS, "decay of an average of the weights, then the student; 0: none", (0, 0.999999))
+    seed: int = flag(0, RESULTS, "of initialisation and data order", (0, 2**63 - 1))
     subset: str = flag("", RESULTS, ".npy of image ids to train on, as curate.py writes")
-    min_tokens: int = flag(1, RESULTS, "of --images: patches below which an image is enlarged")
-    max_tokens: int = flag(256, RESULTS, "of --images: patches above which an image is shrunk")
-    views: int = flag(1, RESULTS, "of --images: views an image, the whole of it and then random crops")
-    calibrate: int = flag(512, RESULTS, "of --images: images that PHI-S is fitted on")
-    toy_images: int = flag(5000, RESULTS, "size of the toy world when there is no --cache")
+    min_tokens: int = flag(1, RESULTS, "of --images: patches below which an image is enlarged", (1, 65536))
+    max_tokens: int = flag(256, RESULTS, "of --images: patches above which an image is shrunk", (1, 65536))
+    views: int = flag(1, RESULTS, "of --images: views an image, the whole of it and then random crops", (1, 10**4))
+    calibrate: int = flag(512, RESULTS, "of --images: images that PHI-S is fitted on", (1, 10**6))
+    toy_images: int = flag(5000, RESULTS, "size of the toy world when there is no --cache", (100, 10**7))
 
     device: str = flag("auto", SPEED, "cuda, cpu, or auto")
     compile: str = flag("auto", SPEED, "torch.compile: auto means on CUDA", ("auto", "on", "off"))
-    kernels: str = flag(
-        "auto", SPEED, "form of the experts: " + ", ".join(kernels.moe.IMPLS), ("auto", *kernels.moe.IMPLS)
-    )
+    kernels: str = flag("auto", SPEED, "form of the experts", ("auto", *kernels.moe.IMPLS))
     checkpoint: bool = flag(False, SPEED, "recompute activations in the backward pass: less memory, a third more time")
     fsdp: bool = flag(False, SPEED, "shard parameters over ranks (FSDP2) in place of replicating them")
-    workers: int = flag(0, SPEED, "threads that read packs ahead of the step; 0: two beside a GPU, none on a CPU")
-    threads: int = flag(0, SPEED, "CPU threads of torch; 0 leaves its choice")
+    workers: int = flag(0, SPEED, "threads that read packs ahead; 0: two beside a GPU, none on a CPU", (0, 256))
+    threads: int = flag(0, SPEED, "CPU threads of torch; 0 leaves its choice", (0, 1024))
 
     cache: str = flag("", PATHS, "feature cache to train on; without it, nor --images, the toy world")
     images: str = flag("", PATHS, "folder or list of images to train on without a cache; needs --teacher")
@@ -98,39 +97,29 @@ class Flags:
     on_corrupt: str = flag(
         "stop", PATHS, "damage in the cache: stop, or leave those images out and say so", ("stop", "skip")
     )
-    save_every: int = flag(200, PATHS, "steps between checkpoints; the last step is always saved")
-    log_every: int = flag(20, PATHS, "steps between lines of log.jsonl")
-    eval_every: int = flag(0, PATHS, "steps between measures of held-out images, which the log's line gains; 0: none")
+    save_every: int = flag(200, PATHS, "steps between checkpoints; the last step is always saved", COUNT)
+    log_every: int = flag(20, PATHS, "steps between lines of log.jsonl", COUNT)
+    eval_every: int = flag(0, PATHS, "steps between measures of held-out images, for the log; 0: none", (0, 10**9))
     track: str = flag("", PATHS, "write the log's numbers there too; needs its package", ("", "tensorboard", "wandb"))
-    keep: int = flag(2, PATHS, "checkpoints that are kept")
+    keep: int = flag(2, PATHS, "checkpoints that are kept", COUNT)
     evaluate: bool = flag(True, PATHS, "measure the student at the end")
     export: str = flag("", PATHS, "make student/ of this run again, from its newest checkpoint, and do no more")
 
 
 def parse(argv=None):
     """Flags from the command line: underscores become hyphens, booleans get a --no- form, unknown flags are errors."""
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__.split("\n")[0], allow_abbrev=False)
-    groups = {}
+    parser, groups = amoe.Parser(prog="train.py", description=__doc__.split("\n")[0]), {}
     for f in fields(Flags):
-        if f.metadata["group"] not in groups:
-            groups[f.metadata["group"]] = parser.add_argument_group(f.metadata["group"])
-        how = {"type": f.type, "choices": f.metadata["choices"]}
-        if f.type is bool:
-            how = {"action": argparse.BooleanOptionalAction}
-        elif f.type is tuple:
-            how = {"action": "append"}
-        text = f.metadata["help"] + ("" if f.default in ("", ()) else f" (default: {f.default})")
-        add = groups[f.metadata["group"]].add_argument
+        group, allowed = f.metadata["group"], f.metadata["allowed"]
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        how = {bool: {"action": argparse.BooleanOptionalAction}, tuple: {"action": "append"}, str: {"choices": allowed}}
+        how = how.get(f.type) or {"type": amoe.number(f.type, *allowed)}
         default = list(f.default) if f.type is tuple else f.default  # argparse appends to it
-        add("--" + f.name.replace("_", "-"), default=default, help=text.replace("%", "%%"), **how)
+        groups[group].add_argument("--" + f.name.replace("_", "-"), default=default, help=f.metadata["help"], **how)
     flags = Flags(**{k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()})
     if bool(flags.images) != bool(flags.teacher) or (flags.cache and flags.images):
         raise ValueError("give --cache, or --images with at least one --teacher, or neither for the toy world")
-    if flags.model not in amoe.CONFIGS:
-        raise ValueError(f"--model {flags.model} is none of {', '.join(amoe.CONFIGS)}")
-    for name in ("steps", "tokens", "accumulate", "log_every", "save_every", "keep"):
-        if getattr(flags, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(flags, name)} is less than 1")
     if flags.track and not importlib.util.find_spec(flags.track):
         raise ValueError(f"--track {flags.track}: the package is not installed; pip install {flags.track}")
     if flags.student and flags.checkpoint:
@@ -164,48 +153,51 @@ class Run:
     average: dict  # {parameter: its average} under --ema
     bad_steps: torch.Tensor  # [2] int64, steps that were not finite: in a row, in all
     interval: object  # Interval
+    subset: object  # image ids of --subset, or None
+    began: float  # by time.perf_counter, as if the run had never been interrupted
     log: object = None  # Log
     step: int = 0
     position: data.Position = field(default_factory=data.Position)
     tokens: int = 0  # trained on, padding not counted
     seconds: float = 0.0  # in training
-    recent: deque = field(default_factory=lambda: deque(maxlen=10))  # image ids of the last steps
+    recent: list = field(default_factory=lambda: [([], torch.tensor(0))])  # (image ids, bad_steps[1]) of recent steps
+    skipped: list = field(default_factory=list)  # image ids of the newest steps that were skipped
 
 
 def train(flags, process, compiled):
     """A run: prepare, loop, finish. A signal saves, and leaves a student behind as well."""
-    began = time.perf_counter()
     run = prepare(flags, process, compiled)
     signals = catch_signals()
-    order = data.Order(run.dataset, flags.tokens, flags.seed, load_subset(flags), run.model.registers)
+    order = data.Order(run.dataset, flags.tokens, flags.seed, run.subset, run.model.registers)
     threads = flags.workers or (2 if process.device.type == "cuda" else 0)
     reading = {"per_step": flags.accumulate, "threads": threads, "on_corrupt": flags.on_corrupt}
     batches = data.loader(order, run.position, process.rank, process.world, **reading)
     bar = tqdm(total=flags.steps, initial=run.step, unit="step", disable=process.rank > 0, mininterval=1.0)
-    interval, signalled = run.interval, 0
+    interval, signalled, diverged = run.interval, 0, False
     interval.begin()
-    while run.step < flags.steps and not signalled:
+    while run.step < flags.steps and not signalled and not diverged:
         packs = []
         for _ in range(flags.accumulate):
             batch, run.position = interval.wait(batches)
             packs.append(to_device(batch, process, compiled, run.teachers, run.spaces))
-        run.recent.append([i for batch, _ in packs for i in batch.ids.tolist()])
+        ids = [i for batch, _ in packs for i in batch.ids.tolist()]
         torch.manual_seed((flags.seed << 32) + run.step * process.world + process.rank)  # for a plug-in with dropout
         measured, expert_load = gradients(run.wrapped, packs, run.spaces, flags, process, run.forward)
         norm = update(run.model, run.optimizer, run.average, measured, expert_load, run.bad_steps, run.step, flags)
         run.step += 1
+        run.recent.append((ids, run.bad_steps[1].clone()))
         bar.update()
         interval.add(measured)
         last, asked = run.step == flags.steps, flags.eval_every and run.step % flags.eval_every == 0
         at_line = run.step % flags.log_every == 0 or asked
         if at_line or last:
             bar.set_postfix(interval.end(run, norm, expert_load, held_out_scores if asked else lambda run: {}))
-            stop_if_diverged(run)
+            diverged = note_skipped(run) >= 10
         signalled = agree_on_signal(signals, process, at_line)
-        if run.step % flags.save_every == 0 or last or signalled:
+        if (run.step % flags.save_every == 0 or last or signalled) and not diverged:
             save_checkpoint(run)
     bar.close()
-    finish(run, began, signalled)
+    finish(run, signalled, signals, diverged)
 
 
 def catch_signals():
@@ -227,10 +219,16 @@ def agree_on_signal(signals, process, at_line):
     return max(signals, default=signal.SIGTERM) if at_line and process.sum(mine) > 0 else 0
 
 
-def stop_if_diverged(run):
-    if run.bad_steps[0] >= 10:
-        ids = [i for step in run.recent for i in step]
-        raise ValueError(f"ten steps in a row had a loss that is not finite; they held the images {ids}")
+def note_skipped(run):
+    """Add to run.skipped the images, of all ranks, of recent steps that were skipped; how many were so in a row."""
+    counts = [int(count) for _, count in run.recent]
+    bad = [ids for (ids, _), before, after in zip(run.recent[1:], counts, counts[1:], strict=False) if after > before]
+    run.recent = run.recent[-1:]
+    if counts[-1] > counts[0]:  # on every rank alike
+        ids = torch.tensor([i for step in bad for i in step], dtype=torch.int64, device=run.process.device)
+        ids = run.process.gather(ids[:, None], run.process.counts(len(ids))).flatten().tolist()
+        run.skipped = (run.skipped + ids)[-1000:]
+    return int(run.bad_steps[0])
 
 
 # ---- a step ----
@@ -377,10 +375,41 @@ def checkpoints(folder):
 
 
 def save(folder, state, keep):
-    """Write step-XXXXXX.pt so that it is whole or not there at all, then drop all but the newest `keep`."""
-    amoe.write_atomically(Path(folder) / f"step-{state['step']:06d}.pt", lambda file: torch.save(state, file))
-    for old in checkpoints(folder)[:-keep]:
+    """Write step-XXXXXX.pt so that it is whole or not there at all, then drop all older ones but the newest `keep`.
+
+    One of a later step stays: a run that passed over it, for it was damaged, will write it anew.
+    """
+    path = Path(folder) / f"step-{state['step']:06d}.pt"
+    amoe.write_atomically(path, lambda file: torch.save(state, file))
+    found = checkpoints(folder)
+    for old in found[: found.index(path) + 1][:-keep]:
         old.unlink()
+
+
+def read_checkpoint(path):
+    """What `save` wrote; ValueError where a bit of it has changed (torch's file is a zip: a CRC-32 of every tensor)."""
+    with amoe.reading(path):
+        with zipfile.ZipFile(path) as file:
+            if bad := file.testzip():
+                raise ValueError(f"its bytes are not those that were written, in {bad}")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or not {"flags", "world", "data", "elapsed"} <= set(state):
+            raise ValueError("no checkpoint of this train.py")
+        return state
+
+
+def newest_checkpoint(folder, quiet):
+    """(path, state) of the newest checkpoint, (None, None) without one; a damaged one is named and passed over."""
+    found = checkpoints(folder)
+    for path in reversed(found):
+        try:
+            return path, read_checkpoint(path)
+        except ValueError as error:
+            if path == found[0]:
+                raise ValueError(f"--resume: {error}, and there is no older one: --overwrite begins anew") from error
+            if not quiet:
+                print(f"{error}; the checkpoint before it is taken", file=sys.stderr, flush=True)
+    return None, None
 
 
 def state_of(run):
@@ -392,6 +421,7 @@ def state_of(run):
         weights, moments = get_state_dict(run.model, run.optimizer, options=options)
     else:
         weights, moments = run.model.state_dict(), run.optimizer.state_dict()
+    now = time.perf_counter()
     return {
         "step": run.step,
         "student": amoe.describe(run.model),
@@ -400,29 +430,35 @@ def state_of(run):
         "average": run.average,
         "bad_steps": run.bad_steps,
         "position": asdict(run.position),
-        "tokens": run.tokens,
-        "seconds": run.seconds,
+        "tokens": run.tokens + run.interval.tokens * run.process.world,
+        "seconds": run.seconds + (now - run.interval.began if run.interval.steps else 0.0),
+        "elapsed": now - run.began,
         "interval": run.interval.total,
+        "skipped": run.skipped,
         "flags": asdict(run.flags),
+        "world": run.process.world,
+        "data": hash_of_data(run),
     }
 
 
-def read_checkpoint(path):
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(
-            f"{path} is not a readable checkpoint: {str(error).splitlines()[0]}; delete it to use an older one"
-        ) from error
+def hash_of_data(run):
+    """Of what packs and targets depend on: the dataset, its teachers' spaces included, and the ids of --subset."""
+    subset = b"" if run.subset is None else run.subset.tobytes()
+    return data.digest(run.dataset.about["hash"].encode() + subset)
 
 
-def restore(run, path):
-    """Load a checkpoint into the run. ValueError names a flag that changes results and differs; --steps may grow."""
-    state = read_checkpoint(path)
+def restore(run, path, state):
+    """Go on from a checkpoint's state. ValueError names what changes results and differs; --steps may grow."""
     for f in fields(Flags):
         before, now = state["flags"].get(f.name), getattr(run.flags, f.name)
-        if f.metadata["group"] == RESULTS and before != now and f.name != "steps":
+        if f.metadata["group"] == RESULTS and before != now and f.name not in ("steps", "accumulate"):
             raise ValueError(f"--resume: {path} was trained with --{f.name.replace('_', '-')} {before}, not {now}")
+    if state["data"] != hash_of_data(run):
+        raise ValueError(f"--resume: {path} was trained on other data or another --subset than {run.dataset.path}")
+    then, now = (state["world"], state["flags"]["accumulate"]), (run.process.world, run.flags.accumulate)
+    if math.prod(then) != math.prod(now):  # packs a step
+        said = ["{} rank(s) with --accumulate {}".format(*pair) for pair in (then, now)]
+        raise ValueError(f"--resume: {path} was trained by {said[0]}, not {said[1]}: another batch")
     before, step = state["flags"]["steps"], state["step"]
     if run.flags.steps < step:
         raise ValueError(f"--steps {run.flags.steps} lies behind {path}: give at least {step}, or another --out")
@@ -446,6 +482,7 @@ def restore(run, path):
     run.bad_steps.copy_(state["bad_steps"])
     run.interval.total = {name: value.to(run.process.device) for name, value in state["interval"].items()}
     run.step, run.tokens, run.seconds = state["step"], state["tokens"], state["seconds"]
+    run.began, run.skipped, run.recent = run.began - state["elapsed"], state["skipped"], [([], state["bad_steps"][1])]
     p = state["position"]
     run.position = data.Position(p["epoch"], p["window"], p["pack"], tuple(tuple(c) for c in p["carried"]))
 
@@ -461,11 +498,11 @@ class Log:
         self.track = open_tracker(flags, step) if rank == 0 and flags.track else lambda step, numbers: None
         if self.path and self.path.exists():
             lines = []
-            for line in self.path.read_text().splitlines() if step else ():
-                with contextlib.suppress(ValueError):  # a line that a kill cut short
+            for line in self.path.read_bytes().split(b"\n") if step else ():
+                with contextlib.suppress(ValueError, TypeError, AttributeError):  # a line that a kill cut short
                     if json.loads(line).get("step", 0) <= step:
-                        lines.append(line)
-            self.path.write_text("".join(f"{line}\n" for line in lines))
+                        lines.append(line + b"\n")
+            amoe.write_atomically(self.path, lambda file: file.writelines(lines))
 
     def write(self, **entry):
         if self.path:
@@ -618,11 +655,8 @@ class Process:
 
 def setup(flags):
     """(this Process, whether to compile); prints what was chosen, and why, on rank 0."""
-    device, why = flags.device, "asked for"
-    if device == "auto":
-        device, why = ("cuda", "a GPU is there") if torch.cuda.is_available() else ("cpu", "no GPU is there")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda, and torch sees no GPU; use --device cpu")
+    device = amoe.choose_device(flags.device)
+    why = "asked for" if flags.device != "auto" else "no GPU is there" if device == "cpu" else "a GPU is there"
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "cuda":
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
@@ -662,34 +696,22 @@ def keep_freed_memory():
 
 def prepare(flags, process, compiled):
     """The Run at its beginning, or at the newest checkpoint of --out under --resume."""
-    folder = Path(flags.out)
+    folder, began = Path(flags.out), time.perf_counter()
     if process.rank == 0:
-        make_run_folder(folder, flags)
-    dataset, spaces, teachers, world = open_data(flags, process, compiled)
-    model = build(flags, spaces, process.device)
+        clear_run_folder(folder, flags)
+    subset = data.read_subset(flags.subset)
+    opened = open_data(flags, process, compiled)
+    model = build(flags, opened[1], process.device)
     wrapped = wrap(model, flags, process)
-    run = Run(
-        flags,
-        process,
-        compiled,
-        folder,
-        dataset,
-        spaces,
-        teachers,
-        world,
-        model,
-        wrapped,
-        compile_forward() if compiled else forward,
-        make_optimizer(model, flags),
-        {name: p.detach().clone() for name, p in model.named_parameters()} if flags.ema else {},
-        torch.zeros(2, dtype=torch.int64, device=process.device),
-        Interval(),
-    )
-    found = checkpoints(folder) if flags.resume else []
+    trained = model, wrapped, compile_forward() if compiled else forward, make_optimizer(model, flags)
+    average = {name: p.detach().clone() for name, p in model.named_parameters()} if flags.ema else {}
+    bad_steps = torch.zeros(2, dtype=torch.int64, device=process.device)
+    run = Run(flags, process, compiled, folder, *opened, *trained, average, bad_steps, Interval(), subset, began)
+    found, state = newest_checkpoint(folder, process.rank > 0) if flags.resume else (None, None)
     if found:
-        restore(run, found[-1])
+        restore(run, found, state)
         if process.rank == 0:
-            print(f"resuming from {found[-1]}", flush=True)
+            print(f"resuming from {found}", flush=True)
     elif flags.resume and process.rank == 0:
         print(f"--resume: {folder} holds no checkpoint, so this is the beginning", flush=True)
     run.log = Log(folder, process.rank, run.step, flags)
@@ -698,8 +720,8 @@ def prepare(flags, process, compiled):
     return run
 
 
-def make_run_folder(folder, flags):
-    """Make the run's folder; a run that is there already is an error unless it is to be resumed or overwritten."""
+def clear_run_folder(folder, flags):
+    """A run that is there already is an error unless it is to be resumed or overwritten."""
     names = ("log.jsonl", "result.json", "skipped.jsonl", "student/config.json")
     files = [*checkpoints(folder), *(folder / name for name in names if (folder / name).exists())]
     if files and not flags.resume:
@@ -709,11 +731,6 @@ def make_run_folder(folder, flags):
             )
         for path in files:
             path.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
-
-
-def load_subset(flags):
-    return np.load(flags.subset) if flags.subset else None
 
 
 def open_data(flags, process, compiled=False):
@@ -752,8 +769,8 @@ def open_images(flags, process, compiled):
         for teacher in teachers:
             if isinstance(teacher, Teacher):
                 teacher.compile()
-    about = data.unseal(store.read("spaces.json").result().value)
-    return dataset, data.read_spaces(store, about, out), teachers
+    dataset.about = data.unseal(store.read("spaces.json").result().value)
+    return dataset, data.read_spaces(store, dataset.about, out), teachers
 
 
 def build(flags, spaces, device):
@@ -817,6 +834,7 @@ def wrap(model, flags, process):
 
 def save_checkpoint(run):
     """Write the run's checkpoint on rank 0; all ranks help to gather sharded weights."""
+    note_skipped(run)
     state = state_of(run)
     if run.process.rank == 0:
         save(run.folder, state, run.flags.keep)
@@ -843,25 +861,49 @@ def held_out_scores(run, most=500):
     return {prefix[who] + name: value for who, figures in scores.items() for name, value in figures.items()}
 
 
-def finish(run, began, signalled):
-    """Leave a student; after the last step also its scores and pictures, after a signal an exit code."""
-    state = state_of(run)
+def finish(run, signalled, signals, diverged):
+    """Leave a student and result.json; after a signal a student alone, and its exit code. ValueError says what failed.
+
+    While the student is measured, which may take long, a signal ends the process: the last step is saved.
+    """
+
+    def leave(number, _=None):
+        if run.process.rank == 0:
+            print(f"stopped by {signal.Signals(number).name} after step {run.step}: --resume goes on", flush=True)
+        sys.exit(128 + number)
+
+    state, failed = state_of(run), "ten steps in a row were skipped" if diverged else ""
+    student = export(run.folder, state).to(run.process.device) if run.process.rank == 0 else None
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, leave if run.process.rank == 0 else signal.SIG_DFL)
+    if signalled or signals:  # the latter while the last step was being saved
+        leave(signalled or signals[-1])
     if run.process.rank == 0:
-        student = export(run.folder, state).to(run.process.device)
-        if signalled:
-            name = signal.Signals(signalled).name
-            print(f"stopped by {name} after step {run.step}, which is saved: --resume goes on", flush=True)
-        elif run.flags.evaluate:
-            result = {"steps": run.step, "tokens": run.tokens, "tokens_per_s": run.tokens / max(run.seconds, 1e-9)}
-            result |= measure(run, student)
-            result["seconds"] = time.perf_counter() - began
-            text = json.dumps(result, indent=1) + "\n"
-            amoe.write_atomically(run.folder / "result.json", lambda file: file.write(text.encode()))
-            write_card(run.folder, state)
-            rate = result["tokens_per_s"]
-            print(f"{result['seconds']:.0f} s in all, {rate:.0f} tokens/s in training; see {run.folder}", flush=True)
-    if signalled:
-        sys.exit(128 + signalled)
+        failed = write_result(run, student, failed)
+        write_card(run.folder, state)
+    if failed:
+        raise ValueError(f"{failed}; see {run.folder}/result.json")
+
+
+def write_result(run, student, failed):
+    """Write result.json, with scores unless `failed` says why there are none; returns what failed."""
+    result = {"steps": run.step, "tokens": run.tokens, "tokens_per_s": run.tokens / max(run.seconds, 1e-9)}
+    if skipped := int(run.bad_steps[1]):
+        names = data.names_of(run.dataset, run.skipped)
+        result |= {"skipped_steps": skipped, "skipped_images": names}
+        some = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+        print(f"{skipped} steps had a loss or a gradient that is not finite and were skipped: {some}", flush=True)
+    try:
+        result |= measure(run, student) if run.flags.evaluate and not failed else {}
+    except ValueError as error:
+        failed = f"the student cannot be measured: {error}"
+    result |= {"failed": failed} if failed else {}
+    result["seconds"] = time.perf_counter() - run.began
+    text = json.dumps(result, indent=1) + "\n"
+    amoe.write_atomically(run.folder / "result.json", lambda file: file.write(text.encode()))
+    rate = result["tokens_per_s"]
+    print(f"{result['seconds']:.0f} s in all, {rate:.0f} tokens/s in training; see {run.folder}", flush=True)
+    return failed
 
 
 def export(folder, state):
@@ -912,22 +954,18 @@ def measure(run, student):
 def main(argv=None):
     flags = parse(argv)
     if flags.export:
-        newest = checkpoints(flags.export)[-1:]
-        if not newest:
+        path, state = newest_checkpoint(flags.export, quiet=False)
+        if not path:
             raise ValueError(f"--export {flags.export}: there is no checkpoint, step-XXXXXX.pt")
-        export(Path(flags.export), read_checkpoint(newest[0]))
-        return print(f"{flags.export}/student is what {newest[0].name} holds", flush=True)
+        export(Path(flags.export), state)
+        return print(f"{flags.export}/student is what {path.name} holds", flush=True)
     process, compiled = setup(flags)
-    train(flags, process, compiled)
-    process.barrier()  # a rank that leaves early takes the others' connections with it
+    with amoe.locked(flags.out) if process.rank == 0 else contextlib.nullcontext():
+        train(flags, process, compiled)
+        process.barrier()  # a rank that leaves early takes the others' connections with it
     if process.world > 1:
         dist.destroy_process_group()
 
 
-if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"train.py: {error}")
-    except KeyboardInterrupt:  # from the first step on, `train` catches it and saves
-        sys.exit("train.py: interrupted before the first step; the same command begins again")
+if __name__ == "__main__":  # from the first step on, `train` catches Ctrl-C and saves
+    amoe.run_command("train.py", main, "the same command begins again")

@@ -4,6 +4,8 @@ import importlib.util
 import sys
 from pathlib import Path
 
+from hub.commands import reading
+
 
 def plug_in(spec, device, kind, needs):
     """What FACTORY(device) of a FILE.py:FACTORY returns: a `kind`, "teacher" or "student", with the attributes `needs`.
@@ -18,14 +20,15 @@ def plug_in(spec, device, kind, needs):
         raise ValueError(f"no plug-in {kind} at {path}")
     found = importlib.util.spec_from_file_location(f"{kind}_{Path(path).stem}", path)
     module = sys.modules[found.name] = importlib.util.module_from_spec(found)  # dataclasses look their module up
-    try:
+    with reading(f"{spec} made no {kind}"):
         found.loader.exec_module(module)
         if not hasattr(module, factory):
             raise AttributeError(f"it has no '{factory}'")
         made = getattr(module, factory)(device)
-    except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise ValueError(f"{spec} made no {kind}: {type(error).__name__}: {reason}") from error
     if lacking := [name for name in needs if not hasattr(made, name)]:
         raise ValueError(f"{spec} returned a {type(made).__name__} without '{lacking[0]}', no {kind}")
+    for name, least in (("dim", 1), ("registers", 0)):
+        value = getattr(made, name, least)
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{spec} returned a {kind} whose {name} is {value!r}")
     return made

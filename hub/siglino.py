@@ -16,7 +16,10 @@ def exchange(prefixes, state):
 
 def trunk_of(state, top_k, source):
     """The sizes, as amoe.Config names them, that a SigLino state dict has the shapes of."""
-    layers = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("layers."))
+    for key in NEEDED:
+        if key not in state:
+            raise ValueError(f"{source} is no student, of train.py or SigLino: it has no '{key}'")
+    layers = len({key.split(".")[1] for key in state if key.startswith("layers.")})
     dense = next((l for l in range(layers) if f"layers.{l}.feed_forward.w1.weight" not in state), layers)
     experts = (0, 0, 0)
     if dense < layers:
@@ -42,13 +45,39 @@ def trunk_of(state, top_k, source):
     }
 
 
+def check_sizes(about, state, source):
+    """ValueError where what amoe.describe said of a student is not so said, or not borne out by its weights."""
+    parts = [about.get(key) if isinstance(about, dict) else None for key in ("trunk", "heads")]
+    if not all(isinstance(part, dict) and part for part in parts):
+        raise ValueError(f"{source}: its config has no sizes of a trunk and of heads")
+    trunk, heads = parts
+    if "factory" not in trunk:
+        found, top_k = trunk_of(state, trunk.get("top_k"), source), trunk.get("top_k")
+        if trunk != found or top_k not in range(min(1, found["experts"]), 1 + found["experts"]):
+            wrong = [key for key in found if trunk.get(key) != found[key]] or ["top_k"]
+            raise ValueError(f"{source}: its config and its weights differ in the trunk's '{wrong[0]}'")
+    for name, sizes in heads.items():
+        dim = len(state.get(f"heads.{name}.fc1.weight", ()))
+        right = {
+            "dim": [dim],
+            "registers": range(1 + trunk.get("registers", 1 << 10)),
+            "bias": [False, True],
+            "means": [False, True],
+        }
+        if not isinstance(sizes, dict) or any(sizes.get(key) not in right[key] for key in right):
+            raise ValueError(f"{source}: its config and its weights differ in head '{name}'")
+        pool = sizes.get("pool") or {"heads": dim, "eps": 0.5}
+        heads_fit = isinstance(pool, dict) and pool.get("heads") in range(1, 1 + dim) and dim % pool["heads"] == 0
+        if not heads_fit or not isinstance(pool.get("eps"), float) or not 0 < pool["eps"] < 1:
+            raise ValueError(f"{source}: its config has no sizes of a pool that fit head '{name}'")
+
+
 def from_siglino(state, top_k, source):
     """(what amoe.describe says of such a student, its state under the keys of amoe.py).
 
     top_k: experts a token, which no shape tells. ValueError names a key that is missing; `source` is the file's name.
     """
-    adapters = ("dinov3_adapter.fc1.weight", "siglip2_adapter.fc1.weight")
-    for key in (*NEEDED, *adapters):
+    for key in ("dinov3_adapter.fc1.weight", "siglip2_adapter.fc1.weight"):
         if key not in state:
             raise ValueError(f"{source} is no student, of train.py or SigLino: it has no '{key}'")
     # layer_norm_dinov3 is in the checkpoints and unused in their forward pass

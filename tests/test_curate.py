@@ -564,3 +564,46 @@ def test_tensorstore_is_read_like_numpy(tmp_path):
     store = tensorstore.open(spec, create=True, dtype=tensorstore.float32, shape=x.shape).result()
     store.write(x).result()
     np.testing.assert_array_equal(curate.kmeans(store, k=20)[1], curate.kmeans(x, k=20)[1])
+
+
+def test_a_tree_belongs_to_all_of_its_features_and_a_level_to_its_tree(tmp_path):
+    """Catches a tree reused after one row changed (64 were looked at), and a level file of another tree."""
+    x = np.random.default_rng(0).normal(size=(500, 6)).astype(np.float32)
+    words = ["--features", str(tmp_path / "x.npy"), "--levels", "20", "5", "--keep", "30", "--device", "cpu"]
+    np.save(tmp_path / "x.npy", x)
+    curate.main([*words, "--out", str(tmp_path / "a")])
+    kept = np.load(tmp_path / "a/kept.npy")
+    curate.main([*words, "--out", str(tmp_path / "a")])
+    assert np.array_equal(kept, np.load(tmp_path / "a/kept.npy"))
+    x[[201, 202]] = x[[202, 201]]  # sums stay as they are
+    np.save(tmp_path / "x.npy", x)
+    with pytest.raises(ValueError, match=r"tree of another run.*hash"):
+        curate.main([*words, "--out", str(tmp_path / "a")])
+    curate.main([*words, "--out", str(tmp_path / "b")])
+    for name, raw in (
+        ("level1.npz", (tmp_path / "a/level1.npz").read_bytes()),
+        ("level2.npz", (tmp_path / "a/level2.npz").read_bytes()),
+        ("level1.npz", (tmp_path / "b/level1.npz").read_bytes()[:-40]),
+        ("level1.npz", b""),
+        ("tree.json", b"[]"),
+        ("tree.json", b"{"),
+    ):
+        whole = (tmp_path / "b" / name).read_bytes()
+        (tmp_path / "b" / name).write_bytes(raw)
+        with pytest.raises(ValueError, match=name if raw[:1] != b"[" else "tree"):
+            curate.main([*words, "--out", str(tmp_path / "b")])
+        (tmp_path / "b" / name).write_bytes(whole)
+    curate.main([*words, "--out", str(tmp_path / "b")])
+
+
+def test_the_hash_of_features_is_that_of_their_bytes_for_any_threads():
+    """Catches a hash of a sample, and one that depends on how the rows were read."""
+    x = np.random.default_rng(0).normal(size=(20000, 3)).astype(np.float32)
+    hashes = {curate.Points(x).hash_rows(), curate.Points(torch.from_numpy(x)).hash_rows()}
+    points = curate.Points(x)
+    points.threads = 1
+    assert hashes == {points.hash_rows()}
+    for at in (0, 8191, 8192, 19999):
+        changed = x.copy()
+        changed[at, 2] = np.nextafter(changed[at, 2], np.float32(9))
+        assert curate.Points(changed).hash_rows() not in hashes

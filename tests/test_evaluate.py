@@ -387,3 +387,55 @@ def test_wrong_words_get_one_line(tmp_path):
         run = [sys.executable, "evaluate.py", *words]
         done = subprocess.run(run, cwd=Path(__file__).parents[1], capture_output=True, text=True)
         assert done.returncode and named in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+NOT_FINITE = [math.nan, math.inf]
+
+
+@pytest.mark.parametrize("value", NOT_FINITE)
+def test_every_measure_refuses_features_that_are_not_finite(value):
+    """Catches recall 1.0 of features that are NaN (`score >= NaN` is never true), and averages that become NaN."""
+    torch.manual_seed(0)
+    x, bad, labels = torch.randn(8, 4), torch.randn(8, 4), torch.arange(8) % 2
+    bad[3, 1] = value
+    share = F.one_hot(labels).float()
+    probe = torch.zeros(2, 4), torch.zeros(2)
+    for measure in (
+        lambda: evaluate.recall(bad, x, torch.arange(8)),
+        lambda: evaluate.recall(x, bad, torch.arange(8)),
+        lambda: evaluate.knn(bad, labels, x, labels),
+        lambda: evaluate.knn(x, labels, bad, labels),
+        lambda: evaluate.zeroshot(bad, x[:2], labels),
+        lambda: evaluate.zeroshot(x, bad[2:4], labels),
+        lambda: evaluate.linear_probe(bad, share),
+        lambda: evaluate.confusion(probe, bad, (2, 4), torch.zeros(4, 8, dtype=torch.long), 2),
+        lambda: evaluate.cosine(bad, x, x.mean(0)),
+        lambda: evaluate.cosine(x, bad, x.mean(0)),
+        lambda: evaluate.pca_basis(bad),
+    ):
+        with pytest.raises(ValueError, match="not finite"):
+            measure()
+
+
+@pytest.mark.parametrize("kind", ["summary", "patch"])
+def test_a_model_that_answers_nan_is_named_with_the_image(cache, kind):
+    """Catches features that are refused without a word of whose they are."""
+    entries = [(0, i) for i in range(6)]
+    wrong = int(cache.shard(0).ids[4])
+
+    def model(batch):
+        features = {"head": {"summary": torch.ones(batch.n_images, 3), "patch": torch.ones(batch.n_tokens, 3)}}
+        for i in torch.where(batch.ids == wrong)[0].tolist():
+            features["head"][kind][i if kind == "summary" else batch.patch_rows(i)] = math.nan
+        return features
+
+    model.name = "my model"
+    with pytest.raises(ValueError, match=f"my model, head 'head'.*{cache.meta((0, 4))['source']}"):
+        evaluate.gather(evaluate.stream(model, cache, entries))
+
+
+def test_a_vote_at_a_low_temperature_is_that_of_the_nearest():
+    """Catches exp(1 / temperature) beyond float32: infinite votes tie, and a tie is a loss."""
+    torch.manual_seed(0)
+    bank, labels = torch.randn(30, 6), torch.arange(30) % 3
+    assert evaluate.knn(bank, labels, bank, labels, k=5, temperature=1e-4) == 1.0

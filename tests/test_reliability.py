@@ -139,6 +139,22 @@ def test_a_missing_or_damaged_shard_is_not_passed_over_in_silence(cache, tmp_pat
     assert data.Cache(cache.path).drop_damaged().numbers == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize(("array", "at"), [("summary.text", (3, 5)), ("registers.dense", (3, 7))])
+def test_nan_in_what_a_cache_holds_of_a_teacher_is_found_by_verify_and_by_reading(cache, tmp_path, array, at):
+    """Catches sound hashes of values that no measure can use: whoever wrote them, they read as a score of 1.0."""
+    path = copy_of(cache, tmp_path)
+    shard = data.Cache(path).shard(1)
+    arrays = {name: shard.all(name).copy() for name in {key.split("/")[0] for key in shard.record["files"]}}
+    arrays[array][at] = np.nan
+    record = {key: value for key, value in shard.record.items() if key not in ("files", "hash")}
+    data.write_shard(data.open_store(path), 1, arrays, record)
+    (complaint,) = data.verify(data.Cache(path))
+    assert "00001" in complaint and array in complaint and "not finite" in complaint
+    with pytest.raises(data.Damage, match=f"shard 00001, array {array}.*not finite"):
+        data.Cache(path).read([(1, 2), (1, 3)])
+    assert data.Cache(path).read([(1, 2)]).n_images == 1
+
+
 # ---- the wrong cache ----
 
 

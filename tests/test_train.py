@@ -1,5 +1,6 @@
 """The step's mathematics, checkpoints and the command line."""
 
+import itertools
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -473,3 +475,238 @@ def test_the_shortest_real_run_teaches_something(tmp_path):
     assert (tmp_path / "pca.png").stat().st_size > 10_000 and result["steps"] == 40
     first, last = (losses(tmp_path)[step] for step in (10, 40))
     assert last < 0.9 * first
+
+
+# ---- what a run must not do in silence ----
+
+
+def run(cache, out, *more):
+    """A run in this process, of 6 steps where `more` does not say."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    kept = [signal.getsignal(n) for n in numbers]
+    try:
+        train.main(command(cache, out, "--steps", "6", "--save-every", "2", *more)[2:])
+    finally:
+        for n, handler in zip(numbers, kept, strict=True):
+            signal.signal(n, handler)
+
+
+@pytest.mark.parametrize("how", ["flipped", "empty", "cut", "another's"])
+def test_a_broken_checkpoint_is_named_and_the_one_before_it_taken(cache, tmp_path, capsys, how):
+    """Catches a flipped bit of AdamW's moments that is trained on (one was off by 5.6e31), and a run that is lost."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run(cache, whole, "--steps", "8", "--keep", "1")
+    run(cache, cut, "--keep", "3", "--warmup", "30")
+    raw = (cut / "step-000006.pt").read_bytes()
+    flipped = bytearray(raw)
+    flipped[len(raw) * 3 // 4] ^= 64
+    other = cut / "other.pt"
+    torch.save({"step": 6}, other)
+    broken = {"flipped": flipped, "empty": b"", "cut": raw[:-1000], "another's": other.read_bytes()}[how]
+    (cut / "step-000006.pt").write_bytes(broken)
+    run(cache, cut, "--steps", "8", "--keep", "1", "--resume")
+    said = capsys.readouterr()
+    assert "step-000006.pt" in said.err and "before it is taken" in said.err and "step-000004.pt" in said.out
+    assert losses(cut) == losses(whole) and [p.name for p in train.checkpoints(cut)] == ["step-000008.pt"]
+    (cut / "step-000008.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"step-000008\.pt.*--overwrite"):
+        run(cache, cut, "--steps", "9", "--resume")
+
+
+def test_every_flipped_bit_of_a_checkpoint_is_refused_or_changes_nothing(tmp_path):
+    """Catches a format whose damage is loaded: torch.load looks at no checksum by itself."""
+    torch.manual_seed(0)
+    state = {"flags": {"a": 1}, "world": 1, "data": "x", "elapsed": 1.5, "step": 1, "model": {"w": torch.randn(60)}}
+    train.save(tmp_path, state, 1)
+    path = tmp_path / "step-000001.pt"
+    raw, refused = path.read_bytes(), 0
+    for at in range(0, len(raw), 3):
+        spoilt = bytearray(raw)
+        spoilt[at] ^= 1 << at % 8
+        path.write_bytes(spoilt)
+        try:
+            found = train.read_checkpoint(path)
+        except ValueError as error:
+            assert path.name in str(error) and "\n" not in str(error)
+            refused += 1
+        else:
+            assert torch.equal(found.pop("model")["w"], state["model"]["w"])
+            assert found == {key: value for key, value in state.items() if key != "model"}
+    assert refused > len(raw) // 6
+
+
+def test_a_run_goes_on_with_its_own_data_and_batch_only(cache, world, oracles, tmp_path):
+    """Catches another cache, another subset under the same name, and half the batch."""
+    ids = np.concatenate([cache.shard(n).ids for n in cache.numbers])
+    np.save(tmp_path / "subset.npy", ids)
+    run(cache, tmp_path / "run", "--subset", str(tmp_path / "subset.npy"))
+    again = ["--steps", "7", "--resume", "--subset", str(tmp_path / "subset.npy")]
+    other = data.cache(world.folder / "images", oracles, tmp_path / "c", max_tokens=64, seed=1, progress=False)
+    with pytest.raises(ValueError, match="trained on other data"):
+        run(other, tmp_path / "run", *again)
+    with pytest.raises(ValueError, match=r"1 rank.* --accumulate 1, not 1 rank.* --accumulate 2"):
+        run(cache, tmp_path / "run", *again, "--accumulate", "2")
+    np.save(tmp_path / "subset.npy", ids[1:])
+    with pytest.raises(ValueError, match="another --subset"):
+        run(cache, tmp_path / "run", *again)
+    np.save(tmp_path / "subset.npy", ids)
+    run(cache, tmp_path / "run", *again)
+    assert sorted(losses(tmp_path / "run")) == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_another_number_of_ranks_is_refused(cache, tmp_path):
+    """Catches a world that shrinks, and the batch with it."""
+    run(cache, tmp_path)
+    words = command(cache, tmp_path, "--steps", "7", "--resume")[1:]
+    done = torchrun(*words)
+    assert done.returncode and "1 rank(s) with --accumulate 1, not 2 rank(s)" in done.stderr
+    run(cache, tmp_path, "--steps", "7", "--resume")
+
+
+def test_a_run_goes_on_after_a_shard_was_lost(cache, tmp_path):
+    """Catches an endless silent loop in the order of packs, and a refusal where images of it were carried over.
+
+    16 packs of 400 tokens are more than the cache holds: the next epoch begins in the middle.
+    """
+    path = Path(shutil.copytree(cache.path, tmp_path / "cache"))
+    copy = data.Cache(path)
+    run(copy, tmp_path / "run", "--steps", "16", "--save-every", "1", "--keep", "99", "--warmup", "30")
+    carried = {}
+    for saved in train.checkpoints(tmp_path / "run"):
+        for number, _ in torch.load(saved)["position"]["carried"]:
+            carried.setdefault(number, saved)
+    assert carried, "no image is carried over: the test says nothing"
+    number, saved = next(iter(carried.items()))
+    shutil.rmtree(path / f"shards/{number:05d}")
+    for later in train.checkpoints(tmp_path / "run"):
+        if later.name > saved.name:
+            later.unlink()
+    run(copy, tmp_path / "run", "--steps", "30", "--resume", "--on-corrupt", "skip", "--warmup", "30")
+    assert max(losses(tmp_path / "run")) == 30
+
+
+@pytest.mark.parametrize("window", [0, 1, 2, 7])
+def test_the_order_of_packs_ends_its_epoch_from_any_position_after_any_loss(cache, monkeypatch, window):
+    """Catches a position beyond the windows that are left, and an order that is another for the shards that remain."""
+    monkeypatch.setattr(data, "WINDOW", 1)
+    whole = data.Cache(cache.path)
+    before = [set(map(tuple, pack)) for pack, _ in itertools.islice(data.Order(whole, 400).packs(data.Position()), 60)]
+    lost = data.Cache(cache.path)
+    lost.numbers = [0, 2]
+    position = data.Position(0, window, 0, ((1, 0), (2, 3), (3, 1)))
+    packs = list(itertools.islice(data.Order(lost, 400).packs(position), 20))
+    assert {number for pack, _ in packs for number, _ in pack} == {0, 2} and packs[-1][1].epoch > 0
+    first = lambda packs: [n for n in dict.fromkeys(n for pack in packs for n, _ in sorted(pack)) if n in (0, 2)]  # noqa: E731
+    kept = [pack for pack, _ in itertools.islice(data.Order(lost, 400).packs(data.Position()), 20)]
+    assert first(before) == first(kept)
+
+
+def test_skipped_steps_are_said_with_their_images_and_a_run_that_diverges_leaves_a_result(cache, tmp_path, capsys):
+    """Catches steps that are skipped in silence, and a run without result.json."""
+    real, calls = train.gradients, []
+
+    def spoilt(model, packs, *rest):
+        measured, load = real(model, packs, *rest)
+        calls.append([i for batch, _ in packs for i in batch.ids.tolist()])
+        if len(calls) in bad:
+            measured["loss"] = measured["loss"] * math.nan
+        return measured, load
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "gradients", spoilt)
+        bad = [2, 5]
+        run(cache, tmp_path / "some", "--log-every", "4", "--save-every", "3")
+        result = json.loads((tmp_path / "some/result.json").read_text())
+        source = {int(i): cache.meta((n, k))["source"] for n in cache.numbers for k, i in enumerate(cache.shard(n).ids)}
+        want = {source[i] for n in bad for i in calls[n - 1]}
+        assert result["skipped_steps"] == 2 and set(result["skipped_images"]) == want and "failed" not in result
+        assert "2 steps had a loss or a gradient that is not finite" in capsys.readouterr().out
+        calls, bad = [], range(3, 99)
+        with pytest.raises(ValueError, match="ten steps in a row"):
+            run(cache, tmp_path / "all", "--steps", "40")
+    result = json.loads((tmp_path / "all/result.json").read_text())
+    assert "ten steps in a row" in result["failed"] and result["skipped_steps"] == 10 and result["steps"] == 12
+    assert train.checkpoints(tmp_path / "all")[-1].name == "step-000010.pt"
+
+
+def test_a_student_that_cannot_be_measured_still_leaves_a_result(cache, tmp_path, monkeypatch):
+    """Catches an hour of training whose result is an exception."""
+    monkeypatch.setattr(train.evaluate, "of_student", lambda model: lambda batch: {
+        name: {"summary": torch.full((batch.n_images, s.dim), math.nan), "patch": torch.zeros(batch.n_tokens, s.dim)}
+        for s in cache.spaces for name in [s.name]})  # fmt: skip
+    with pytest.raises(ValueError, match=r"cannot be measured.*not finite.*result\.json"):
+        run(cache, tmp_path, "--evaluate")
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert "not finite" in result["failed"] and result["steps"] == 6 and result["tokens"] > 0
+
+
+def test_a_resumed_run_counts_all_of_its_time_and_tokens(cache, tmp_path):
+    """Catches a result that counts the last stretch alone, and tokens between the last line and the checkpoint."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(cache, whole, "--log-every", "4", "--warmup", "30")
+    run(cache, parts, "--steps", "3", "--log-every", "4", "--warmup", "30")
+    state = torch.load(parts / "step-000002.pt")
+    (parts / "step-000003.pt").unlink()
+    state["elapsed"] += 1000.0
+    train.save(parts, state, 2)
+    run(cache, parts, "--log-every", "4", "--warmup", "30", "--resume")
+    a, b = (json.loads((out / "result.json").read_text()) for out in (whole, parts))
+    assert a["tokens"] == b["tokens"] and b["seconds"] > 1000 and a["seconds"] < 1000
+
+
+def test_two_processes_do_not_share_a_folder(cache, tmp_path):
+    """Catches two runs that interleave their checkpoints and lines; a lock that outlives its process."""
+    first = subprocess.Popen(command(cache, tmp_path, "--steps", "5000"), cwd=ROOT, stdout=subprocess.DEVNULL)
+    wait_for(tmp_path / "log.jsonl", '"step": 2', first)
+    with pytest.raises(ValueError, match="in use by another process"):
+        run(cache, tmp_path, "--resume")
+    first.kill()
+    first.wait()
+    run(cache, tmp_path, "--overwrite")
+    assert sorted(losses(tmp_path)) == [1, 2, 3, 4, 5, 6]
+
+
+MEASURING = """
+import sys, time
+import train
+train.measure = lambda run, student: print("measuring", flush=True) or time.sleep(60) or {{}}
+train.main({words!r})
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_during_the_last_measures_ends_the_run_and_loses_no_step(cache, tmp_path, number):
+    """Catches a signal that is noted for a loop that has ended."""
+    words = command(cache, tmp_path, "--steps", "6", "--evaluate")[2:]
+    process = subprocess.Popen(
+        [sys.executable, "-c", MEASURING.format(words=words)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert any("measuring" in line for line in process.stdout)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=20)
+    assert process.returncode == 128 + number and "--resume goes on" in out
+    assert train.checkpoints(tmp_path)[-1].name == "step-000006.pt"
+
+
+def test_a_killed_run_leaves_no_process_behind(cache, tmp_path):
+    """Catches reader processes that outlive the run."""
+    words = command(cache, tmp_path, "--steps", "5000", "--workers", "2")
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
+    wait_for(tmp_path / "log.jsonl", '"step": 2', process)
+    stat = [p.read_text().rsplit(")", 1)[1].split() for p in Path("/proc").glob("[0-9]*/stat")]
+    assert [fields for fields in stat if int(fields[1]) == process.pid] == [], "it has children"
+    process.kill()
+    process.wait()
+
+
+def test_no_git_and_a_log_with_foreign_bytes_cost_nothing(cache, tmp_path):
+    """Catches a run that needs git, and a log that must be UTF-8 JSON to its last byte."""
+    how = {"cwd": ROOT, "env": os.environ | {"PATH": "/nowhere"}, "capture_output": True, "text": True}
+    assert subprocess.run(command(cache, tmp_path, "--steps", "4"), **how).returncode == 0
+    lines = (tmp_path / "log.jsonl").read_bytes().splitlines()
+    assert json.loads(lines[0])["commit"] == "unknown"
+    foreign = b"[1]", b'"x"', b'{"step": "x"}', b"caf\xe9", b'{"step": 9'
+    (tmp_path / "log.jsonl").write_bytes(b"\n".join([*lines, *foreign]))
+    done = subprocess.run(command(cache, tmp_path, "--steps", "5", "--resume"), **how)
+    assert done.returncode == 0, done.stderr
+    assert sorted(losses(tmp_path)) == [1, 2, 3, 4, 5]

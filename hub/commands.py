@@ -1,0 +1,99 @@
+"""What the commands share: flags and their ranges, files that others wrote, and how an error ends a command."""
+
+import kernels  # noqa: F401  before torch: it sets how OpenMP's threads wait
+
+# isort: split
+import argparse
+import contextlib
+import fcntl
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+
+def number(kind, low, high):
+    """What reads a flag's number, an int or a float of that range (ends included): the `type` of every numeric flag."""
+
+    def read(text):
+        value = kind(text)
+        if not low <= value <= high:  # neither NaN nor infinity is in any range
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        return value
+
+    read.__name__ = kind.__name__  # argparse says "invalid int value"
+    return read
+
+
+class Help(argparse.HelpFormatter):
+    def _get_help_string(self, action):  # every default once: BooleanOptionalAction adds its own on some Pythons
+        shown = action.default not in (None, "", [], argparse.SUPPRESS) and "(default" not in action.help
+        return action.help + (" (default: %(default)s)" if shown else "")
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that takes no abbreviations and says in one line what is wrong."""
+
+    def __init__(self, **how):
+        super().__init__(**({"allow_abbrev": False, "formatter_class": Help} | how))
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+
+def choose_device(name):
+    """The torch device that --device names, as a string; auto is cuda where torch sees a GPU."""
+    there = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cuda"] * torch.cuda.is_available()
+    if name not in ("auto", "cpu", *there):
+        raise ValueError(f"--device {name} is none of {', '.join(['auto', 'cpu', *there])}" + ": no GPU" * (not there))
+    return ["cpu", *there][-1] if name == "auto" else name
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Make a folder and hold it while inside, or until the process dies; ValueError where another one holds it."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise ValueError(f"{folder} is in use by another process: wait for it, or choose another --out") from error
+    finally:
+        os.close(held)
+
+
+def one_line(error):
+    """What an error says, in one line of bounded length: libraries write kilobytes of JSON."""
+    said = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        said = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    elif not isinstance(error, (ValueError, OSError)):
+        said = f"{type(error).__name__}: {said}"  # a KeyError's words are a key
+    said = said.split("\n")[0].split(" [source locations")[0].strip() or type(error).__name__
+    return said if len(said) <= 500 else said[:500] + " ..."
+
+
+@contextlib.contextmanager
+def reading(what):
+    """Whatever is raised inside becomes a ValueError of one line that names the file, or who else was asked."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{what}: {one_line(error).removeprefix(f'{what}: ')}") from error
+
+
+def run_command(name, main, interrupted):
+    """Run a command's main() and exit by what it returns. What ends it early is one line on stderr and a code:
+
+    1 for a ValueError, an OSError or too little memory, 130 for Ctrl-C; Parser's own is 2.
+    """
+    try:
+        sys.exit(main())
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        code, said = 1, one_line(error)
+    except KeyboardInterrupt:
+        code, said = 130, f"interrupted; {interrupted}"
+    print(f"{name}: {said}", file=sys.stderr, flush=True)
+    sys.exit(code)
