@@ -1,26 +1,28 @@
 """The feature cache: its format, its writer, its reader; and for any dataset the order of packs and the loader.
 
-A cache is a folder, or what tensorstore makes of a URL, of format 2:
+A cache is a folder, or what tensorstore makes of a URL, of format 3:
 
     cache.json                    what it was made of: format, teachers, dtype, seed, token budget, hash of the sources;
                                   and its own hash, to which every shard is bound
     teachers/<name>.safetensors   phi_s.{mean,rotation,sigma}, summary_mean, summary_variance, register_variance,
                                   pool.*, and probe [C], a summary by which a rerun knows its teacher
     skipped.jsonl                 {"source", "reason"} for every image left out
+    summary.<t>/    float32 [shards * places, C]    in teacher t's own space; a chunk a shard, zeros behind its images
+    index/                        written once all shards are, like a shard: ids, grids (h << 16 | w) and, by shard,
+                                  [images, hash of its commit record]; opening a cache reads no more than the last
     shards/00000/                 self-contained: the images of one contiguous slice of the sources
         pixels         uint8   [rows, 768]     a row a patch, (row, col, channel) order inside it
         patch.<t>      int8    [rows, C]       teacher t's patches in PHI-S space, in steps of amoe.INT8_STEP
-                       (bfloat16 under --dtype bf16)
-        summary.<t>    float32 [images, C]     in the teacher's own space, as are the next two
-        registers.<t>  float32 [images, R * C] where t has registers
+                       (bfloat16 under --dtype bf16; not there under --patches none)
+        registers.<t>  float32 [images, R * C] where t has registers, in its own space, as text
         text.<t>       float32 [images, C]     the caption's embedding, where t embeds text; NaN without a caption
-        starts         int64   [images + 1]    first row of each image, and the end
         shapes         int32   [images, 2]     (h, w) in patches
         ids            int64   [images]        hash of the source's name, the same on every machine
         views          float32 [images, 6]     view number, crop box (left, top, right, bottom, in shares), flip
         meta           uint8   [bytes]         a JSON line an image: source, caption, category
-        shard.json     the commit record, written last: cache (cache.json's hash), images, rows, skipped, power (of each
-                       teacher's patches, and of what rounding changed in them), files {name: [bytes, hash]}, hash
+        shard.json     the commit record, written last: cache (cache.json's hash), number, images, rows, skipped, power
+                       (of each teacher's patches, and of what rounding changed in them), content (hash of the images'
+                       sizes, times and captions), files {key: [bytes, hash]}, its summaries' chunks too, hash
 
 Arrays are zarr3, one file each, with a crc32c on every inner chunk of 64 rows, uncompressed (features shrink by a
 fifth, reading costs thrice). Hashes are blake2b of 16 bytes; that of a JSON file is of its other entries, keys sorted.
@@ -32,6 +34,7 @@ Shape letters: T tokens of a pack, M images in it, N images, C channels of a tea
 import amoe
 from amoe import ROW, dequantise, one_line, pack, quantise
 from images import (
+    KEPT,
     SHARED,
     Images,
     Sources,
@@ -39,8 +42,11 @@ from images import (
     choose_view,
     digest,
     find_sources,
+    grid,
     is_in,
+    is_remote,
     map_ahead,
+    name_hash,
     open_store,
     seal,
     unseal,
@@ -62,11 +68,12 @@ import contextlib
 import itertools
 import json
 import os
+import shutil
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +82,9 @@ import tensorstore as ts
 import torch
 from tqdm import tqdm
 
-FORMAT = 2
+FORMAT = 3
+INDEX = 2**31 - 1  # the number that the index has in the place of a shard's
+RERUN = "rerun the caching command"
 CHUNK = 64  # rows behind one checksum: an image is read without decoding much of its neighbours
 MEMORY = 1 << 30  # bytes of whole arrays that a reading process keeps: two windows of small shards
 WINDOW = 16  # shards shuffled together
@@ -87,20 +96,28 @@ class Damage(ValueError):
     """A shard, `number`, whose bytes are not what was committed; the message names shard and array."""
 
     def __init__(self, number, what):
-        super().__init__(f"shard {number:05d}{what}")
+        super().__init__(f"{'the index' if number == INDEX else f'shard {number:05d}'}{what}")
         self.number = number
 
 
 # ---- the store ----
 
 
-def list_keys(store, prefix):
-    keys = store.list(ts.KvStore.KeyRange(prefix, prefix[:-1] + "0")).result()
-    return [key.decode() for key in keys]
+def folder_of(number):
+    """The folder of a shard, or of the index, which is written and read like one."""
+    return "index/" if number == INDEX else f"shards/{number:05d}/"
 
 
-def open_array(store, key, context=None, create=None):
-    """A zarr3 array under `key`. create: (shape, dtype) of a new one, which is one file of CHUNK-row inner chunks."""
+def clear(store, prefix):
+    """Remove what lies below a prefix, a killed writer's locks too."""
+    store.delete_range(ts.KvStore.KeyRange(prefix, prefix[:-1] + "0")).result()
+
+
+def open_array(store, key, context=None, create=None, chunk=None):
+    """A zarr3 array under `key`. create: (shape, dtype) of a new one, in chunks of `chunk` rows of one checksum each.
+
+    Without `chunk` it is one file of inner chunks: CHUNK rows, or 4,096 numbers.
+    """
     spec = {"driver": "zarr3", "kvstore": store.spec().to_json() | {"path": f"{store.path}{key}/"}}
     if create is None:
         # A chunk that is not there is damage, never a run of zeros.
@@ -108,20 +125,36 @@ def open_array(store, key, context=None, create=None):
     (n, *columns), dtype = create
     little = {"name": "bytes", "configuration": {"endian": "little"}}
     plain, check = {"name": "bytes"} if dtype in ("uint8", "int8") else little, {"name": "crc32c"}
-    inner = CHUNK if columns else max(CHUNK, min(n, 1 << 16))
+    inner = CHUNK if columns else max(CHUNK, min(n, 4096))
     codec = {"chunk_shape": [inner, *columns], "codecs": [plain, check], "index_codecs": [little, check]}
-    whole = [max(1, -(-n // inner)) * inner, *columns]
+    whole = [chunk or max(1, -(-n // inner)) * inner, *columns]
     spec["metadata"] = {
         "shape": [n, *columns],
         "data_type": dtype,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": whole}},
-        "codecs": [{"name": "sharding_indexed", "configuration": codec}],
+        "codecs": [plain, check] if chunk else [{"name": "sharding_indexed", "configuration": codec}],
     }
-    spec |= {"create": True, "store_data_equal_to_fill_value": True}
-    return ts.open(spec, context=SHARED)
+    return ts.open(spec | {"create": True, "open": True, "store_data_equal_to_fill_value": True}, context=SHARED)
 
 
 # ---- records ----
+
+KINDS = {"format": int, "dtype": str, "shard_images": int, "teachers": dict, "sources": int, "views": int}
+KINDS |= {
+    "seed": int,
+    "min_tokens": int,
+    "max_tokens": int,
+    "sources_hash": str,
+    "teachers_hash": dict,
+    "patches": bool,
+}
+RECORD_KINDS = {"cache": str, "number": int, "images": int, "rows": int, "skipped": list, "power": dict, "files": dict}
+
+
+def misses(content, kinds):
+    """The name of an entry that is missing or of another type, or below 0; None where all is as it should be."""
+    wrong = (n for n, t in kinds.items() if type(content.get(n)) is not t or (t is int and not 0 <= content[n] < 2**40))
+    return next(wrong, None)
 
 
 def read_about(store, path):
@@ -131,32 +164,44 @@ def read_about(store, path):
         raise ValueError(f"{path} is not a feature cache: it has no cache.json (python data.py cache makes one)")
     try:
         about = json.loads(raw)
-    except ValueError as error:
+        assert isinstance(about, dict)
+    except (ValueError, AssertionError, RecursionError) as error:
         raise ValueError(f"{path}/cache.json is damaged: {error}") from error
     if not isinstance(about, dict):
         raise ValueError(f"{path}/cache.json is damaged: it holds no object")
     if about.get("format") != FORMAT:
-        raise ValueError(f"{path} has cache format {about.get('format')} and this code reads {FORMAT}: cache it anew")
+        raise ValueError(
+            f"{path} has cache format {about.get('format')} and this code reads {FORMAT}: cache it anew, elsewhere"
+        )
     if unseal(raw) is None:
         raise ValueError(f"{path}/cache.json is damaged: its contents are not those that its hash was made of")
+    if wrong := misses(about, KINDS) or ("shard_images" if about["shard_images"] < 1 or about["views"] < 1 else None):
+        raise ValueError(f"{path}/cache.json is no description of a cache: its {wrong} is {about.get(wrong)!r}")
     return about
 
 
 def read_record(store, number, cache_hash):
-    """The commit record of a shard, or None where it is not committed, or to another cache."""
-    record = unseal(store.read(f"shards/{number:05d}/shard.json").result().value)
-    return record if record and record["cache"] == cache_hash else None
+    """The commit record of a shard, or None where it is not committed, or to another cache, or as another shard."""
+    record = unseal(store.read(f"{folder_of(number)}shard.json").result().value)
+    sound = record and not misses(record, RECORD_KINDS)
+    return record if sound and record["cache"] == cache_hash and record["number"] == number else None
 
 
-def committed(store):
-    """Numbers of the shards that have a commit record, in order."""
-    return sorted(int(key.split("/")[1]) for key in list_keys(store, "shards/") if key.endswith("/shard.json"))
+def read_records(store, numbers, cache_hash):
+    """An iterator of the commit records of shards, in order. Many are under way: an object store takes 20 ms each."""
+    with ThreadPoolExecutor(32) as pool:
+        yield from map_ahead(pool, lambda number: read_record(store, number, cache_hash), numbers, 256)
+
+
+def n_shards(about):
+    """How many shards there are once all are written."""
+    return -(-about["sources"] // about["shard_images"])
 
 
 def skipped_lines(store):
     """What skipped.jsonl has to say, by the commit records."""
-    cache_hash = read_about(store, "the cache")["hash"]
-    records = (read_record(store, number, cache_hash) for number in committed(store))
+    about = read_about(store, "the cache")
+    records = read_records(store, range(n_shards(about)), about["hash"])
     lines = [json.dumps(entry, ensure_ascii=False) for record in records if record for entry in record["skipped"]]
     return "".join(f"{line}\n" for line in lines).encode()
 
@@ -165,29 +210,53 @@ def skipped_lines(store):
 
 
 class Shard:
-    """One committed shard; its arrays open on first use and its small ones stay in memory."""
+    """One committed shard, or the index; it is read on first use. known: its (ids, shapes, the hash of its record)."""
 
-    def __init__(self, store, number, context, cache_hash):
-        self.store, self.number, self.context = store, number, context
-        self.arrays = {}
-        self.record = read_record(store, number, cache_hash)
-        if self.record is None:
-            raise Damage(number, ": shard.json is damaged, or belongs to another cache")
-        self.small = sum(size for size, _ in self.record["files"].values()) <= MEMORY // (2 * WINDOW)
+    def __init__(self, cache, number, known=None):
+        self.cache, self.number, self.known, self.arrays = cache, number, known, {}
+
+    @cached_property
+    def record(self):
+        record = read_record(self.cache.store, self.number, self.cache.about["hash"])
+        if record is None:
+            there = self.cache.store.read(f"{folder_of(self.number)}shard.json").result().value
+            why = "shard.json is damaged, or belongs to another cache or shard"
+            raise Damage(
+                self.number, f": {why}" if there else f": missing, or not committed (it has no shard.json); {RERUN}"
+            )
+        if self.known and self.known[2] != name_hash(record["hash"]):
+            raise Damage(self.number, f": it is not the one that the index was made of; {RERUN}")
+        return record
+
+    @cached_property
+    def small(self):
+        return sum(size for size, _ in self.record["files"].values()) <= MEMORY // (2 * WINDOW)
+
+    def has(self, name):
+        return self.key(name) + "zarr.json" in self.record["files"]
+
+    def key(self, name):
+        """Where an array lies: summaries are parts of one array over all shards."""
+        return f"{name}/" if name.startswith("summary.") else f"{folder_of(self.number)}{name}/"
 
     def array(self, name):
         """The open tensorstore array; its metadata is checked against the commit record first."""
         if name not in self.arrays:
-            key = f"{name}/zarr.json"
-            raw = self.store.read(f"shards/{self.number:05d}/{key}").result().value
-            if key not in self.record["files"] or self.record["files"][key] != [len(raw), digest(raw)]:
+            store, key = self.cache.store, self.key(name)
+            raw = store.read(f"{key}zarr.json").result().value
+            if self.record["files"].get(f"{key}zarr.json") != [len(raw), digest(raw)]:
                 raise Damage(self.number, f", array {name}: its zarr.json is missing or damaged")
-            self.arrays[name] = open_array(self.store, f"shards/{self.number:05d}/{name}", self.context).result()
+            array = open_array(store, key[:-1], self.cache.context).result()
+            first = self.number * self.cache.slots
+            self.arrays[name] = array[first : first + self.record["images"]] if key == f"{name}/" else array
         return self.arrays[name]
 
     def read(self, name, part=slice(None)):
         """A future of rows `part` of an array, for `wait`."""
-        return self.array(name)[part].read()
+        array = self.array(name)
+        first = array.domain[0].inclusive_min  # a part of an array keeps the whole one's indices
+        start, stop, _ = part.indices(array.shape[0])
+        return array[first + start : first + stop].read()
 
     def wait(self, name, future):
         """The numpy array of a `read`; Damage names shard and array where a checksum or a chunk fails."""
@@ -201,24 +270,36 @@ class Shard:
 
     @cached_property
     def ids(self):
-        return self.all("ids")
+        return self.known[0] if self.known else self.all("ids")
 
     @cached_property
     def shapes(self):
-        return self.all("shapes")
+        return self.known[1] if self.known else self.all("shapes")
+
+    @cached_property
+    def checked(self):
+        """True; Damage where the shard's own ids and shapes are not those of the index."""
+        for name, known in zip(("ids", "shapes"), self.known or (), strict=False):
+            if not np.array_equal(self.all(name), known):
+                raise Damage(self.number, f", array {name}: it is not what the index says; {RERUN}")
+        return True
 
     @cached_property
     def starts(self):
-        return self.all("starts")
+        """First row of each image, and the end."""
+        return np.concatenate([[0], self.shapes.astype(np.int64).prod(1).cumsum()])
 
     @cached_property
     def meta(self):
         raw = bytes(self.all("meta")) if self.record["images"] else b""
-        return [json.loads(line) for line in raw.decode().splitlines()]
+        return [json.loads(line) for line in raw.decode().split("\n")[: self.record["images"]]]
 
 
 class Cache:
-    """A feature cache opened for reading, a dataset (see images.py): the teachers' `spaces`, the committed `shards`."""
+    """A feature cache opened for reading, a dataset (see images.py): the teachers' `spaces`, the committed `shards`.
+
+    With an index nothing is read of a shard before its first use; without, each commit record.
+    """
 
     def __init__(self, path):
         self.path = path
@@ -228,42 +309,57 @@ class Cache:
         # memory-mapped reads: twice the bandwidth of copied ones on a local disk
         own = {"file_io_mode": {"mode": "memmap"}, "cache_pool": {"total_bytes_limit": 1 << 26}}
         self.context = ts.Context(own, SHARED)
-        self.numbers = committed(self.store)
-        self.opened, self.held, self.lock = {}, {}, threading.Lock()
+        self.slots = self.about["shard_images"] * self.about["views"]  # places for images in a shard
+        self.n_shards = n_shards(self.about)
+        self.held, self.lock = {}, threading.Lock()
+        self.shard = lru_cache(KEPT)(self.open_shard)
+        self.index = Shard(self, INDEX)
+        try:
+            self.counts, self.hashes = self.index.all("shards").T
+            if len(self.counts) != self.n_shards or self.index.record["images"] != self.counts.sum():
+                raise Damage(INDEX, ": it is of another cache")
+        except Damage:  # not written yet, or not whole: then it is as if there were none
+            self.index = None
+            records = list(read_records(self.store, range(self.n_shards), self.about["hash"]))
+            self.counts = np.array([r["images"] if r else -1 for r in records])
+        self.numbers = np.flatnonzero(self.counts >= 0).tolist()
+        self.firsts = np.concatenate([[0], self.counts.clip(min=0).cumsum()])
 
-    def shard(self, number):
-        if number not in self.opened:
-            self.opened[number] = Shard(self.store, number, self.context, self.about["hash"])
-        return self.opened[number]
-
-    @property
-    def n_shards(self):
-        """How many shards there are once all are written."""
-        return -(-self.about["sources"] // self.about["shard_images"])
+    def open_shard(self, number):
+        part = slice(int(self.firsts[number]), int(self.firsts[number + 1]))
+        try:
+            reads = {name: self.index.read(name, part) for name in ("ids", "grids")} if self.index else {}
+            ids, grids = (self.index.wait(name, read) for name, read in reads.items())
+        except (Damage, ValueError):  # without an index, or where it is damaged, the shard says it itself
+            return Shard(self, number)
+        return Shard(self, number, (ids, np.stack([grids >> 16, grids & 0xFFFF], 1), self.hashes[number]))
 
     @property
     def shards(self):
         return [self.shard(number) for number in self.numbers]
 
-    def drop_damaged(self, on_corrupt="stop"):
-        """Leave out shards that are missing or whose ids, shapes or starts are damaged; returns this cache.
+    def all_ids(self):
+        with contextlib.suppress(Damage):
+            if self.index:
+                return self.index.all("ids")
+        return np.concatenate([np.zeros(0, np.int64), *(shard.ids for shard in self.shards)])
 
-        on_corrupt "stop" raises ValueError for the first of them, "skip" names each on stderr. What is read later is
-        checked as it is read.
+    def drop_damaged(self, on_corrupt="stop"):
+        """Leave out shards that are missing or whose ids or shapes are damaged; returns this cache.
+
+        on_corrupt "stop" raises ValueError for the first of them, "skip" names each on stderr. Of more than 1,000
+        shards an index is believed under "stop": what is not there is found, as all other damage is, when it is read.
         """
-        good = []
-        for number in range(self.n_shards):
+        believed = self.index is not None and on_corrupt == "stop" and self.n_shards > 1000
+        for number in () if believed else range(self.n_shards):
             try:
-                if number not in self.numbers:
-                    raise Damage(number, ": missing, or its writer was cut short; rerun the caching command")
                 shard = self.shard(number)
-                assert len(shard.ids) == len(shard.shapes) == len(shard.starts) - 1
-                good.append(number)
+                assert shard.record["images"] == len(shard.ids) == len(shard.shapes)
             except Damage as error:
                 if on_corrupt == "stop":
                     raise ValueError(f"{self.path}, {error}; --on-corrupt skip trains without it") from error
                 print(f"skipping damage: {error}", file=sys.stderr, flush=True)
-        self.numbers = good
+                self.numbers = [n for n in self.numbers if n != number]
         return self
 
     def read(self, entries, n_tokens=None, registers=4, with_targets=True):
@@ -272,6 +368,10 @@ class Cache:
         n_tokens: the pack's length, by default just what the images need. registers: the student's. Damage names the
         shard and the array that cannot be trusted.
         """
+        if with_targets and not self.about["patches"]:
+            raise ValueError(
+                f"{self.path} holds summaries alone (--patches none): it is for curation, not for training"
+            )
         spaces = self.spaces if with_targets else ()
         names = ["pixels", *(f"patch.{s.name}" for s in spaces)]
         by_image = [f"{kind}.{s.name}" for s in spaces for kind in ("summary", "registers")[: 1 + bool(s.registers)]]
@@ -308,6 +408,7 @@ class Cache:
     def rows_of(self, number, i):
         """(shard, its rows that are image i's)."""
         shard = self.shard(number)
+        assert shard.checked
         return shard, slice(int(shard.starts[i]), int(shard.starts[i + 1]))
 
     def fetch(self, wanted):
@@ -333,7 +434,7 @@ class Cache:
     def text(self, name, entries):
         """Caption embeddings [N, C] of [(shard number, index)], NaN without one; None where none were cached."""
         shards = {number: self.shard(number) for number, _ in entries}
-        if not all(f"text.{name}/zarr.json" in shard.record["files"] for shard in shards.values()):
+        if not all(shard.has(f"text.{name}") for shard in shards.values()):
             return None
         rows = {number: shard.all(f"text.{name}") for number, shard in shards.items()}
         return torch.from_numpy(np.stack([rows[number][i] for number, i in entries]))
@@ -357,31 +458,31 @@ def as_tensor(array):
 
 def verify(cache):
     """Every file of every shard against its commit record: a list of complaints, which name shard and array."""
-    complaints = []
-    for number in range(cache.n_shards):
-        prefix = f"shards/{number:05d}/"
-        record = read_record(cache.store, number, cache.about["hash"])
-        if record is None:
-            state = "missing"
-            if there := list_keys(cache.store, prefix):
-                state = "not committed (writing it was cut short)"
-                if prefix + "shard.json" in there:
-                    state = "shard.json is damaged, or belongs to another cache"
-            complaints.append(f"shard {number:05d}: {state}; rerun the caching command")
-            continue
-        for key, (size, value) in record["files"].items():
-            raw = cache.store.read(prefix + key).result().value
-            state = f"is {len(raw)} bytes of {size}" if len(raw) != size else "has changed bytes"
-            if len(raw) != size or digest(raw) != value:
-                state = state if raw else "is missing"
-                complaints.append(
-                    f"shard {number:05d}, array {key.split('/')[0]}: {key} {state}; remove shards/{number:05d} and "
-                    f"rerun the caching command"
-                )
-        if not any(f"shard {number:05d}" in complaint for complaint in complaints):
-            complaints += complaints_of_values(cache.shard(number))
+    numbers = [*range(cache.n_shards), *([INDEX] if cache.store.read("index/shard.json").result().value else [])]
+    with ThreadPoolExecutor(8) as pool:
+        found = map_ahead(pool, lambda number: complaints_of(cache, number), numbers, 32)
+        complaints = list({key: text for some in found for key, text in some}.values())
     if not complaints and cache.store.read("skipped.jsonl").result().value != skipped_lines(cache.store):
-        complaints.append("skipped.jsonl is not what the shards say: rerun the caching command")
+        complaints.append(f"skipped.jsonl is not what the shards say: {RERUN}")
+    return complaints
+
+
+def complaints_of(cache, number):
+    """What is wrong with a shard, or with the index: [(key, complaint)]; shards share the metadata of summaries."""
+    try:
+        record = Shard(cache, number).record
+    except Damage as error:
+        return [(number, str(error) if RERUN in str(error) else f"{error}; {RERUN}")]
+    complaints, name = [], "the index" if number == INDEX else f"shard {number:05d}"
+    for key, (size, value) in record["files"].items():
+        raw = cache.store.read(key).result().value
+        if len(raw) != size or digest(raw) != value:
+            state = f"is {len(raw)} bytes of {size}" if len(raw) != size else "has changed bytes"
+            array, state = key.removeprefix(folder_of(number)).split("/")[0], state if raw else "is missing"
+            text = f"{name}, array {array}: {key} {state}; remove {folder_of(number)[:-1]} and {RERUN}"
+            complaints.append((key, text))
+    if not complaints and number != INDEX:
+        complaints += [(text, text) for text in complaints_of_values(cache.shard(number))]
     return complaints
 
 
@@ -397,27 +498,68 @@ def complaints_of_values(shard):
 
 def signal_to_noise(cache):
     """{teacher: dB}: power of its patches over that of what rounding changed in them, measured as they were written."""
-    power = sum(np.array(list(shard.record["power"].values())).reshape(-1, 2) for shard in cache.shards)
+    records = read_records(cache.store, cache.numbers, cache.about["hash"])
+    power = sum(np.array(list(record["power"].values())).reshape(-1, 2) for record in records if record)
     return {s.name: 10 * float(np.log10(p[0] / max(p[1], 1e-30))) for s, p in zip(cache.spaces, power, strict=True)}
 
 
+class Summaries:
+    """A teacher's summaries of all images, [N, C] float32, of which rows are read when a slice or indices ask for them.
+
+    They lie in one array, a chunk a shard; places of images that were left out are passed over.
+    """
+
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, cache, teacher):
+        self.cache, self.name = cache, f"summary.{teacher}"
+        self.shape = int(cache.firsts[-1]), cache.about["teachers"][teacher]["dim"]
+        if self.shape[0]:
+            cache.shard(int(np.argmax(cache.counts > 0))).array(self.name)  # which checks its zarr.json
+            self.array = open_array(cache.store, self.name, cache.context).result()
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, at):
+        at = np.arange(len(self))[at]
+        shard = np.searchsorted(self.cache.firsts, at, side="right") - 1
+        place = shard * self.cache.slots + at - self.cache.firsts[shard]
+        try:
+            if (
+                np.ndim(place) == 1
+                and len(place)
+                and place[-1] - place[0] < 2 * len(place)
+                and (np.diff(place) > 0).all()
+            ):
+                return self.array[int(place[0]) : int(place[-1]) + 1].read().result()[place - place[0]]
+            return self.array[place].read().result() if np.size(place) else np.zeros((0, self.shape[1]), np.float32)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{self.cache.path}, {self.name}: {str(error).splitlines()[0][:200]}") from error
+
+    def __array__(self, dtype=None, copy=None):
+        return self[:].astype(dtype or self.dtype, copy=False)
+
+
 def summaries(path, teacher):
-    """All of a cached teacher's summaries: (ids int64 [N], features float32 [N, C]), in cache order."""
+    """All of a cached teacher's summaries: (ids int64 [N], features [N, C], read when sliced), in cache order."""
     cache = Cache(path)
     if teacher not in cache.about["teachers"]:
         raise ValueError(f"{path} holds the teachers {', '.join(cache.about['teachers'])}, not '{teacher}'")
-    shards = [shard for shard in cache.shards if shard.record["images"]]
-    return np.concatenate([s.ids for s in shards]), np.concatenate([s.all(f"summary.{teacher}") for s in shards])
+    return cache.all_ids(), Summaries(cache, teacher)
 
 
 def thumbnails(path, ids):
     """The cached images of the given ids, uint8 [16 h, 16 w, 3] each, in the order asked for."""
-    cache = Cache(path)
-    entries = {int(i): (shard.number, n) for shard in cache.shards for n, i in enumerate(shard.ids)}
-    missing = [i for i in ids if int(i) not in entries]
-    if missing:
+    cache, ids = Cache(path), np.asarray(ids, np.int64)
+    known = cache.all_ids()
+    at = np.flatnonzero(is_in(known, np.unique(ids)))
+    at = dict(zip(known[at][::-1].tolist(), at[::-1].tolist(), strict=True))  # of several views the first
+    if missing := [i for i in ids.tolist() if i not in at]:
         raise ValueError(f"{path} holds no image of id {missing[0]}")
-    return [cache.read([entries[int(i)]], with_targets=False).images()[0].numpy() for i in ids]
+    numbers = [int(np.searchsorted(cache.firsts, at[i], side="right")) - 1 for i in ids.tolist()]
+    entries = [(n, at[i] - int(cache.firsts[n])) for n, i in zip(numbers, ids.tolist(), strict=True)]
+    return [cache.read([entry], with_targets=False).images()[0].numpy() for entry in entries]
 
 
 # ---- writing ----
@@ -438,14 +580,15 @@ def cache(
     shard_range=(0, 1),
     calibrate=512,
     max_skipped=0.05,
+    patches=True,
     device="cpu",
     progress=True,
 ):
     """Decode images, run the teachers, write the cache `out`; what is committed already is kept, so a rerun continues.
 
-    images: a folder, a list file, a tar, or a list of Source. teachers: objects with name, dim and registers, called
-    with a Batch. shard_range (i, n): write every n-th shard from the i-th, so that n processes or machines share the
-    work without talking to one another.
+    images: what find_sources takes, or a list of Source. teachers: objects with name, dim and registers, called with a
+    Batch. patches: False for summaries alone. shard_range (i, n): write every n-th shard from the i-th, so that n
+    processes or machines share the work without talking to one another.
     ValueError for an existing cache of other contents, for unreadable images beyond the share max_skipped, for teachers
     whose answers do not fit, and for what cannot be written.
     """
@@ -458,16 +601,25 @@ def cache(
     layout = {"min_tokens": min_tokens, "max_tokens": max_tokens, "views": views, "seed": seed}
     dataset = Images(sources, images, **layout, shard_images=shard_images)
     store = open_store(out)
-    about = {"format": FORMAT, "dtype": dtype, "shard_images": shard_images}
+    about = {"format": FORMAT, "dtype": dtype, "patches": patches, "shard_images": shard_images}
     about = fit_or_read_spaces(store, "cache.json", about, out, dataset, teachers, calibrate, device)
     numbers = list(range(shard_range[0], len(dataset.numbers), shard_range[1]))
-    cache_hash = about["hash"]
-    records = [read_record(store, n, cache_hash) for n in numbers]
+    records = list(read_records(store, numbers, about["hash"]))
+    for i, (number, record) in enumerate(zip(numbers, records, strict=True)):
+        if record and record["content"] != sources.content_hash(*dataset.span_of(number)):
+            print(
+                f"shard {number:05d}: its images have changed since it was written, so it is written anew",
+                file=sys.stderr,
+            )
+            records[i] = None
     todo = [n for n, record in zip(numbers, records, strict=True) if record is None]
+    if todo:
+        check_room(dataset, about, out, len(todo), progress)
+        clear(store, folder_of(INDEX))
     before, bad = {entry["source"] for record in records if record for entry in record["skipped"]}, set()
-    total, left = (sum(len(dataset.views_of(n)) for n in some) for some in (numbers, todo))
+    total, left = (sum(b - a for a, b in map(dataset.span_of, some)) * views for some in (numbers, todo))
     bar = tqdm(total=total, initial=total - left, unit="view" if views > 1 else "image", disable=not progress)
-    steps = write_shards(teachers, todo, dataset, out, dtype, device)
+    steps = write_shards(teachers, todo, dataset, out, device)
     for images_done, skipped in itertools.chain([(0, before)], steps):
         bar.update(images_done)
         bad.update(skipped)
@@ -479,7 +631,56 @@ def cache(
             )
     bar.close()
     write_skipped(store)
+    write_index(Cache(out))
     return Cache(out)
+
+
+def check_room(dataset, about, out, n_shards, progress):
+    """Say what the whole cache will take, by a sample; ValueError where the disk has no room for n_shards more."""
+    sources, random = dataset.sources, np.random.default_rng(0)
+    at = np.sort(random.integers(len(sources), size=min(4096, len(sources))))
+    rows = sources.rows[at if sources.at is None else sources.at[at]]
+    rows = rows[rows["height"] > 0]
+    h, w = grid(np.maximum(rows["height"], 16), np.maximum(rows["width"], 16), dataset.min_tokens, dataset.max_tokens)
+    images = len(sources) * dataset.n_views
+    patches, teachers = images * float((h * w.astype(np.int64)).mean() if len(rows) else 1), about["teachers"].values()
+    values = patches * sum(t["dim"] for t in teachers)
+    summaries = images * sum(4 * t["dim"] * (1 + t["registers"]) for t in teachers)
+    parts = {"pixels": patches * ROW, "patches": values * {"int8": 1, "bf16": 2}[about["dtype"]] * about["patches"]}
+    parts["summaries"] = summaries
+    total, gib = sum(parts.values()), lambda n: f"{n / 2**30:.3g} GiB"
+    other = {"int8": values, "bf16": 2 * values, "summaries alone": 0}
+    if progress:
+        print(
+            f"the whole cache: {gib(total)} ({', '.join(f'{k} {gib(n)}' for k, n in parts.items())}); "
+            + ", ".join(f"{k} {gib(total - parts['patches'] + n)}" for k, n in other.items()),
+            flush=True,
+        )
+    if not is_remote(out):
+        need, free = total * n_shards / len(dataset.numbers), shutil.disk_usage(out).free
+        if need > free:
+            raise ValueError(f"{out} has {gib(free)} free and what is left to write takes {gib(need)}")
+
+
+def write_index(cache):
+    """Write one table of all images once every shard is committed: opening the cache then reads no shard."""
+    if cache.index is not None or len(cache.numbers) < cache.n_shards:
+        return
+    shards = np.empty((cache.n_shards, 2), np.int64)
+
+    def look(number):
+        shard = Shard(cache, number)
+        shards[number] = len(shard.ids), name_hash(shard.record["hash"])
+        return shard.ids, (shard.shapes[:, 0] << 16 | shard.shapes[:, 1]).astype(np.int32)
+
+    with ThreadPoolExecutor(32) as pool:
+        ids, grids = zip(*map_ahead(pool, look, cache.numbers, 256), strict=True)
+    arrays = {"ids": np.concatenate(ids), "grids": np.concatenate(grids), "shards": shards}
+    record = {"cache": cache.about["hash"], "images": len(arrays["ids"]), "rows": 0, "skipped": [], "power": {}}
+    try:
+        write_shard(cache, INDEX, arrays, record)
+    except ValueError as error:  # another machine may have finished at the same time
+        print(f"the index was not written, the cache opens without it, slower: {error}", file=sys.stderr)
 
 
 def fit_or_read_spaces(store, file, about, out, dataset, teachers, calibrate, device):
@@ -555,7 +756,7 @@ def check_teachers(store, out, teachers, dataset, chosen, device):
             )
 
 
-def write_shards(teachers, numbers, dataset, out, dtype, device):
+def write_shards(teachers, numbers, dataset, out, device):
     """Write the shards `numbers` of Images; yields (images done, names of those skipped) as it goes.
 
     The next shard is decoded while teachers look at this one.
@@ -569,11 +770,12 @@ def write_shards(teachers, numbers, dataset, out, dtype, device):
         decoded = [(view, *answer) for view, answer in answers if not isinstance(answer, str)]
         arrays = image_arrays(decoded, dataset.seed)
         power = {t.name: np.zeros(2) for t in teachers}
-        for done in add_teacher_arrays(arrays, power, teachers, cache.spaces, decoded, dtype, device):
+        for done in add_teacher_arrays(arrays, power, teachers, cache.spaces, decoded, cache.about, device):
             yield done, ()
         record = {"cache": cache.about["hash"], "images": len(decoded), "rows": len(arrays["pixels"])}
         record["power"] = {name: [float(f"{x:.8g}") for x in both] for name, both in power.items()}
-        write_shard(cache.store, number, arrays, record | {"skipped": bad})
+        record["content"] = dataset.sources.content_hash(*dataset.span_of(number))
+        write_shard(cache, number, arrays, record | {"skipped": bad})
         yield len(bad), [entry["source"] for entry in bad]
 
 
@@ -585,7 +787,6 @@ def image_arrays(decoded, seed):
     meta = [s.meta for s in sources]
     return {
         "pixels": torch.cat(rows).numpy() if rows else np.zeros((0, ROW), np.uint8),
-        "starts": np.concatenate([[0], np.cumsum([len(r) for r in rows])]).astype(np.int64),
         "shapes": np.array(shapes, np.int32).reshape(-1, 2),
         "ids": np.array([s.id for s in sources], np.int64),
         "views": np.array(views, np.float32).reshape(-1, 6),
@@ -593,52 +794,69 @@ def image_arrays(decoded, seed):
     }
 
 
-def add_teacher_arrays(arrays, power, teachers, spaces, decoded, dtype, device):
+def add_teacher_arrays(arrays, power, teachers, spaces, decoded, about, device):
     """Add to a shard's arrays what teachers say; yields the number of images of each pack.
 
     power: {teacher: [2]}, to which the sums of squares of the patches and of what rounding changed in them are added.
     """
     images = [(rows, shape, view.source.id) for view, rows, shape in decoded]
-    starts, feature_type = arrays["starts"], {"int8": np.int8, "bf16": ts.bfloat16.numpy_dtype}[dtype]
+    starts, n = np.concatenate([[0], np.cumsum([len(rows) for rows, _, _ in images])]).astype(np.int64), len(images)
+    feature_type = {"int8": np.int8, "bf16": ts.bfloat16.numpy_dtype}[about["dtype"]]
     for t in teachers:
-        arrays[f"patch.{t.name}"] = np.empty((starts[-1], t.dim), feature_type)
-        arrays[f"summary.{t.name}"] = np.empty((len(images), t.dim), np.float32)
+        if about["patches"]:
+            arrays[f"patch.{t.name}"] = np.empty((starts[-1], t.dim), feature_type)
+        arrays[f"summary.{t.name}"] = np.empty((n, t.dim), np.float32)
         if t.registers:
-            arrays[f"registers.{t.name}"] = np.empty((len(images), t.registers * t.dim), np.float32)
+            arrays[f"registers.{t.name}"] = np.empty((n, t.registers * t.dim), np.float32)
         text = embed_captions(t, [view.source.caption for view, _, _ in decoded])
         if text is not None:
             arrays[f"text.{t.name}"] = text
     for part, batch in in_packs(images, device):
         kept = batch.all_patch_rows().to(device)
         for name, target in make_targets(teachers, spaces, batch).items():
-            y = target["patch"][kept].cpu()
-            stored = quantise(y).numpy() if dtype == "int8" else y.numpy().astype(feature_type)
-            lost = y - dequantise(as_tensor(stored))
-            power[name] += [float(x.double().square().sum()) for x in (y, lost)]
-            arrays[f"patch.{name}"][starts[part.start] : starts[part.stop]] = stored
+            if about["patches"]:  # rounded, and the loss measured, where the teacher ran
+                y = target["patch"][kept]
+                stored = quantise(y) if about["dtype"] == "int8" else y.bfloat16()
+                power[name] += [float(x.double().square().sum()) for x in (y, y - dequantise(stored))]
+                stored = stored.cpu() if about["dtype"] == "int8" else stored.cpu().view(torch.int16)
+                arrays[f"patch.{name}"][starts[part.start] : starts[part.stop]] = stored.numpy().view(feature_type)
             arrays[f"summary.{name}"][part] = target["summary"].cpu().numpy()
             if "registers" in target:
                 arrays[f"registers.{name}"][part] = target["registers"].flatten(1).cpu().numpy()
         yield part.stop - part.start
 
 
-def write_shard(store, number, arrays, record):
-    """Write {name: numpy array} as one shard, whole arrays at a time, then its commit record with their hashes."""
-    prefix = f"shards/{number:05d}/"
-    with naming_errors(f"shard {number:05d}"):
-        store.delete_range(ts.KvStore.KeyRange(prefix, prefix[:-1] + "0")).result()  # a killed writer's, locks too
-        opened = {name: open_array(store, prefix + name, create=(a.shape, str(a.dtype))) for name, a in arrays.items()}
-        writes = [opened[name].result().write(a) for name, a in arrays.items() if a.size]
+def write_shard(cache, number, arrays, record):
+    """Write {name: numpy array} as one shard, whole arrays at a time, then its commit record with their hashes.
+
+    A summary goes to the shard's own chunk of the array that all shards share.
+    """
+    store, folder, slots = cache.store, folder_of(number), cache.slots
+    with naming_errors("the index" if number == INDEX else f"shard {number:05d}"):
+        clear(store, folder)
+        writes, keys = [], []
+        for name, a in arrays.items():
+            if name.startswith("summary."):
+                key, chunk = f"{name}/", f"{name}/c/{number}/0"
+                clear(store, f"{name}/c/{number}/")
+                whole = (cache.n_shards * slots, a.shape[1])
+                array = open_array(store, name, create=(whole, str(a.dtype)), chunk=slots).result()
+                array = array[number * slots : (number + 1) * slots]
+                a = np.concatenate([a, np.zeros((slots - len(a), a.shape[1]), a.dtype)])
+            else:
+                key, chunk = f"{folder}{name}/", f"{folder}{name}/c" + "/0" * a.ndim
+                array = open_array(store, key[:-1], create=(a.shape, str(a.dtype))).result()
+            keys += [f"{key}zarr.json", *([chunk] if a.size else [])]
+            writes += [array.write(a)] if a.size else []
         for write in writes:
             write.result()
         files = {}
-        for name, array in arrays.items():
-            for key in [f"{name}/zarr.json", *([f"{name}/c" + "/0" * array.ndim] if array.size else [])]:
-                raw = store.read(prefix + key).result().value
-                if not raw:
-                    raise ValueError(f"{key} vanished: is another process writing the same shards?")
-                files[key] = [len(raw), digest(raw)]
-        write_file(store, prefix + "shard.json", seal(record | {"files": files}))
+        for key in keys:
+            raw = store.read(key).result().value
+            if not raw:
+                raise ValueError(f"{key} vanished: is another process writing the same shards?")
+            files[key] = [len(raw), digest(raw)]
+        write_file(store, f"{folder}shard.json", seal(record | {"number": number, "files": files}))
 
 
 def write_file(store, key, raw):
@@ -868,19 +1086,20 @@ def loader(order, position, rank=0, world=1, per_step=1, threads=0, on_corrupt="
 
 def info(cache):
     """A printed page: what the cache was made of, what is in it, and the signal-to-noise ratio of what is stored."""
-    records = [shard.record for shard in cache.shards]
+    records = [record for record in read_records(cache.store, cache.numbers, cache.about["hash"]) if record]
     images, rows = (sum(r[key] for r in records) for key in ("images", "rows"))
     skipped = sum(len(r["skipped"]) for r in records)
     size = sum(n for r in records for n, _ in r["files"].values())
     print(f"{cache.path}: format {FORMAT}, {len(records)} of {cache.n_shards} shards, {size / 2**20:.1f} MiB")
     print(f"{images} images of {cache.about['sources']} sources, {rows} patches, {skipped} skipped")
-    noise = signal_to_noise(cache)
+    noise = signal_to_noise(cache) if cache.about["patches"] else {}
     for space in cache.spaces:
-        text = f"{space.name}: {space.dim} channels, {space.registers} registers, patches as {cache.about['dtype']}"
-        if rows:
+        text = f"{space.name}: {space.dim} channels, {space.registers} registers, "
+        text += f"patches as {cache.about['dtype']}" if cache.about["patches"] else "no patches"
+        if rows and cache.about["patches"]:
             text += f", signal to rounding noise {noise[space.name]:.1f} dB"
             if cache.about["dtype"] == "int8":
-                first = next(shard for shard in cache.shards if shard.record["rows"])
+                first = cache.shard(int(np.argmax(cache.counts > 0)))
                 text += f", {(np.abs(first.all(f'patch.{space.name}')) == 127).mean():.1e} clipped"
         print(text)
 
@@ -908,6 +1127,7 @@ def main(argv=None):
     add("--views", type=number(int, 1, 10**4), default=1, help="views an image: the whole of it, then random crops")
     add("--subset", help=".npy of image ids to keep (curate.py writes one)")
     add("--dtype", choices=("int8", "bf16"), default="int8", help="how patch features are stored")
+    add("--patches", choices=("all", "none"), default="all", help="none: summaries alone, for curation")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the calibration sample and the views")
     add("--shard-images", type=number(int, 1, 10**6), default=512, help="sources in a shard")
     add(
@@ -942,6 +1162,7 @@ def main(argv=None):
             load_teachers(args.teacher, args.images[0], device),
             args.out,
             subset=read_subset(args.subset),
+            patches=args.patches == "all",
             shard_range=(i, n),
             device=device,
             **{name: value for name, value in vars(args).items() if name in same},

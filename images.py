@@ -782,13 +782,13 @@ class Images:
         self.shard = lru_cache(KEPT)(self.headers)
         self.pool = ThreadPoolExecutor()  # Pillow decodes and resizes outside the interpreter's lock
 
-    def range_of(self, number):
-        """The sources of a shard, as a range."""
-        return range(number * self.shard_images, min((number + 1) * self.shard_images, len(self.sources)))
+    def span_of(self, number):
+        """The first of a shard's sources, and the end."""
+        return number * self.shard_images, min((number + 1) * self.shard_images, len(self.sources))
 
     def views_of(self, number):
         """All views of a shard's sources, in order."""
-        return [View(self.sources[i], view) for i in self.range_of(number) for view in range(self.n_views)]
+        return [View(self.sources[i], view) for i in range(*self.span_of(number)) for view in range(self.n_views)]
 
     def view(self, entry):
         number, i = entry
@@ -820,8 +820,7 @@ class Images:
 
     def headers(self, number):
         """The Headers of a shard, from the table of sources: no file is opened but those that cannot be used."""
-        part = self.range_of(number)
-        rows = self.sources.part(part.start, part.stop).repeat(self.n_views)
+        rows = self.sources.part(*self.span_of(number)).repeat(self.n_views)
         views = np.arange(len(rows)) % self.n_views
         boxes = [choose_view(self.seed, i, n)[0] for i, n in zip(rows["id"].tolist(), views.tolist(), strict=True) if n]
         box = np.tile([0.0, 0.0, 1.0, 1.0], (len(rows), 1))

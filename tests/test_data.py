@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -117,9 +118,12 @@ def test_tensorstore_alone_opens_a_shard(cache):
     """Catches a format that needs this repository to be read."""
     import tensorstore
 
-    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{cache.path}/shards/00002/summary.text/"}}
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{cache.path}/shards/00002/patch.text/"}}
     array = tensorstore.open(spec).result().read().result()
-    assert array.shape == (20, 64) and np.isfinite(array).all()
+    assert array.shape == (cache.shard(2).starts[-1], 64) and array.any()
+    spec["kvstore"]["path"] = f"{cache.path}/summary.text/"
+    array = tensorstore.open(spec).result().read().result()
+    assert array.shape == (80, 64) and np.array_equal(array[40:60], cache.shard(2).all("summary.text"))
 
 
 def test_bad_images_are_skipped_counted_and_named(world, oracles, tmp_path):
@@ -218,6 +222,57 @@ def test_large_shards_are_read_by_image(cache, monkeypatch):
     assert torch.equal(whole.rows, read.rows) and torch.equal(whole.yx, read.yx)
     for name, target in whole.targets.items():
         assert all(torch.equal(value, read.targets[name][kind]) for kind, value in target.items())
+
+
+def test_summaries_are_read_when_sliced(world, oracles, tmp_path):
+    """Catches rows shifted by images that were left out, whose places in the one array stay empty."""
+    folder = tmp_path / "images"
+    shutil.copytree(world.folder / "images", folder)
+    for i in (10, 30, 31, 79):
+        (folder / f"0000{i}.png").write_bytes(b"junk")
+    cache = data.cache(folder, oracles, tmp_path / "c", max_tokens=64, shard_images=20, progress=False)
+    ids, features = data.summaries(tmp_path / "c", "dense")
+    want = np.concatenate([shard.all("summary.dense") for shard in cache.shards])
+    assert ids.tolist() == [int(i) for shard in cache.shards for i in shard.ids] and features.shape == want.shape == (
+        76,
+        96,
+    )
+    assert np.array_equal(np.asarray(features), want) and np.array_equal(features[7:33], want[7:33])
+    at = np.random.default_rng(0).integers(76, size=30)
+    assert np.array_equal(features[at], want[at]) and features[5:5].shape == (0, 96)
+    shutil.rmtree(tmp_path / "c/index")
+    again, rows = data.summaries(tmp_path / "c", "dense")
+    assert np.array_equal(again, ids) and np.array_equal(rows[:], want)
+    shown = data.thumbnails(tmp_path / "c", ids[[50, 3]])
+    assert np.array_equal(shown[1], cache.read([(0, 3)]).images()[0].numpy())
+    (tmp_path / "c/summary.dense/c/1/0").unlink()
+    with pytest.raises(ValueError, match=r"summary\.dense"):
+        data.summaries(tmp_path / "c", "dense")[1][15:25]
+
+
+def test_a_cache_of_summaries_alone(world, oracles, tmp_path):
+    """Catches patches that are stored all the same, and a cache without them that is trained on."""
+    kind = {"max_tokens": 64, "shard_images": 20, "progress": False}
+    cache = data.cache(world.folder / "images", oracles, tmp_path / "c", patches=False, **kind)
+    assert not list((tmp_path / "c").glob("shards/*/patch*")) and data.verify(cache) == []
+    assert data.summaries(tmp_path / "c", "text")[1].shape == (80, 64)
+    assert len(data.thumbnails(tmp_path / "c", cache.all_ids()[:2])) == 2
+    with pytest.raises(ValueError, match="summaries alone"):
+        cache.read([(0, 0)])
+    data.info(cache)
+
+
+def test_the_size_is_said_before_and_a_disk_without_room_is_an_error(world, oracles, tmp_path, monkeypatch, capsys):
+    """Catches a cache that fills the disk after a day, and an estimate that is off."""
+    kind = {"max_tokens": 64, "shard_images": 20}
+    data.cache(world.folder / "images", oracles, tmp_path / "c", **kind)
+    said = float(re.search(r"the whole cache: ([\d.e-]+) GiB", capsys.readouterr().out)[1]) * 2**30
+    size = sum(p.stat().st_size for p in (tmp_path / "c").rglob("*") if p.is_file() and p.parent.name != "teachers")
+    assert 0.7 < said / size < 1.1
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
+    with pytest.raises(ValueError, match="free and what is left to write takes"):
+        data.cache(world.folder / "images", oracles, tmp_path / "d", **kind)
+    assert not (tmp_path / "d/shards").exists()
 
 
 # ---- the order ----
