@@ -74,7 +74,9 @@ class Flags:
     seed: int = flag(0, RESULTS, "of initialisation and data order")
     subset: str = flag("", RESULTS, ".npy of image ids to train on, as curate.py writes")
     min_tokens: int = flag(1, RESULTS, "of --images: patches below which an image is enlarged")
-    max_tokens: int = flag(256, RESULTS, "of --images: patches above which an image is shrunk")
+    max_tokens: tuple[int, ...] = flag(
+        (256,), RESULTS, "of --images: patches above which one is shrunk; several: one an image"
+    )
     views: int = flag(1, RESULTS, "of --images: views an image, the whole of it and then random crops")
     calibrate: int = flag(512, RESULTS, "of --images: images that PHI-S is fitted on")
     toy_images: int = flag(5000, RESULTS, "size of the toy world when there is no --cache")
@@ -119,6 +121,8 @@ def parse(argv=None):
             how = {"action": argparse.BooleanOptionalAction}
         elif f.type is tuple:
             how = {"action": "append"}
+        elif f.type == tuple[int, ...]:
+            how = {"type": int, "nargs": "+"}
         text = f.metadata["help"] + ("" if f.default in ("", ()) else f" (default: {f.default})")
         add = groups[f.metadata["group"]].add_argument
         default = list(f.default) if f.type is tuple else f.default  # argparse appends to it
