@@ -93,7 +93,7 @@ def test_the_two_stages_are_commands_that_train_takes(how, tmp_path):
     commands, said = recipe("amoe-0.3b", "--dry", *how, "IMAGES", tmp_path, "S.safetensors", "D.safetensors")
     stages = [train.parse(words[words.index("train.py") + 1 :]) for words in commands if "train.py" in words]
     one, two = stages
-    assert two.init == f"{one.out}/student.safetensors" and one.model == two.model == "amoe-0.3b"
+    assert two.init == one.out and one.model == two.model == "amoe-0.3b"
     if how:
         caches = [words for words in commands if "data.py" in words]
         assert [words[words.index("--out") + 1] for words in caches] == [one.cache, two.cache]
@@ -101,6 +101,17 @@ def test_the_two_stages_are_commands_that_train_takes(how, tmp_path):
     else:
         assert one.max_tokens == (256,) and two.max_tokens == (256, 1024, 2304) and len(two.teacher) == 2
     assert said.count("GPU-hours, teachers cached") == 2
+
+
+@pytest.mark.slow
+def test_the_two_stages_run(pictures, tmp_path):
+    """Catches a second stage that does not find the first one's student, or cannot go on from it with other budgets."""
+    photos, teacher = pictures
+    spec, out = teacher.removeprefix("eye="), tmp_path / "out"
+    _, said = recipe("amoe-0.3b", photos / "train", out, spec, spec, *TINY, "--model", "toy", GPUS="1")
+    one, two = ([json.loads(x) for x in (out / s / "log.jsonl").read_text().splitlines()] for s in ("one", "two"))
+    assert two[0]["config"]["max_tokens"] == [256, 1024, 2304] and [x["step"] for x in two[1:]] == [2, 4]
+    assert two[1]["loss"] < one[1]["loss"] and "begin afresh" not in said  # it goes on from what stage one learnt
 
 
 def test_costs_follow_from_the_flags():
