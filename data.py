@@ -1123,7 +1123,8 @@ def main(argv=None):
     add("--teacher", **more, help="weights file, or file.py:factory; repeatable")
     add("--out", required=True, help="folder or tensorstore URL of the cache; an unfinished one is continued")
     add("--min-tokens", type=number(int, 1, 65536), default=1, help="patches below which an image is enlarged")
-    add("--max-tokens", type=number(int, 1, 65536), default=256, help="patches above which an image is shrunk")
+    text = "patches above which an image is shrunk; of several, each image's is one of them by its id"
+    add("--max-tokens", type=number(int, 1, 65536), nargs="+", default=256, help=text)
     add("--views", type=number(int, 1, 10**4), default=1, help="views an image: the whole of it, then random crops")
     add("--subset", help=".npy of image ids to keep (curate.py writes one)")
     add("--dtype", choices=("int8", "bf16"), default="int8", help="how patch features are stored")

@@ -15,7 +15,7 @@ patches, H x W pixels.
 import amoe
 from amoe import PATCH, dequantise, pack, split_by_tokens, to_rows
 from data import held_out
-from images import Images, find_sources, resized, target_grid, with_image
+from images import Images, find_sources, resized, upright, with_image
 from teachers import embed_text, load_teachers, make_targets, run_teachers
 
 # isort: split
@@ -481,10 +481,9 @@ class PublishedImages(Images):
 
     def decode(self, view):
         def use(image):
-            whole = 0.0, 0.0, 1.0, 1.0
-            orientation = target_grid(image, 1, self.max_tokens, whole)[2]
-            height, width = image.size if orientation in (5, 6, 7, 8) else image.size[::-1]
-            return torch.from_numpy(resized(image, *self.sizes(height, width), orientation, whole, False, False))
+            height, width, orientation = upright(image)
+            box = 0.0, 0.0, 1.0, 1.0
+            return torch.from_numpy(resized(image, *self.sizes(height, width), orientation, box, False, False))
 
         try:
             return to_rows(with_image(view.source, use))

@@ -59,6 +59,15 @@ warnings.filterwarnings("ignore", module=r"PIL\.")  # of bombs from half the siz
 # ---- files ----
 
 
+def choose_budget(seed, ids, budgets):
+    """The most patches of each image: one of `budgets` by (seed, id), as often as the others, held out or not."""
+    if np.ndim(budgets) == 0:
+        return budgets
+    odd = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: products differ in their high bits
+    mixed = (np.asarray(ids).astype(np.uint64) ^ np.uint64((seed + 1) * odd % 2**64)) * np.uint64(odd)
+    return np.asarray(budgets)[(mixed >> np.uint64(33)) % np.uint64(len(budgets))]
+
+
 def choose_view(seed, image_id, number):
     """The crop box (left, top, right, bottom, shares of the image) and flip of a view, fixed by its three arguments.
 
@@ -773,7 +782,9 @@ class Images:
         if min_tokens > max_tokens:
             raise ValueError(f"--min-tokens {min_tokens} is more than --max-tokens {max_tokens}")
         self.sources, self.path = Sources.of(sources), path
-        self.min_tokens, self.max_tokens, self.n_views, self.seed = min_tokens, max_tokens, views, seed
+        budgets = sorted({*np.atleast_1d(max_tokens).tolist()})  # one for all, or one of several an image
+        self.max_tokens = budgets if len(budgets) > 1 else budgets[0]
+        self.min_tokens, self.n_views, self.seed = min_tokens, views, seed
         self.shard_images, self.draft, self.max_skipped = shard_images, draft, max_skipped
         self.skipped, self.quiet = skipped, quiet
         self.n_shards = -(-len(sources) // shard_images)
@@ -798,11 +809,15 @@ class Images:
         """{"source", "caption", "category"} of (shard number, index)."""
         return self.view(entry).source.meta
 
+    def limits(self, view):
+        """The least and the most patches of a view."""
+        return self.min_tokens, int(np.max(choose_budget(self.seed, [view.source.id], self.max_tokens)))
+
     def decode(self, view):
         """(rows [h * w, 768] uint8, (h, w)) of a view, or the reason why there is none."""
         box, flip = choose_view(self.seed, view.source.id, view.number)
         try:
-            return to_rows(load_image(view.source, self.min_tokens, self.max_tokens, box, flip, self.draft))
+            return to_rows(load_image(view.source, *self.limits(view), box, flip, self.draft))
         except ValueError as error:
             return str(error)
 
@@ -814,7 +829,7 @@ class Images:
         """(h, w) of a view from the file's header, or the reason why there is none."""
         box, _ = choose_view(self.seed, view.source.id, view.number)
         try:
-            return image_shape(view.source, self.min_tokens, self.max_tokens, box)
+            return image_shape(view.source, *self.limits(view), box)
         except ValueError as error:
             return str(error)
 
@@ -829,7 +844,7 @@ class Images:
         height, width = rows["height"].astype(np.int64), rows["width"].astype(np.int64)
         wrong = np.any([wrong for wrong, _ in faults(height, width, box.T)], axis=0)
         size = view_size(np.where(wrong, PATCH, height), np.where(wrong, PATCH, width), box.T)
-        shapes = np.stack(grid(*size, self.min_tokens, self.max_tokens), 1)
+        shapes = np.stack(grid(*size, self.min_tokens, choose_budget(self.seed, rows["id"], self.max_tokens)), 1)
         shapes[wrong] = 0
         bad = [self.view((number, i)) for i in np.flatnonzero(wrong).tolist()]
         self.without_reasons(bad, self.pool.map(self.shape, bad), self.quiet, len(rows) - len(bad))

@@ -75,7 +75,9 @@ class Flags:
     seed: int = flag(0, RESULTS, "of initialisation and data order", (0, 2**63 - 1))
     subset: str = flag("", RESULTS, ".npy of image ids to train on, as curate.py writes")
     min_tokens: int = flag(1, RESULTS, "of --images: patches below which an image is enlarged", (1, 65536))
-    max_tokens: int = flag(256, RESULTS, "of --images: patches above which an image is shrunk", (1, 65536))
+    max_tokens: tuple[int, ...] = flag(
+        (256,), RESULTS, "of --images: patches above which one is shrunk; several: one an image", (1, 65536)
+    )
     views: int = flag(1, RESULTS, "of --images: views an image, the whole of it and then random crops", (1, 10**4))
     calibrate: int = flag(512, RESULTS, "of --images: images that PHI-S is fitted on", (1, 10**6))
     toy_images: int = flag(5000, RESULTS, "size of the toy world when there is no --cache", (100, 10**7))
@@ -114,7 +116,10 @@ def parse(argv=None):
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
         how = {bool: {"action": argparse.BooleanOptionalAction}, tuple: {"action": "append"}, str: {"choices": allowed}}
-        how = how.get(f.type) or {"type": amoe.number(f.type, *allowed)}
+        if f.type == tuple[int, ...]:
+            how = {"type": amoe.number(int, *allowed), "nargs": "+"}
+        else:
+            how = how.get(f.type) or {"type": amoe.number(f.type, *allowed)}
         default = list(f.default) if f.type is tuple else f.default  # argparse appends to it
         groups[group].add_argument("--" + f.name.replace("_", "-"), default=default, help=f.metadata["help"], **how)
     flags = Flags(**{k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()})

@@ -20,6 +20,7 @@ import torch
 from PIL import Image, ImageOps, features
 
 import amoe
+import data
 import images
 
 
@@ -427,3 +428,21 @@ def test_tars_and_lists_are_read_over_http(web):
         images.find_sources(f"{url}/x.tar")
     with pytest.raises(ValueError, match="cannot be listed"):
         images.find_sources(f"{url}/")
+
+
+def test_budgets_are_drawn_by_seed_and_id_in_training_and_held_out_images_alike(tmp_path):
+    """Catches a budget by the remainder of the id, which decides as well what is held out, and one that a decoder does
+    not share with the table of shapes."""
+    ids = np.random.default_rng(0).integers(2**63, size=60_000)
+    for part in (ids[data.held_out(ids)], ids[~data.held_out(ids)]):
+        drawn = images.choose_budget(0, part, [256, 1024, 2304])
+        assert all(abs((drawn == b).mean() - 1 / 3) < 0.02 for b in (256, 1024, 2304))
+    both = [images.choose_budget(seed, ids, [256, 1024]) == 256 for seed in (0, 1)]
+    assert abs((both[0] & both[1]).mean() - 1 / 4) < 0.02
+    for i in range(40):
+        Image.new("RGB", (300, 300)).save(tmp_path / f"{i}.png")
+    found = images.Images(images.find_sources(tmp_path), max_tokens=(16, 64, 144), shard_images=40)
+    batch, entries = found.read([(0, i) for i in range(40)]), found.shard(0)
+    assert np.array_equal(batch.shapes.numpy(), entries.shapes)
+    assert sorted(set(entries.shapes.prod(1).tolist())) == [16, 64, 144]
+    assert images.Images(images.find_sources(tmp_path), max_tokens=[64]).max_tokens == 64

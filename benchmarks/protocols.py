@@ -1,0 +1,184 @@
+"""What each difference between SigLino's evaluation and the strict one is worth, on a teacher measured both ways.
+
+    python -m benchmarks.protocols --photos DIR --teachers REAL.py:text_aligned REAL.py:dense
+        --captions REAL.py:text_table --classes TEST.tar CIFAR.py:text_aligned
+
+`--photos`: images with alpha masks, and captions.json with captions and categories. Differences are added one by one,
+from the strict protocol to the published one. kNN is over ten folds, every photo asked once; zero-shot is on 2,000
+images of TEST.tar, a folder a class.
+"""
+
+# isort: split
+import argparse
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import evaluate
+from data import held_out
+from images import Images, find_sources
+
+
+def load(spec):
+    path, name = spec.rsplit(":", 1)
+    module = importlib.util.module_from_spec(found := importlib.util.spec_from_file_location(Path(path).stem, path))
+    found.loader.exec_module(module)
+    return getattr(module, name)
+
+
+def dataset_of(path, kind=Images, square=False, budget=256):
+    dataset = kind(find_sources(path), path, max_tokens=budget, draft=False)
+    dataset.square = square
+    return dataset
+
+
+def seen(teacher, dataset, most=None):
+    """[(entry, shape, features of the one head)] of all images of a dataset."""
+    entries = sorted(e for part in evaluate.split(dataset) for e in part)
+    entries = (
+        entries if most is None else [entries[i] for i in np.random.default_rng(0).permutation(len(entries))[:most]]
+    )
+    streamed = evaluate.stream(evaluate.of_teacher(teacher), dataset, entries, progress=teacher.name)
+    return [(e, shape, {k: v.clone() for k, v in f[teacher.name].items()}) for e, shape, f in streamed]
+
+
+def folds_knn(dataset, items, published, folds=10):
+    """kNN of every image among those of the other folds; folds by the image's place in the list."""
+    x = torch.stack([f["summary"] for _, _, f in items])
+    [labels] = evaluate.class_numbers((dataset, [e for e, _, _ in items]))
+    fold, score = torch.arange(len(x)) % folds, 0.0
+    for n in range(folds):
+        known, asked = fold != n, fold == n
+        score += evaluate.knn(x[known], labels[known], x[asked], labels[asked], published=published) * int(asked.sum())
+    return score / len(x)
+
+
+def retrieval_rows(photos, native, resized, table):
+    """Recall at 10 both ways, each difference added: (sizes, bfloat16 and ties, captions each for itself)."""
+    order = {entry["file"]: n for n, entry in enumerate(json.loads((Path(photos) / "captions.json").read_text()))}
+
+    def parts(dataset, items):
+        meta = [dataset.meta(e) for e, _, _ in items]
+        text = table[[order[m["source"]] for m in meta]]
+        return torch.stack([f["summary"] for _, _, f in items]), text, [m["caption"] for m in meta]
+
+    def strict(x, text, captions):
+        index = {}
+        truth = torch.tensor([index.setdefault(c, len(index)) for c in captions])
+        own = text[[captions.index(c) for c in index]]
+        back = evaluate.recall(own, x, torch.arange(len(own)), truth)
+        return {"image to text": evaluate.recall(x, own, truth)[10], "text to image": back[10]}
+
+    def separate(x, text, _):
+        every = torch.arange(len(x))
+        found = evaluate.recall(x, text, every)[10], evaluate.recall(text, x, every)[10]
+        return dict(zip(("image to text", "text to image"), found, strict=True))
+
+    def published(x, text, _):
+        found = evaluate.published_recall(x, text, torch.arange(len(x)))
+        return {"image to text": found["text_recall_at_10"], "text to image": found["image_recall_at_10"]}
+
+    return {
+        "strict": strict(*parts(*native)),
+        "+ its sizes of images": strict(*parts(*resized)),
+        "+ every caption its own image's alone": separate(*parts(*resized)),
+        "+ bfloat16, ties for the model: published": published(*parts(*resized)),
+    }
+
+
+def mask_of(photos, dataset, entry, side=None):
+    """0 for background, 1 for the object, of an image's alpha."""
+    alpha = Image.open(Path(photos) / dataset.meta(entry)["source"]).convert("RGBA").getchannel("A")
+    alpha = alpha.resize((side, side), Image.Resampling.NEAREST) if side else alpha
+    return torch.from_numpy((np.array(alpha) > 127).astype(np.int64))
+
+
+def segmentation_rows(photos, native, square, rates):
+    """mIoU of object and background, a tenth of the photos held out."""
+
+    def parts(dataset, items, sided):
+        out = held_out(np.array([dataset.view(e).source.id for e, _, _ in items]))
+        rows = [
+            (mask_of(photos, dataset, e, 16 * shape[0] if sided else None), shape, {"t": f}) for e, shape, f in items
+        ]
+        return [r for r, o in zip(rows, out, strict=True) if not o], [r for r, o in zip(rows, out, strict=True) if o]
+
+    def score(probe, test, miou=lambda c, void: evaluate.mean_iou(c)):
+        dtype = probe[0].dtype
+        pixels = (evaluate.confusion(probe, f["t"]["patch"].to(dtype), shape, m, 2) for m, shape, f in test)
+        return miou(sum(pixels), 255)
+
+    args = argparse.Namespace(head=["t"], void=255, probe_patches=200_000)
+    rows = {}
+    for name, (train, test) in (("strict", parts(*native, False)), ("+ images as squares", parts(*square, True))):
+        total = sum(len(f["t"]["patch"]) for _, _, f in train)
+        [probes] = evaluate.fit_probes(args, lambda train=train: iter(train), 2, total)
+        rows[name] = score(probes["t"], test)
+    epochs = {}
+    for rate in rates:
+        args.lr = rate
+        shuffled = lambda: (train[i] for i in torch.randperm(len(train)))  # noqa: E731
+        epochs[rate] = [
+            score(p["t"], test, evaluate.published_miou) for p in evaluate.published_probes(args, shuffled, 2)
+        ]
+    rows["+ its head: bfloat16, AdamW 1e-3, the tenth epoch"] = epochs[1e-3][-1]
+    rows["+ the best epoch on the test set: published"] = max(epochs[1e-3])
+    rows["+ the best of eight rates on the test set (its search_lr.sh)"] = max(map(max, epochs.values()))
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--photos", required=True)
+    parser.add_argument("--teachers", nargs="+", required=True)
+    parser.add_argument("--captions", required=True)
+    parser.add_argument("--classes", nargs=2, required=True)
+    parser.add_argument("--out", default="benchmarks/protocols.json")
+    args = parser.parse_args()
+    result = {"torch": torch.__version__, "knn": {}, "retrieval": {}, "segmentation": {}, "zeroshot": {}}
+    for spec in args.teachers:
+        teacher = load(spec)("cpu")
+        datasets = (
+            dataset_of(args.photos),
+            *(dataset_of(args.photos, evaluate.PublishedImages, s) for s in (False, True)),
+        )
+        native, resized, square = ((dataset, seen(teacher, dataset)) for dataset in datasets)
+        result["photos"] = len(native[1])
+        result["knn"][teacher.name] = {
+            "strict": folds_knn(*native, False),
+            "+ its sizes of images": folds_knn(*resized, False),
+            "+ bfloat16, ties for the model: published": folds_knn(*resized, True),
+        }
+        rates = (4e-4, 8e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1e-2, 2e-2)
+        result["segmentation"][teacher.name] = segmentation_rows(args.photos, native, square, rates)
+        if spec == args.teachers[0]:
+            result["retrieval"][teacher.name] = retrieval_rows(args.photos, native, resized, load(args.captions)())
+        print(json.dumps(result, indent=1), flush=True)
+    test, spec = args.classes
+    teacher = load(spec)("cpu")
+    names = sorted({Path(s.name).parts[-2] for s in find_sources(test)})
+    text = torch.stack(
+        [evaluate.unit(teacher.encode_text([t.format(n) for t in evaluate.TEMPLATES]).float()).mean(0) for n in names]
+    )
+    rows = {}
+    for name, kind, published in (
+        ("strict", Images, False),
+        ("+ its sizes of images", evaluate.PublishedImages, False),
+        ("+ bfloat16, ties for the model: published", evaluate.PublishedImages, True),
+    ):
+        dataset = dataset_of(test, kind)
+        items = seen(teacher, dataset, most=2000)
+        truth = torch.tensor([names.index(Path(dataset.meta(e)["source"]).parts[-2]) for e, _, _ in items])
+        x = torch.stack([f["summary"] for _, _, f in items])
+        rows[name] = evaluate.zeroshot(x, text, truth, published)
+    result["zeroshot"][teacher.name] = rows
+    Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
