@@ -143,7 +143,6 @@ KINDS = {"format": int, "dtype": str, "shard_images": int, "teachers": dict, "so
 KINDS |= {
     "seed": int,
     "min_tokens": int,
-    "max_tokens": int,
     "sources_hash": str,
     "teachers_hash": dict,
     "patches": bool,
@@ -641,7 +640,9 @@ def check_room(dataset, about, out, n_shards, progress):
     at = np.sort(random.integers(len(sources), size=min(4096, len(sources))))
     rows = sources.rows[at if sources.at is None else sources.at[at]]
     rows = rows[rows["height"] > 0]
-    h, w = grid(np.maximum(rows["height"], 16), np.maximum(rows["width"], 16), dataset.min_tokens, dataset.max_tokens)
+    h, w = grid(
+        np.maximum(rows["height"], 16), np.maximum(rows["width"], 16), dataset.min_tokens, np.max(dataset.max_tokens)
+    )
     images = len(sources) * dataset.n_views
     patches, teachers = images * float((h * w.astype(np.int64)).mean() if len(rows) else 1), about["teachers"].values()
     values = patches * sum(t["dim"] for t in teachers)

@@ -779,10 +779,10 @@ class Images:
         skipped=None,
         quiet=False,
     ):
-        if min_tokens > max_tokens:
-            raise ValueError(f"--min-tokens {min_tokens} is more than --max-tokens {max_tokens}")
-        self.sources, self.path = Sources.of(sources), path
         budgets = sorted({*np.atleast_1d(max_tokens).tolist()})  # one for all, or one of several an image
+        if min_tokens > budgets[0]:
+            raise ValueError(f"--min-tokens {min_tokens} is more than --max-tokens {budgets[0]}")
+        self.sources, self.path = Sources.of(sources), path
         self.max_tokens = budgets if len(budgets) > 1 else budgets[0]
         self.min_tokens, self.n_views, self.seed = min_tokens, views, seed
         self.shard_images, self.draft, self.max_skipped = shard_images, draft, max_skipped
