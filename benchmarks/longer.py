@@ -1,0 +1,152 @@
+"""What limits a small student: a base run on photos, one on CIFAR-10, and arms that each change one thing of theirs.
+
+    python -m benchmarks.longer --photos PHOTOS --cifar train.tar --teachers DIR --work DIR
+
+Caches, runs and the folders of `evaluate.py segment` (object or background, by the photos' alpha) lie under --work; the
+figures of finished runs are in longer.json, and the same command goes on with the others. Two run at a time, a thread
+each. DIR of the teachers has real.py and cifar.py, each with text_aligned and dense.
+"""
+
+import amoe
+import data
+import evaluate
+from images import find_sources
+
+# isort: split
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+FIGURES = Path(__file__).with_suffix(".json")
+BASE, LONG = {"steps": 200, "tokens": 2048}, {"steps": 800}
+ARMS = {  # name: (cache, images to train on or 0 for all, flags that the base has not)
+    "photos": ("photos-1", 0, {}),
+    "photos, longer": ("photos-1", 0, LONG),
+    "CIFAR-10": ("cifar", 0, {}),
+    "CIFAR-10, 500 images": ("cifar", 500, {}),
+    "CIFAR-10, longer": ("cifar", 0, LONG),
+    "CIFAR-10, 500 images, longer": ("cifar", 500, LONG),
+    "photos, 4 views": ("photos-4", 0, {}),
+    "photos, 4 views, longer": ("photos-4", 0, LONG),
+    "photos, lr / 3": ("photos-1", 0, {"lr": 2e-3}),
+    "photos, lr x 3": ("photos-1", 0, {"lr": 1.8e-2}),
+    "photos, 160 images": ("photos-1", 160, {}),
+    "photos, half as wide": ("photos-1", 0, {"init": 64}),
+    "photos, twice as wide": ("photos-1", 0, {"init": 256}),
+    "photos, seed 1": ("photos-1", 0, {"seed": 1}),
+    "photos, seed 2": ("photos-1", 0, {"seed": 2}),
+    "photos, from CIFAR-10's": ("photos-1", 0, {"init": "CIFAR-10, longer"}),
+    "CIFAR-10, lr / 3": ("cifar", 0, {"lr": 2e-3}),
+    "CIFAR-10, 1500 images": ("cifar", 1500, {}),
+    "CIFAR-10, twice as wide": ("cifar", 0, {"init": 256}),
+}
+
+
+def run(log, *words):
+    """A command of this repository on one thread; what it says goes to the file `log`, and is shown if it fails."""
+    with open(log, "a") as file:
+        how = {"cwd": FIGURES.parents[1], "env": os.environ | {"OMP_NUM_THREADS": "1"}, "stdout": file, "stderr": file}
+        if subprocess.run([sys.executable, *map(str, words)], **how).returncode:
+            raise RuntimeError(f"{' '.join(map(str, words))}\n{Path(log).read_text()[-2000:]}")
+
+
+def write_cache(args, name):
+    """The cache photos-1, photos-4 (4 views) or cifar, or what is missing of it."""
+    file, images, words = args.teachers / "real.py", args.photos, ["--views", name[-1]]
+    if name == "cifar":
+        file, images = args.teachers / "cifar.py", args.cifar
+        words = ["--min-tokens", 16, "--max-tokens", 16, "--subset", args.work / "cifar.npy"]
+    words += ["--teacher", f"eff={file}:text_aligned", "--teacher", f"vit={file}:dense", "--out", args.work / name]
+    run(args.work / f"{name}.log", "data.py", "cache", "--images", images, *words)
+
+
+def prepare(args):
+    """Lists of images, students of other sizes, and images/ and masks/ of the photos that have alpha."""
+    for images, name, most, few in ((args.cifar, "cifar", 5000, (500, 1500)), (args.photos, "photos-1", None, (160,))):
+        table = find_sources(images)
+        ids = np.random.default_rng(0).permutation(table.part(0, len(table))["id"])[:most]
+        np.save(args.work / f"{name}.npy", ids)
+        for n in few:
+            np.save(args.work / f"{name}-{n}.npy", ids[~data.held_out(ids)][:n])
+    for dim in (64, 256):
+        config = amoe.Config(4, dim, dim // 32, 32, experts=8, top_k=2, expert_hidden=dim)
+        amoe.save(amoe.AMoE(config, []), args.work / f"{dim}.safetensors")
+    for source in table:
+        picture = Image.open(source.path)
+        image, mask = (args.work / "segment" / part / source.name for part in ("images", "masks"))
+        if picture.has_transparency_data and not mask.exists():
+            for path in (image, mask):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            image.symlink_to(source.path)
+            Image.fromarray((np.array(picture.convert("RGBA"))[..., 3] > 127).astype(np.uint8)).save(mask)
+
+
+def cosines_of_seen(student, cache, subset):
+    """(how many images are trained on; on 500 of them at most, the cosines that result.json has of those held out)."""
+    order, found = data.Order(cache, 4096, 0, subset), {}
+    entries = [(number, int(i)) for number in cache.numbers for i in order.kept(number)]
+    models = evaluate.of_student(student), evaluate.of_targets(cache.spaces)
+    streams = [
+        evaluate.stream(m, cache, entries[:: -(-len(entries) // 500)], stored=bool(n)) for n, m in enumerate(models)
+    ]
+    got, want = map(evaluate.gather, streams)
+    for s in cache.spaces:
+        a, b = got[s.name], want[s.name]
+        found[f"{s.name}_patch_cosine"] = evaluate.cosine(torch.cat(a["patch"]), torch.cat(b["patch"]), s.phi_s.mean)
+        found[f"{s.name}_summary_cosine"] = evaluate.cosine(a["summary"], b["summary"], s.summary_mean)
+    return len(entries), found
+
+
+def segment(args, out, *models):
+    """Scores of object against background on the held-out photos, head by head."""
+    run(f"{out}.log", "evaluate.py", "segment", "--model", *models, "--train", args.work / "segment", "--out", out)
+    return json.loads(Path(out).read_text())["scores"]
+
+
+def measure(args, name):
+    """Train an arm; its figures."""
+    cache, n, flags = ARMS[name]
+    folder = lambda name: args.work / "runs" / name.replace(" ", "-").replace("/", "by")  # noqa: E731
+    out, subset, flags = folder(name), args.work / f"{cache}-{n}.npy", BASE | flags
+    words = [word for key, value in flags.items() if key != "init" for word in (f"--{key}", value)]
+    words += ["--subset", subset] if n else []
+    if begin := flags.get("init"):
+        known = folder(str(begin)) / "student.safetensors"
+        words += ["--init", known if known.exists() else args.work / f"{begin}.safetensors"]
+    run(f"{out}.log", "train.py", "--cache", args.work / cache, "--out", out, "--resume", "--threads", 1, *words)
+    first, *_, last = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    found = {"cache": cache, "flags": flags, "commit": first["commit"], "model": first["model"], "last_line": last}
+    found |= json.loads((out / "result.json").read_text())
+    student, ids = amoe.load(out / "student.safetensors"), np.load(subset) if n else None
+    found["images"], found["seen"] = cosines_of_seen(student, data.Cache(args.work / cache), ids)
+    if cache != "cifar":
+        found["segment"] = segment(args, out / "segment.json", out / "student.safetensors")
+    return found
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    for name in ("photos", "cifar", "teachers", "work"):
+        parser.add_argument(f"--{name}", type=lambda path: Path(path).resolve(), required=True)
+    args = parser.parse_args()
+    (args.work / "runs").mkdir(parents=True, exist_ok=True)
+    prepare(args)
+    done = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
+    teachers = [f"vit={args.teachers / 'real.py'}:dense", f"eff={args.teachers / 'real.py'}:text_aligned", "toy"]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda name: write_cache(args, name), ("cifar", "photos-1", "photos-4")))
+        jobs = {pool.submit(measure, args, name): name for name in ARMS if name not in done}
+        if "teachers" not in done:
+            jobs[pool.submit(segment, args, args.work / "teachers.json", *teachers)] = "teachers"
+        for job in as_completed(jobs):
+            done[jobs[job]] = job.result()
+            FIGURES.write_text(json.dumps(done, indent=1) + "\n")
+            print(jobs[job], done[jobs[job]], flush=True)
