@@ -100,6 +100,11 @@ class Damage(ValueError):
         self.number = number
 
 
+def repair(path):
+    """What to do about Damage in the cache at `path`, in words."""
+    return f"python data.py verify {path} names all that is damaged, --on-corrupt skip leaves it out"
+
+
 # ---- the store ----
 
 
@@ -356,7 +361,7 @@ class Cache:
                 assert shard.record["images"] == len(shard.ids) == len(shard.shapes)
             except Damage as error:
                 if on_corrupt == "stop":
-                    raise ValueError(f"{self.path}, {error}; --on-corrupt skip trains without it") from error
+                    raise ValueError(f"{self.path}, {error}; {repair(self.path)}") from error
                 print(f"skipping damage: {error}", file=sys.stderr, flush=True)
                 self.numbers = [n for n in self.numbers if n != number]
         return self
@@ -972,6 +977,20 @@ class Order:
             keep &= is_in(shard.ids, self.subset)
         return np.flatnonzero(keep)
 
+    def counts(self, most=64):
+        """What is trained on and what is not, in words; of many shards some `most`, evenly spread, are counted."""
+        numbers = self.dataset.numbers[:: -(-len(self.dataset.numbers) // most)]
+        shards = [self.dataset.shard(number) for number in numbers]
+        usable = [shard.shapes[:, 0] > 0 for shard in shards]
+        held = sum(int((held_out(shard.ids) & good).sum()) for shard, good in zip(shards, usable, strict=True))
+        kept = sum(len(self.kept(number)) for number in numbers)
+        left = {"left out by --subset": sum(int(good.sum()) for good in usable) - held - kept}
+        left["that cannot be used"] = sum(int((~good).sum()) for good in usable)
+        scale = len(self.dataset.numbers) / len(numbers)
+        about = "about " if scale > 1 else ""
+        said = "".join(f", {about}{n * scale:.0f} {why}" for why, n in left.items() if n)
+        return f"{about}{kept * scale:.0f} images to train on, {about}{held * scale:.0f} held out{said}"
+
     def length(self, image):
         """Tokens of an image (shard number, index), special ones included; of several, where index is an array."""
         number, i = image
@@ -1050,7 +1069,7 @@ def read_pack(dataset, entries, n_tokens, registers, on_corrupt="stop"):
             return replace(batch, mask_blocks=mask_blocks(batch.starts, n_tokens))
         except Damage as error:
             if on_corrupt == "stop":
-                raise
+                raise ValueError(f"{dataset.path}, {error}; {repair(dataset.path)}") from error
             entries = [entry for entry in entries if entry[0] != error.number]
             print(f"skipping damage: {error}", file=sys.stderr, flush=True)
             if not entries:

@@ -388,24 +388,25 @@ def run_sheet(dataset, entries, models):
     return pca_sheet(batch.images(), batch.shapes.tolist(), [*columns, ("student's trunk", trunk, trunk)])
 
 
-def imitation_scores(dataset, spaces, models, texts, most=2000):
+def imitation_scores(dataset, spaces, models, texts, most=2000, neighbours=True, progress=True):
     """Held-out images of any dataset: cosines to each teacher, centred; caption recall where a teacher embeds text;
     kNN where images have classes.
 
     models: {who: model}, of them "teacher" what is imitated. texts(teacher's name, entries): the captions' embeddings
     [N, C], NaN without a caption, or None. At most `most` images, whose captions are the gallery, and as many of those
-    trained on for neighbours.
+    trained on for `neighbours`.
     """
     trained, held = split(dataset, most)
     if not held:
         return {}
     kept = {who: [] for who in models}
     features = {
-        who: gather(stream(m, dataset, held, stored=who == "teacher", progress=who), kept[who])
+        who: gather(stream(m, dataset, held, stored=who == "teacher", progress=who if progress else None), kept[who])
         for who, m in models.items()
     }
     held, result = kept["teacher"], {who: {} for who in models}
-    add_knn(result, dataset, models, trained[:: max(1, len(trained) // most)], held, features)
+    if neighbours:
+        add_knn(result, dataset, models, trained[:: max(1, len(trained) // most)], held, features)
     for space in spaces:
         want = features["teacher"][space.name]
         mean = space.phi_s.mean.cpu()
@@ -437,7 +438,8 @@ def add_knn(result, dataset, models, bank, held, features):
     except ValueError:
         return
     for who, model in models.items():
-        known, kept = summaries(model, dataset, bank, list(features["teacher"]), stored=who == "teacher")
+        label = f"{who}, neighbours"
+        known, kept = summaries(model, dataset, bank, list(features["teacher"]), label, who == "teacher")
         labels, truth = class_numbers((dataset, kept), (dataset, held))
         for head, x in known.items():
             result[who][f"{head}_knn"] = knn(x, labels, features[who][head]["summary"], truth)
@@ -492,12 +494,15 @@ class PublishedImages(Images):
 
 
 def images_of(path, args, budget):
-    """The Images of a folder at a token budget."""
-    sizes = {"min_tokens": budget if args.enlarge else args.min_tokens, "max_tokens": budget}
-    kind = PublishedImages if args.published else Images
-    dataset = kind(find_sources(path), path, **sizes, draft=False, max_skipped=args.max_skipped)
-    dataset.square = args.measure == "segment"
-    return dataset
+    """The Images of a folder, or of several, at a token budget, the same for all models: bad files are named once."""
+    paths = list(map(str, path if isinstance(path, list) else [path]))
+    if (*paths, budget) not in args.opened:
+        sizes = {"min_tokens": budget if args.enlarge else args.min_tokens, "max_tokens": budget}
+        kind = PublishedImages if args.published else Images
+        dataset = kind(find_sources(paths), " ".join(paths), **sizes, draft=False, max_skipped=args.max_skipped)
+        dataset.square = args.measure == "segment"
+        args.opened[*paths, budget] = dataset
+    return args.opened[*paths, budget]
 
 
 def folder(path, args, budget):
@@ -506,7 +511,8 @@ def folder(path, args, budget):
     trained, held = split(dataset)
     entries = held if getattr(args, "held_out", False) else sorted([*trained, *held])
     if not entries:
-        raise ValueError(f"{path} holds no image that can be used here: {len(trained) + len(held)} can be decoded")
+        n = len(trained) + len(held)
+        raise ValueError(f"{dataset.path} holds no image that can be used here: {n} can be decoded")
     return dataset, entries
 
 
@@ -518,7 +524,7 @@ def two_folders(args, budget):
     trained, held = split(dataset)
     if not trained or not held:
         raise ValueError(
-            f"{args.train} has {len(trained)} images to learn from and {len(held)} to test on: give --test"
+            f"{dataset.path} has {len(trained)} images to learn from and {len(held)} to test on: give --test"
         )
     return (dataset, trained), (dataset, held)
 
@@ -615,7 +621,7 @@ def measure_retrieval(args, model, budget):
     dataset, entries = folder(args.images, args, budget)
     entries = [e for e in entries if dataset.meta(e)["caption"]]
     if not entries:
-        raise ValueError(f"{args.images} has no captions: it needs captions.json, or a .txt beside each image")
+        raise ValueError(f"{dataset.path} has no captions: it needs captions.json, or a .txt beside each image")
     asked, kept = summaries(model, dataset, entries, args.head or [args.text_head], f"{budget}: images")
     captions = {}  # an image's caption may be another's too: both are then right
     truth = torch.tensor([captions.setdefault(dataset.meta(e)["caption"], len(captions)) for e in kept])
@@ -740,20 +746,22 @@ def measure_pca(args, model, budget):
 
 
 def measure_speed(args, model, budget, repeats=10):
-    """Square images at the budget, packed; bfloat16 on CUDA. The first two packs warm up."""
+    """Square images at the budget, packed; bfloat16 on CUDA. The first two packs warm up; a minute is enough."""
     side = int(budget**0.5)
     images = max(1, args.tokens // (side * side + 5))
     random = torch.Generator().manual_seed(0)
     rows = [torch.randint(256, (side * side, amoe.ROW), dtype=torch.uint8, generator=random) for _ in range(images)]
     batch = pack(rows, [(side, side)] * images, registers=getattr(model, "registers", 4)).to(args.device)
     seconds = []
-    for _ in tqdm(range(repeats + 2), desc=f"{budget}", unit="pack"):
+    for n in tqdm(range(repeats + 2), desc=f"{budget}", unit="pack"):
+        if n >= 5 and sum(seconds) > 60:
+            break
         began = time.perf_counter()
         with amoe.autocast(batch.rows.device):
             float(next(iter(model(batch).values()))["summary"].sum())  # waits for a GPU
         seconds.append(time.perf_counter() - began)
     typical = statistics.median(seconds[2:])
-    figures = {"images_per_s": images / typical, "tokens_per_s": batch.n_tokens / typical, "n": repeats}
+    figures = {"images_per_s": images / typical, "tokens_per_s": batch.n_tokens / typical, "n": len(seconds) - 2}
     return {"all": figures | {"pixels": 16 * side, "pack_tokens": batch.n_tokens}}
 
 
@@ -795,10 +803,11 @@ def parse(argv):
         if name != "pca":
             add("--protocol", choices=("strict", "published"), default="strict", help=PROTOCOLS)
         if name in ("knn", "segment"):
-            add("--train", required=True, help="folder to learn from")
-            add("--test", help="folder to be tested on, else every tenth image of --train, by its name's hash")
+            several = {"nargs": "+" if name == "knn" else None}
+            add("--train", required=True, **several, help="images to learn from")
+            add("--test", **several, help="those to be tested on, else every tenth of --train, by its name's hash")
         else:
-            add("--images", required=True, help="folder of images")
+            add("--images", required=True, nargs="+", help="folders of images or tars, tars, lists of them")
             add("--held-out", action="store_true", help="only the tenth of them that training leaves out")
         if name in ("zeroshot", "retrieval"):
             add("--text", metavar="NAME=SPEC", help="teacher that embeds text, for the student's head of that name")
@@ -818,7 +827,7 @@ def parse(argv):
             add("--count", type=number(int, 1, 1000), default=8, help="images on the sheet")
     args = parser.parse_args(argv)
     args.device = amoe.choose_device(args.device)
-    args.published = getattr(args, "protocol", "strict") == "published"
+    args.published, args.opened = getattr(args, "protocol", "strict") == "published", {}
     return args
 
 
@@ -834,7 +843,8 @@ def open_model(name, args):
 
 
 def images_folder(args):
-    return getattr(args, "images", None) or getattr(args, "train", None) or "."
+    path = getattr(args, "images", None) or getattr(args, "train", None) or "."
+    return path[0] if isinstance(path, list) else path
 
 
 def set_text(args, teacher):
@@ -853,7 +863,7 @@ def side_by_side(models):
 
 def main(argv=None):
     args = parse(argv)
-    said = {key: value for key, value in vars(args).items() if key != "measure"}
+    said = {key: value for key, value in vars(args).items() if key not in ("measure", "opened")}
     began, scores = time.perf_counter(), []
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)  # before hours of work for it
     opened = {name: open_model(name, args) for name in args.model}

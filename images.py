@@ -483,7 +483,7 @@ def find_sources(images, workers=0, anew=False):
         stack.callback(shutil.rmtree, building, ignore_errors=True)  # what is mapped stays readable
         write_table(building, paths, workers)
         table = Sources(building, unseal(Path(building, "about.json").read_bytes()))
-        check_names(table, f"--images {' '.join(paths)}")
+        check_names(table, " ".join(paths))
         if (
             max(table.about["folders"].values(), default=0) < began - 10**8
         ):  # else a change could leave the time as it is
@@ -564,12 +564,12 @@ def listed(path, parent, folders):
         try:
             keys = sorted(key.decode() for key in open_store(path).list().result())
         except (ValueError, NotImplementedError) as error:
-            raise ValueError(f"--images {path} cannot be listed: give a .tar, or a .txt list of paths") from error
+            raise ValueError(f"{path} cannot be listed: give a .tar, or a .txt list of paths") from error
         yield from (f"{path.rstrip('/')}/{key}" for key in keys if key.lower().endswith((*SUFFIXES, ".tar")))
     elif os.path.isdir(path):
         yield from walk(os.path.abspath(path), folders)
     else:
-        raise ValueError(f"--images {path} is neither a folder of images or tars, nor a tar, nor a .txt list of them")
+        raise ValueError(f"{path} is neither a folder of images or tars, nor a tar, nor a .txt list of them")
 
 
 def note_time(path, folders):

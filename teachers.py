@@ -686,7 +686,8 @@ def fit_spaces(teachers, decoded, device):
     """A Space for every teacher from a sample [(rows, shape, id)]: PHI-S by the moments of its patches, and spreads."""
     moments = {t.name: [0, 0.0, 0.0] for t in teachers}
     summaries, registers = {t.name: [] for t in teachers}, {t.name: [] for t in teachers}
-    for _, batch in tqdm(in_packs(decoded, device), desc="fitting PHI-S", unit="pack", disable=len(decoded) < 64):
+    bar = tqdm(total=len(decoded), desc="fitting PHI-S", unit="image", disable=len(decoded) < 64)
+    for _, batch in in_packs(decoded, device):
         kept = batch.all_patch_rows().to(device)
         for name, answer in run_teachers(teachers, batch).items():
             x = answer["patch"][kept].double()
@@ -694,6 +695,8 @@ def fit_spaces(teachers, decoded, device):
             moments[name] = [m[0] + len(x), m[1] + x.sum(0).cpu(), m[2] + (x.T @ x).cpu()]
             summaries[name].append(answer["summary"].double().cpu())
             registers[name].append(answer["registers"].double().cpu() if "registers" in answer else torch.zeros(0))
+        bar.update(batch.n_images)
+    bar.close()
     spaces = []
     for t in teachers:
         summary = torch.cat(summaries[t.name])

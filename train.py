@@ -91,7 +91,7 @@ class Flags:
     threads: int = flag(0, SPEED, "CPU threads of torch; 0 leaves its choice", (0, 1024))
 
     cache: str = flag("", PATHS, "feature cache to train on; without it, nor --images, the toy world")
-    images: str = flag("", PATHS, "folder or list of images to train on without a cache; needs --teacher")
+    images: tuple = flag((), PATHS, "folders, tars or lists of images to train on without a cache; needs --teacher")
     teacher: tuple = flag((), PATHS, "NAME=SPEC of a teacher to ask as one trains; repeatable")
     out: str = flag("", PATHS, "folder of the run (runs/toy, or runs/ and the cache's name)")
     resume: bool = flag(False, PATHS, "go on from the newest checkpoint of --out")
@@ -101,10 +101,12 @@ class Flags:
     )
     save_every: int = flag(200, PATHS, "steps between checkpoints; the last step is always saved", COUNT)
     log_every: int = flag(20, PATHS, "steps between lines of log.jsonl", COUNT)
-    eval_every: int = flag(0, PATHS, "steps between measures of held-out images, for the log; 0: none", (0, 10**9))
+    eval_every: int = flag(
+        0, PATHS, "steps between measures of held-out images, kNN too; a checkpoint logs cosines", (0, 10**9)
+    )
     track: str = flag("", PATHS, "write the log's numbers there too; needs its package", ("", "tensorboard", "wandb"))
     keep: int = flag(2, PATHS, "checkpoints that are kept", COUNT)
-    evaluate: bool = flag(True, PATHS, "measure the student at the end")
+    evaluate: bool = flag(True, PATHS, "measure held-out images at checkpoints and at the end")
     export: str = flag("", PATHS, "make student/ of this run again, from its newest checkpoint, and do no more")
 
 
@@ -115,7 +117,11 @@ def parse(argv=None):
         group, allowed = f.metadata["group"], f.metadata["allowed"]
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
-        how = {bool: {"action": argparse.BooleanOptionalAction}, tuple: {"action": "append"}, str: {"choices": allowed}}
+        how = {
+            bool: {"action": argparse.BooleanOptionalAction},
+            tuple: {"action": "extend", "nargs": "+"},
+            str: {"choices": allowed},
+        }
         if f.type == tuple[int, ...]:
             how = {"type": amoe.number(int, *allowed), "nargs": "+"}
         else:
@@ -132,7 +138,7 @@ def parse(argv=None):
     if flags.fsdp and flags.ema:
         raise ValueError("--ema averages whole weights and --fsdp shards them: leave one of them out")
     if not flags.out:
-        flags.out = f"runs/{Path(flags.cache or flags.images).name or 'toy'}"
+        flags.out = f"runs/{Path(flags.cache or (*flags.images, '')[0]).name or 'toy'}"
     return flags
 
 
@@ -177,6 +183,8 @@ def train(flags, process, compiled):
     threads = flags.workers or (2 if process.device.type == "cuda" else 0)
     reading = {"per_step": flags.accumulate, "threads": threads, "on_corrupt": flags.on_corrupt}
     batches = data.loader(order, run.position, process.rank, process.world, **reading)
+    if process.rank == 0:
+        print(order.counts(), flush=True)
     bar = tqdm(total=flags.steps, initial=run.step, unit="step", disable=process.rank > 0, mininterval=1.0)
     interval, signalled, diverged = run.interval, 0, False
     interval.begin()
@@ -193,13 +201,14 @@ def train(flags, process, compiled):
         run.recent.append((ids, run.bad_steps[1].clone()))
         bar.update()
         interval.add(measured)
-        last, asked = run.step == flags.steps, flags.eval_every and run.step % flags.eval_every == 0
-        at_line = run.step % flags.log_every == 0 or asked
+        last, saves = run.step == flags.steps, run.step % flags.save_every == 0
+        measures = asked_to_measure(run) or (saves and flags.evaluate and not last)  # `finish` measures the last step
+        at_line = run.step % flags.log_every == 0 or measures
         if at_line or last:
-            bar.set_postfix(interval.end(run, norm, expert_load, held_out_scores if asked else lambda run: {}))
+            bar.set_postfix(interval.end(run, norm, expert_load, held_out_scores if measures else lambda run: {}))
             diverged = note_skipped(run) >= 10
         signalled = agree_on_signal(signals, process, at_line)
-        if (run.step % flags.save_every == 0 or last or signalled) and not diverged:
+        if (saves or last or signalled) and not diverged:
             save_checkpoint(run)
     bar.close()
     finish(run, signalled, signals, diverged)
@@ -761,10 +770,11 @@ def open_data(flags, process, compiled=False):
 
 def open_images(flags, process, compiled):
     """(Images, spaces, teachers) of --images and --teacher; the spaces are fitted by rank 0 where they are new."""
-    out, teachers = Path(flags.out), load_teachers(flags.teacher, flags.images, process.device)
+    out, teachers = Path(flags.out), load_teachers(flags.teacher, flags.images[0], process.device)
     layout = {"min_tokens": flags.min_tokens, "max_tokens": flags.max_tokens, "views": flags.views}
     skipped, quiet = out / "skipped.jsonl", process.rank > 0
-    dataset = Images(find_sources(flags.images), flags.images, **layout, seed=flags.seed, skipped=skipped, quiet=quiet)
+    sources, said = find_sources(flags.images), " ".join(flags.images)
+    dataset = Images(sources, said, **layout, seed=flags.seed, skipped=skipped, quiet=quiet)
     store = data.open_store(out)
     if process.rank == 0:
         print(f"running {', '.join(t.name for t in teachers)} at every step; PHI-S is fitted first", flush=True)
@@ -853,17 +863,33 @@ def student_of(state):
     return student
 
 
-def held_out_scores(run, most=500):
-    """{"held_out_...": figure} of at most `most` held-out images, on rank 0; "held_out_teacher_..." is the goal."""
-    state = state_of(run)
+def asked_to_measure(run):
+    return run.flags.eval_every and run.step % run.flags.eval_every == 0
+
+
+def held_out_scores(run):
+    """{"held_out_...": figure} of some held-out images, on rank 0; "held_out_teacher_..." is the goal.
+
+    By --eval-every 500 images and their kNN; at a checkpoint the cosines of 200, 1% of the toy's time. What goes wrong
+    is said: it must not cost a run its life.
+    """
+    state = state_of(run)  # ranks gather sharded weights together
     if run.process.rank > 0:
         return {}
     student = student_of(state).to(run.process.device)
     teacher = evaluate.of_targets(run.spaces, run.teachers, run.process.device)
     models = {"student": evaluate.of_student(student), "teacher": teacher}
-    scores = evaluate.imitation_scores(run.dataset, run.spaces, models, lambda *_: None, most)
+    most, neighbours = (500, True) if asked_to_measure(run) else (200, False)
+    try:
+        scores = evaluate.imitation_scores(run.dataset, run.spaces, models, lambda *_: None, most, neighbours, False)
+    except ValueError as error:
+        print(f"held-out images were not measured at step {run.step}: {error}", file=sys.stderr, flush=True)
+        return {}
     prefix = {"student": "held_out_", "teacher": "held_out_teacher_"}
-    return {prefix[who] + name: value for who, figures in scores.items() for name, value in figures.items()}
+    found = {prefix[who] + name: value for who, figures in scores.items() for name, value in figures.items()}
+    said = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
+    tqdm.write(f"step {run.step}: {said}", file=sys.stderr)
+    return found
 
 
 def finish(run, signalled, signals, diverged):

@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 
 FIGURES = Path(__file__).with_suffix(".json")
-BASE, LONG = {"steps": 200, "tokens": 2048}, {"steps": 800}
+BASE, LONG = {"steps": 200, "tokens": 2048}, {"steps": 600}
 ARMS = {  # name: (cache, images to train on or 0 for all, flags that the base has not)
     "photos": ("photos-1", 0, {}),
     "photos, longer": ("photos-1", 0, LONG),

@@ -89,7 +89,7 @@ def card(folder, state, changed):
         result = {}
     flags, trunk, heads = state["flags"], state["student"]["trunk"], state["student"]["heads"]
     file = Path(trunk["factory"].rpartition(":")[0]).name if "factory" in trunk else None
-    path = flags["cache"] or flags["images"]
+    paths = [flags["cache"]] if flags["cache"] else flags["images"]
     return CARD.format(
         title=f"{file or flags['model']}, a student of {' and '.join(heads)}",
         library="amoe" if file else "transformers",
@@ -98,7 +98,7 @@ def card(folder, state, changed):
         trunk=f"that of {file}" if file else ", ".join(f"{key} {value}" for key, value in trunk.items()),
         parameters=sum(v.numel() for key, v in state["model"].items() if ".phi_s." not in key and "_mean" not in key),
         heads=", ".join(f"{name} ({head['dim']} channels)" for name, head in heads.items()),
-        images=Path(path).name if path else f"the toy world, {flags['toy_images']} drawn images",
+        images=", ".join(Path(path).name for path in paths) or f"the toy world, {flags['toy_images']} drawn images",
         step=state["step"],
         tokens=round(state["tokens"]),
         seconds=state["seconds"],

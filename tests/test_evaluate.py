@@ -365,6 +365,9 @@ def test_a_student_is_measured_head_by_head_at_every_budget(cache, colours, tmp_
         evaluate.main(["zeroshot", "--images", "classes", *words])
     with pytest.raises(ValueError, match="3 channels"):
         evaluate.main(["zeroshot", "--images", "classes", *words, *text])
+    Path("classes/red/bad.png").write_bytes(b"no image")
+    evaluate.main(["knn", "--train", "classes/red", "classes/blue", "--test", "classes/red", "classes/green", *both])
+    assert capsys.readouterr().err.count("bad.png") == 2  # once in each folder it is read from
 
 
 def test_ensembles_average_cosines():

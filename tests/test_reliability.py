@@ -118,7 +118,7 @@ def test_packs_leave_damage_out_only_when_told_to(cache, tmp_path, capsys, monke
         monkeypatch.setattr(data, "MEMORY", memory)
         damaged = data.Cache(path)
         entries = [(1, 0), (0, 3), (2, 5)]
-        with pytest.raises(data.Damage, match="shard 00001, array pixels"):
+        with pytest.raises(ValueError, match=r"shard 00001, array pixels.*data\.py verify .*--on-corrupt skip"):
             data.read_pack(damaged, entries, 400, 4)
         with pytest.raises(data.Damage, match=r"shard 00002, array patch.dense"):
             damaged.read([(2, 5)])
@@ -132,7 +132,7 @@ def test_a_missing_or_damaged_shard_is_not_passed_over_in_silence(cache, tmp_pat
     path = copy_of(cache, tmp_path)
     shutil.rmtree(path / "shards/00001")
     (path / "shards/00003/shard.json").write_bytes(b"{}")
-    with pytest.raises(ValueError, match=r"shard 00001: missing.*--on-corrupt skip"):
+    with pytest.raises(ValueError, match=r"shard 00001: missing.*data.py verify .*--on-corrupt skip"):
         data.Cache(path).drop_damaged()
     assert data.Cache(path).drop_damaged("skip").numbers == [0, 2]
     said = capsys.readouterr().err

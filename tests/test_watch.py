@@ -42,6 +42,23 @@ def test_measuring_as_one_trains_adds_figures_and_changes_nothing_else(run, tmp_
     assert (tmp_path / "watched" / "step-000008.pt").exists()
 
 
+def test_a_checkpoint_logs_held_out_cosines(run, monkeypatch, capsys):
+    """Catches a run that says nothing of held-out images until its end, and a measure that ends it when it fails."""
+    cosines = {f"held_out_{t}_{kind}_cosine" for t in ("text", "dense") for kind in ("summary", "patch")}
+    monkeypatch.setattr(train, "finish", lambda *_: None)
+    lines = run("--steps", "8", "--save-every", "3", "--evaluate")
+    assert [line["step"] for line in lines[1:]] == [2, 3, 4, 6, 8]
+    for line in lines[1:]:
+        assert {k for k in line if k.startswith("held_out_")} == (cosines if line["step"] in (3, 6) else set())
+    assert (
+        f"step 6: held_out_text_summary_cosine {lines[4]['held_out_text_summary_cosine']:.3f}"
+        in capsys.readouterr().err
+    )
+    monkeypatch.setattr(evaluate, "imitation_scores", lambda *_: int("no number"))
+    assert len(run("--steps", "8", "--save-every", "3", "--evaluate", out="again")) == len(lines)
+    assert "not measured at step 6: invalid literal" in capsys.readouterr().err
+
+
 def test_the_curves_show_every_number_and_survive_odd_logs(tmp_path):
     """Catches a curve upside down, a panel left out, and NaN, a single line or an empty log that stop the drawing."""
     log = tmp_path / "log.jsonl"
