@@ -520,7 +520,7 @@ class Log:
 
     def write(self, **entry):
         if self.path:
-            with open(self.path, "a") as file:
+            with amoe.reading(self.path), open(self.path, "a") as file:
                 file.write(json.dumps(entry) + "\n")
             if "step" in entry:
                 self.track(entry["step"], {k: v for k, v in entry.items() if isinstance(v, (int, float))})

@@ -64,7 +64,7 @@ def check_sizes(about, state, source):
             "bias": [False, True],
             "means": [False, True],
         }
-        if not isinstance(sizes, dict) or any(sizes.get(key) not in right[key] for key in right):
+        if not isinstance(sizes, dict) or "pool" not in sizes or any(sizes.get(key) not in right[key] for key in right):
             raise ValueError(f"{source}: its config and its weights differ in head '{name}'")
         pool = sizes.get("pool") or {"heads": dim, "eps": 0.5}
         heads_fit = isinstance(pool, dict) and pool.get("heads") in range(1, 1 + dim) and dim % pool["heads"] == 0

@@ -408,3 +408,33 @@ def test_every_number_has_its_range_where_it_is_declared_and_help_says_each_defa
         text = " ".join(p.format_help().split())
         for part in re.split(r" (?=--)", text):
             assert part.count("default") <= 1, part
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "code"),
+    [
+        (ValueError("--x 3: a reason\nand its JSON {..."), "c.py: --x 3: a reason", 1),
+        (ValueError("x" * 5000), "c.py: " + "x" * 500 + " ...", 1),
+        (FileNotFoundError(2, "No such file or directory", "/a/b"), "c.py: /a/b: No such file or directory", 1),
+        (OSError(28, "No space left on device"), "c.py: No space left on device", 1),
+        (MemoryError(), "c.py: MemoryError:", 1),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried 3 GiB"), "c.py: OutOfMemoryError: CUDA out of memory", 1),
+        (KeyboardInterrupt(), "c.py: interrupted; rerun it", 130),
+    ],
+)
+def test_a_command_ends_in_one_line_and_a_code(error, said, code, capsys):
+    """Catches kilobytes of JSON, an error without a word, and Ctrl-C that looks like success."""
+
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        amoe.run_command("c.py", main, "rerun it")
+    err = capsys.readouterr().err
+    assert end.value.code == code and err.count("\n") == 1 and err.startswith(said)
+
+
+def test_a_bug_is_a_traceback():
+    """Catches a net so wide that it hides where a program is wrong."""
+    with pytest.raises(ZeroDivisionError):
+        amoe.run_command("c.py", lambda: 1 / 0, "")

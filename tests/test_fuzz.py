@@ -4,10 +4,12 @@ Run as a program it decodes mutants FIRST to LAST - 1 and prints what became of 
 """
 
 import collections
+import contextlib
 import io
 import json
 import os
 import resource
+import shutil
 import struct
 import subprocess
 import sys
@@ -17,9 +19,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, features
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import amoe  # noqa: E402
+import data  # noqa: E402
+import images  # noqa: E402
+
 SECONDS, GIB = 5, 3
 
 
@@ -126,9 +135,6 @@ def mutant(files, number):
 
 
 def main(first, last):
-    sys.path.insert(0, str(ROOT))
-    import images
-
     files = corpus()
     for raw in files:
         images.load_image(io.BytesIO(raw))
@@ -162,6 +168,118 @@ def test_mutated_images_are_decoded_or_refused(count):
     for kind in ("flip", "cut", "shuffle", "header"):
         assert said[f"{kind} decoded"] and said[f"{kind} refused"], "mutations too weak or too strong to say anything"
     assert said["slowest"][0] < SECONDS and said["gib"] < GIB
+
+
+# ---- records: JSON that others wrote ----
+
+ODD = [None, True, [], {}, "", "x", -1, 0, 1.5, 10**12, 1e400, float("nan"), [[[]]], "\ud800", "\u2028", {"a": 1}]
+
+
+def places_of(value, path=()):
+    """Every place in a JSON value, by its path of keys and indices."""
+    yield path
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from places_of(inner, (*path, key))
+
+
+def forged(value, random):
+    """The value with one place of it changed, dropped or added to."""
+    paths = list(places_of(value))
+    at = paths[random.integers(len(paths))]
+    if not at:
+        return ODD[random.integers(len(ODD))]
+    *path, last = at
+    value = inner = json.loads(json.dumps(value))
+    for key in path:
+        inner = inner[key]
+    how = random.integers(4)
+    if how == 0:
+        del inner[last]
+    elif how == 1 and isinstance(inner, dict):
+        inner["another"] = ODD[random.integers(len(ODD))]
+    else:
+        inner[last] = ODD[random.integers(len(ODD))]
+    return value
+
+
+def spoilt(raw, random):
+    """JSON bytes forged, or with a few bytes changed, or cut short."""
+    how = random.integers(4)
+    if how < 2:
+        return json.dumps(forged(json.loads(raw), random)).encode()
+    if how == 2:
+        return raw[: random.integers(len(raw))]
+    raw = bytearray(raw)
+    for at in random.integers(len(raw), size=random.integers(1, 4)):
+        raw[at] = random.integers(256)
+    return bytes(raw)
+
+
+def test_mutated_sizes_of_a_student_are_refused_or_are_those_of_its_weights(tmp_path):
+    """Catches config.json believed: sizes to allocate, heads that are not there, experts beyond those there are."""
+    torch.manual_seed(0)
+    spaces = [amoe.Space("a", 8, registers=1), amoe.Space("b", 12)]
+    model = amoe.AMoE(
+        amoe.Config(2, 16, 2, 8, experts=3, top_k=2, expert_hidden=8, dense_layers=1, dense_hidden=8), spaces
+    )
+    for head in model.heads.values():
+        head.phi_s = amoe.PhiS.fit(torch.randn(50, head.fc2.out_features))
+    amoe.save(model, tmp_path)
+    raw, accepted = (tmp_path / "config.json").read_bytes(), 0
+    whole = amoe.describe(amoe.load(tmp_path))
+    del whole["trunk"]["top_k"], whole["heads"]["a"]["registers"], whole["heads"]["b"]["registers"]
+    for number in range(1500):
+        (tmp_path / "config.json").write_bytes(spoilt(raw, np.random.default_rng([3, number])))
+        try:
+            said = amoe.describe(amoe.load(tmp_path))
+        except ValueError as error:
+            assert "\n" not in str(error) and str(tmp_path) in str(error), (number, error)
+        else:
+            assert said["trunk"].pop("top_k") in (1, 2, 3)  # what no weight bears out: any that fit are taken
+            assert all(head.pop("registers") in range(5) for head in said["heads"].values())
+            assert said == whole, number
+            accepted += 1
+    assert 20 < accepted < 700, accepted
+
+
+def test_mutated_captions_are_refused_or_give_words(tmp_path):
+    """Catches entries without a file, of odd types and of bytes that are no text."""
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    Image.new("RGB", (32, 32)).save(tmp_path / "b.png")
+    raw, accepted = json.dumps(
+        [{"file": f"{name}.png", "caption": f"caption {name}", "category": "c"} for name in "ab"]
+    ).encode(), 0  # fmt: skip
+    for number in range(400):
+        (tmp_path / "captions.json").write_bytes(spoilt(raw, np.random.default_rng([4, number])))
+        try:
+            sources = images.find_sources(tmp_path)
+        except ValueError as error:
+            assert "\n" not in str(error) and "captions.json" in str(error), (number, error)
+        else:
+            assert [source.name for source in sources] == ["a.png", "b.png"]
+            for source in sources:
+                assert all(word is None or isinstance(word, str) for word in (source.caption, source.category))
+                json.dumps([source.caption, source.category], ensure_ascii=False).encode()
+            accepted += 1
+    assert 40 < accepted < 360, accepted
+
+
+@pytest.mark.parametrize("file", ["cache.json", "shards/00001/shard.json"])
+def test_mutated_records_of_a_cache_are_refused(cache, tmp_path, file):
+    """Catches records that are read before their hash is."""
+    shutil.copytree(cache.path, tmp_path / "c")
+    raw, good = (tmp_path / "c" / file).read_bytes(), cache.read([(1, 2), (1, 5)])
+    for number in range(300):
+        (tmp_path / "c" / file).write_bytes(spoilt(raw, np.random.default_rng([5, number])))
+        try:
+            opened = data.Cache(tmp_path / "c")
+            batch = opened.drop_damaged().read([(1, 2), (1, 5)])
+        except ValueError as error:
+            assert "\n" not in str(error), (number, error)
+            with contextlib.suppress(ValueError):
+                assert data.verify(data.Cache(tmp_path / "c")), number
+        else:  # other bytes of the same words
+            assert torch.equal(batch.rows, good.rows) and data.verify(opened) == [], number
 
 
 if __name__ == "__main__":
