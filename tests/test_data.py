@@ -305,7 +305,7 @@ def test_packs_are_full(cache):
 class Synthetic:
     """A dataset of shapes alone."""
 
-    path, numbers = "synthetic", list(range(40))
+    path, numbers, n_shards = "synthetic", list(range(40)), 40
 
     def shard(self, number):
         random = np.random.default_rng(number)
@@ -353,7 +353,8 @@ def test_packs_are_those_of_first_fit(low, high, n_tokens):
         shapes = np.random.default_rng(number).integers(low, high, (40, 2)).astype(np.int32)
         return SimpleNamespace(ids=np.arange(40) + 40 * number, shapes=shapes)
 
-    dataset = SimpleNamespace(path="synthetic", numbers=list(range(2 * data.WINDOW + 3)), shard=functools.cache(shard))
+    n, shard = 2 * data.WINDOW + 3, functools.cache(shard)
+    dataset = SimpleNamespace(path="synthetic", numbers=list(range(n)), n_shards=n, shard=shard)
     order, position = data.Order(dataset, n_tokens, seed=5, subset=np.arange(0, 1400, 3)), data.Position()
     for epoch, window in ((0, 0), (0, 1), (0, 2), (1, 0)):
         position = data.Position(epoch, window, 0, position.carried)
