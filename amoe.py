@@ -13,8 +13,9 @@ R registers, N rows of anything, B images of the global batch.
 """
 
 # Ours before the others: kernels sets, before torch is loaded, how OpenMP's threads wait
-from hub.commands import Parser, choose_device, locked, number, one_line, reading, run_command  # noqa: F401
-from hub.plug_in import plug_in
+from common.pixels import PATCH, grid, to_rgb
+from common.plug_in import plug_in
+from common.store import read_state, write_atomically
 from hub.siglino import check_sizes, from_siglino, to_siglino
 from kernels.arkd import arkd
 from kernels.attention import attend, image_runs
@@ -39,7 +40,6 @@ from PIL import Image, ImageOps
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-PATCH = 16  # pixels on a side
 ROW = PATCH * PATCH * 3
 QK_EPS = 1.1920928955078125e-07  # float32's machine epsilon, also under bfloat16, as the released weights were trained
 
@@ -62,50 +62,6 @@ def from_rows(rows, shape):
     """The inverse of to_rows: [h * w, 768] and (h, w) to [16 h, 16 w, 3]."""
     h, w = shape
     return rows.reshape(h, w, PATCH, PATCH, 3).transpose(1, 2).reshape(h * PATCH, w * PATCH, 3)
-
-
-def grid(height, width, min_tokens, max_tokens):
-    """Patches (h, w) for images of height x width pixels: native resolution, shrunk or enlarged to the token budget.
-
-    The native grid is rounded to whole patches. Above max_tokens it is the largest grid of the same aspect that fits;
-    below min_tokens the smallest that reaches it, or the largest that fits where there is none between the two.
-    Numbers give ints, arrays give arrays.
-    """
-    a, b = np.float64(height) / PATCH, np.float64(width) / PATCH
-
-    def grown(h, w):
-        """The next grid as the scale grows: scales at which a side rounds up are compared, cross-multiplied."""
-        tall, wide = (h + 0.5) * b, (w + 0.5) * a
-        return h + (tall <= wide), w + (wide <= tall)
-
-    def largest(n):
-        """The last grid of at most n patches, by steps from a scale at which every side may round up by a half."""
-        scale = (np.sqrt((a + b) ** 2 / 4 + 4 * a * b * (n - 0.25)) - (a + b) / 2) / (2 * a * b)
-        scale = np.minimum(scale, n / np.maximum(a, b))
-        h, w = np.maximum(1, np.rint(a * scale)), np.maximum(1, np.rint(b * scale))
-        while True:
-            above = grown(h, w)
-            fits = above[0] * above[1] <= n
-            if not np.any(fits):
-                return h, w
-            h, w = np.where(fits, above[0], h), np.where(fits, above[1], w)
-
-    h, w = np.maximum(1, np.rint(a)), np.maximum(1, np.rint(b))
-    if np.any(low := h * w < min_tokens):
-        h, w = (np.where(low, new, old) for new, old in zip(grown(*largest(min_tokens - 1)), (h, w), strict=True))
-    if np.any(high := h * w > max_tokens):
-        h, w = (np.where(high, new, old) for new, old in zip(largest(max_tokens), (h, w), strict=True))
-    return (h.astype(np.int32), w.astype(np.int32)) if np.ndim(h) else (int(h), int(w))
-
-
-def to_rgb(image):
-    """A PIL image in 8-bit RGB, transparency over white."""
-    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip at 255
-        image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image if image.mode == "RGBA" else image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
 
 
 def rows_of(image, max_tokens):
@@ -764,56 +720,6 @@ def normalise(rows):
 
 
 # ---- checkpoints ----
-
-
-def read_state(path):
-    """A state dict of tensors from .safetensors, .pth or .pt, or from the parts that a .safetensors.index.json names.
-
-    A folder stands for its index, else for its one .safetensors. ValueError names the file that holds anything else.
-    """
-    path = Path(path)
-    if path.is_dir():
-        found = list(path.glob("*.safetensors.index.json")) or list(path.glob("*.safetensors"))
-        if len(found) != 1:
-            names = ", ".join(sorted(p.name for p in found)) or "no .safetensors"
-            raise ValueError(f"{path} holds {names}: name the file of weights to take")
-        return read_state(found[0])
-    if not path.is_file():
-        raise ValueError(f"no weights at {path}")
-    with reading(path):
-        if path.suffix == ".json":
-            parts = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-            return {key: value for part in parts for key, value in read_state(path.with_name(part)).items()}
-        if path.suffix == ".safetensors":
-            state = safetensors.torch.load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-            raise ValueError("holds no state dict of tensors")
-    return state
-
-
-def write_atomically(path, write):
-    """write(file) to a binary file that takes `path`'s name once it is whole and on the disk, or not at all.
-
-    ValueError names the path where that fails, a full disk say; what was there before is then untouched.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)  # the new name, too, must outlive a power cut
-        os.fsync(folder)
-        os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        said = one_line(error).removeprefix(f"{temporary}: ")
-        raise ValueError(f"cannot write {path}: {said}; what was there before is untouched") from error
 
 
 def describe(model):

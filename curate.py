@@ -20,10 +20,11 @@ Shape letters: N points (or this rank's), K centroids, D channels, B points of a
 """
 
 # These before torch: kernels/__init__.py, which each of them loads first, sets how OpenMP's threads wait.
-import amoe
 import data
-from amoe import write_atomically
-from images import find_sources, load_image
+from common.commands import Parser, choose_device, in_range, reading, run_command
+from common.sources import find_sources
+from common.store import write_atomically
+from images import load_image
 from kernels.kmeans import PRODUCTS, Assignment, product_for
 from kernels.seeds import draw_seeds, random_of, single_threaded
 
@@ -432,7 +433,7 @@ def build_tree(points, config, folder=None, log=lambda line: None, tree_hash="")
     for depth, k in enumerate(config.levels):
         path = folder and folder / f"level{depth + 1}.npz"
         if path and path.exists():
-            with amoe.reading(path), np.load(path) as saved:
+            with reading(path), np.load(path) as saved:
                 if str(saved["tree"]) != tree_hash:
                     raise ValueError("a level of another tree: remove it, and it is made anew")
                 tree.append({name: saved[name] for name in ("centroids", "parent", "inertia")})
@@ -570,7 +571,7 @@ def load_features(config):
         return np.asarray(ids), x_ND, lambda rows: data.thumbnails(path, np.asarray(ids)[rows])
     if path.suffix != ".npy" or not path.is_file():
         raise ValueError(f"--features {path}: want a cache folder (with cache.json) or an .npy file, and it is neither")
-    with amoe.reading(path):
+    with reading(path):
         x_ND = np.load(path, mmap_mode="r")
         if x_ND.ndim != 2 or not x_ND.size or x_ND.dtype.kind not in "fiu":
             raise ValueError(f"no matrix [N, D] of numbers, but {x_ND.dtype} {list(x_ND.shape)}")
@@ -603,7 +604,7 @@ def check_same_tree(out, points, config):
             write_atomically(out / "tree.json", lambda file: file.write(json.dumps(about, indent=1).encode()))
     if points.shared:
         dist.barrier()
-    with amoe.reading(out / "tree.json"):
+    with reading(out / "tree.json"):
         before = dict(json.loads((out / "tree.json").read_bytes()))
     if differ := {k: (before.get(k), about.get(k)) for k in before | about if before.get(k) != about.get(k)}:
         raise ValueError(f"--out {out} holds the tree of another run, (then, now): {differ}; choose another folder")
@@ -614,7 +615,7 @@ def run(config):
     """The command: features in, DIR/kept.npy, level*.npz, report.json and clusters.png out."""
     ids, x_ND, read_images = load_features(config)
     check_levels(len(x_ND), config.levels, config.keep)
-    device = amoe.choose_device(config.device)
+    device = choose_device(config.device)
     points = Points(x_ND, device, config.features)
     log = print if points.rank == 0 else lambda line: None
     shape, how = f"{points.n} points of {points.d} channels", PRODUCTS[product_for(points.device)]
@@ -639,11 +640,11 @@ def write_results(tree, kept, ids, read_images, config, log):
 
 
 def main(argv=None):
-    parser = amoe.Parser(prog="curate.py", description="balanced subset by hierarchical k-means")
+    parser = Parser(prog="curate.py", description="balanced subset by hierarchical k-means")
     for f in fields(Config):
         how = {"help": f.metadata["help"], "default": f.default, "required": "(required)" in f.metadata["help"]}
         if f.metadata["allowed"]:
-            how["type"] = amoe.number(f.type if f.type is float else int, *f.metadata["allowed"])
+            how["type"] = in_range(f.type if f.type is float else int, *f.metadata["allowed"])
         parser.add_argument("--" + f.name.replace("_", "-"), nargs="+" if f.name == "levels" else None, **how)
     config = Config(**vars(parser.parse_args(argv)))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
@@ -656,4 +657,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    amoe.run_command("curate.py", main, "what is finished stays, the same command goes on from there")
+    run_command("curate.py", main, "what is finished stays, the same command goes on from there")

@@ -31,27 +31,27 @@ A shard without a valid shard.json does not exist for readers; a writer that fin
 Shape letters: T tokens of a pack, M images in it, N images, C channels of a teacher, R registers.
 """
 
-import amoe
-from amoe import ROW, dequantise, one_line, pack, quantise
-from images import (
-    KEPT,
+from amoe import ROW, dequantise, pack, quantise
+from common.commands import Parser, choose_device, in_range, one_line, reading, run_command
+from common.pixels import grid
+from common.sources import Sources, find_sources, is_in
+from common.store import (
     SHARED,
-    Images,
-    Sources,
-    View,
-    choose_view,
+    clear,
     digest,
-    find_sources,
-    grid,
-    is_in,
     is_remote,
     map_ahead,
     name_hash,
+    naming_errors,
+    open_array,
     open_store,
     seal,
     unseal,
+    write_file,
 )
+from images import KEPT, Images, View, choose_view
 from kernels.attention import mask_blocks
+from kernels.packing import first_fit
 from teachers import (
     embed_captions,
     fit_spaces,
@@ -85,7 +85,6 @@ from tqdm import tqdm
 FORMAT = 3
 INDEX = 2**31 - 1  # the number that the index has in the place of a shard's
 RERUN = "rerun the caching command"
-CHUNK = 64  # rows behind one checksum: an image is read without decoding much of its neighbours
 MEMORY = 1 << 30  # bytes of whole arrays that a reading process keeps: two windows of small shards
 WINDOW = 16  # shards shuffled together
 OPEN_PACKS = 4  # packs left for the next window to fill
@@ -111,35 +110,6 @@ def repair(path):
 def folder_of(number):
     """The folder of a shard, or of the index, which is written and read like one."""
     return "index/" if number == INDEX else f"shards/{number:05d}/"
-
-
-def clear(store, prefix):
-    """Remove what lies below a prefix, a killed writer's locks too."""
-    store.delete_range(ts.KvStore.KeyRange(prefix, prefix[:-1] + "0")).result()
-
-
-def open_array(store, key, context=None, create=None, chunk=None):
-    """A zarr3 array under `key`. create: (shape, dtype) of a new one, in chunks of `chunk` rows of one checksum each.
-
-    Without `chunk` it is one file of inner chunks: CHUNK rows, or 4,096 numbers.
-    """
-    spec = {"driver": "zarr3", "kvstore": store.spec().to_json() | {"path": f"{store.path}{key}/"}}
-    if create is None:
-        # A chunk that is not there is damage, never a run of zeros.
-        return ts.open(spec | {"open": True, "fill_missing_data_reads": False}, context=context)
-    (n, *columns), dtype = create
-    little = {"name": "bytes", "configuration": {"endian": "little"}}
-    plain, check = {"name": "bytes"} if dtype in ("uint8", "int8") else little, {"name": "crc32c"}
-    inner = CHUNK if columns else max(CHUNK, min(n, 4096))
-    codec = {"chunk_shape": [inner, *columns], "codecs": [plain, check], "index_codecs": [little, check]}
-    whole = [chunk or max(1, -(-n // inner)) * inner, *columns]
-    spec["metadata"] = {
-        "shape": [n, *columns],
-        "data_type": dtype,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": whole}},
-        "codecs": [plain, check] if chunk else [{"name": "sharding_indexed", "configuration": codec}],
-    }
-    return ts.open(spec | {"create": True, "open": True, "store_data_equal_to_fill_value": True}, context=SHARED)
 
 
 # ---- records ----
@@ -865,29 +835,6 @@ def write_shard(cache, number, arrays, record):
         write_file(store, f"{folder}shard.json", seal(record | {"number": number, "files": files}))
 
 
-def write_file(store, key, raw):
-    """Write a small file and look at it: a lock that a killed writer left is reused with what it held beyond our bytes.
-
-    That lock is then gone, so the second time is right.
-    """
-    for _ in range(2):
-        store.write(key, raw).result()
-        if store.read(key).result().value == raw:
-            return
-    raise ValueError(f"{key} reads back other than it was written")
-
-
-@contextlib.contextmanager
-def naming_errors(what):
-    """Turn a full disk, a lost mount or missing rights into one line that names what was written."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"cannot write {what}: {one_line(error)}; what is committed stays, and the same command goes on from there"
-        ) from error
-
-
 def write_skipped(store):
     """skipped.jsonl, anew from every commit record, again where other writers have committed meanwhile."""
     with naming_errors("skipped.jsonl"):
@@ -915,38 +862,6 @@ class Position:
     window: int = 0
     pack: int = 0
     carried: tuple = ()
-
-
-def first_fit(lengths, n_tokens):
-    """First fit: every image into the first pack that has room. (Each image's pack, int64; the room left in each pack.)
-
-    Most images fit no pack but the newest. `most`, the largest room in the `earlier` ones that could still take the
-    shortest image, says so without a look at each: packs of 16384 tokens are planned at 1.4 to 2.1 million images a
-    second (0.14 to 0.17 million where each open pack is asked).
-    """
-    pack_of, room, earlier, most, least = [], [], [], 0, min(lengths, default=0)
-    newest, left = -1, 0
-    for length in lengths:
-        if length <= most:
-            k = next((k for k, p in enumerate(earlier) if room[p] >= length), None)
-            if k is not None:
-                p = earlier[k]
-                pack_of.append(p)
-                room[p] -= length
-                if room[p] < least:
-                    del earlier[k]
-                continue
-            most = max([room[p] for p in earlier], default=0)  # some were filled since
-        if length > left:
-            if left >= least and newest >= 0:
-                earlier.append(newest)
-                most = max(most, left)
-            newest, left = newest + 1, n_tokens
-            room.append(left)
-        left -= length
-        room[newest] = left
-        pack_of.append(newest)
-    return np.array(pack_of, np.int64), room
 
 
 class Order:
@@ -1042,7 +957,7 @@ def read_subset(path):
     """The image ids of a .npy, as curate.py writes it, int64 [N]; None without a path. ValueError names the file."""
     if not path:
         return None
-    with amoe.reading(path):
+    with reading(path):
         ids = np.load(path)
         if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
             raise ValueError(f"holds {ids.dtype} {list(ids.shape)} and image ids are a row of integers")
@@ -1133,8 +1048,8 @@ def describe(sources):
 
 
 def main(argv=None):
-    parser = amoe.Parser(prog="data.py", description="The feature cache.")
-    commands, number = parser.add_subparsers(dest="command", required=True), amoe.number
+    parser = Parser(prog="data.py", description="The feature cache.")
+    commands = parser.add_subparsers(dest="command", required=True)
     write = commands.add_parser("cache", help="run teachers over images and write a cache")
     add = write.add_argument
     places = {"nargs": "+", "required": True, "help": "folders of images or tars, tars, .txt lists of them, or URLs"}
@@ -1142,28 +1057,28 @@ def main(argv=None):
     more = {"action": "append", "required": True, "metavar": "NAME=SPEC"}
     add("--teacher", **more, help="weights file, or file.py:factory; repeatable")
     add("--out", required=True, help="folder or tensorstore URL of the cache; an unfinished one is continued")
-    add("--min-tokens", type=number(int, 1, 65536), default=1, help="patches below which an image is enlarged")
+    add("--min-tokens", type=in_range(int, 1, 65536), default=1, help="patches below which an image is enlarged")
     text = "patches above which an image is shrunk; of several, each image's is one of them by its id"
-    add("--max-tokens", type=number(int, 1, 65536), nargs="+", default=256, help=text)
-    add("--views", type=number(int, 1, 10**4), default=1, help="views an image: the whole of it, then random crops")
+    add("--max-tokens", type=in_range(int, 1, 65536), nargs="+", default=256, help=text)
+    add("--views", type=in_range(int, 1, 10**4), default=1, help="views an image: the whole of it, then random crops")
     add("--subset", help=".npy of image ids to keep (curate.py writes one)")
     add("--dtype", choices=("int8", "bf16"), default="int8", help="how patch features are stored")
     add("--patches", choices=("all", "none"), default="all", help="none: summaries alone, for curation")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the calibration sample and the views")
-    add("--shard-images", type=number(int, 1, 10**6), default=512, help="sources in a shard")
+    add("--seed", type=in_range(int, 0, 2**63 - 1), default=0, help="of the calibration sample and the views")
+    add("--shard-images", type=in_range(int, 1, 10**6), default=512, help="sources in a shard")
     add(
         "--shard-range",
         default="0/1",
         metavar="I/N",
         help="write every N-th shard from the I-th: N writers share the work",
     )
-    add("--calibrate", type=number(int, 1, 10**6), default=512, help="images that PHI-S is fitted on")
-    add("--max-skipped", type=number(float, 0, 1), default=0.05, help="share of unusable images that stops caching")
+    add("--calibrate", type=in_range(int, 1, 10**6), default=512, help="images that PHI-S is fitted on")
+    add("--max-skipped", type=in_range(float, 0, 1), default=0.05, help="share of unusable images that stops caching")
     add("--device", default="auto", help="where teachers run: auto, cpu, cuda or cuda:N")
     index = commands.add_parser("index", help="make the table of sources, and say what is in it")
     index.add_argument("--images", **places)
     threads = {
-        "type": number(int, 0, 1024),
+        "type": in_range(int, 0, 1024),
         "default": 0,
         "help": "processes that read headers; 0: threads",
     }
@@ -1176,7 +1091,7 @@ def main(argv=None):
         i, n = (int(x) if x.isdecimal() else -1 for x in (i, n))
         if not 0 <= i < n:
             raise ValueError(f"--shard-range {args.shard_range} is not I/N with 0 <= I < N")
-        device = amoe.choose_device(args.device)
+        device = choose_device(args.device)
         same = "min_tokens", "max_tokens", "views", "dtype", "seed", "shard_images", "calibrate", "max_skipped"
         result = cache(
             args.images,
@@ -1203,4 +1118,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    amoe.run_command("data.py", main, "what is committed stays, the same command continues")
+    run_command("data.py", main, "what is committed stays, the same command continues")

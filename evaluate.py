@@ -14,8 +14,12 @@ patches, H x W pixels.
 
 import amoe
 from amoe import PATCH, dequantise, pack, split_by_tokens, to_rows
+from common.commands import Parser, choose_device, in_range, reading, run_command
+from common.pictures import finite, pca_sheet
+from common.sources import find_sources, upright, with_image
+from common.store import write_atomically
 from data import held_out
-from images import Images, find_sources, resized, upright, with_image
+from images import Images, resized
 from teachers import embed_text, load_teachers, make_targets, run_teachers
 
 # isort: split
@@ -25,7 +29,6 @@ import itertools
 import json
 import math
 import statistics
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,7 +36,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 from tqdm import tqdm
 
 VOID = 255  # mask value of pixels that belong to no class
@@ -143,13 +146,6 @@ def gather(streamed, kept=None):
 
 
 # ---- measures ----
-
-
-def finite(x_NC):
-    """The rows as they are; ValueError where one holds NaN or infinity: NaN wins or loses every comparison."""
-    if not (sound_N := torch.isfinite(x_NC).all(1)).all():
-        raise ValueError(f"features that are not finite (NaN or infinity): row {int((~sound_N).nonzero()[0])}")
-    return x_NC
 
 
 def unit(x_NC, published=False):
@@ -279,97 +275,6 @@ def published_miou(confusion_KK, void):
 def cosine(a, b, mean):
     """Mean cosine of matching rows less the teacher's mean: a shared mean would flatter raw cosines."""
     return float(F.cosine_similarity(finite(a) - mean, finite(b) - mean, dim=1).double().mean())
-
-
-# ---- pictures ----
-
-
-def pca_basis(x_NC):
-    """(mean [C], three principal directions [C, 3], ranges [2, 3] from the 2nd to the 98th percentile)."""
-    mean = finite(x_NC).mean(0)
-    _, _, v = torch.linalg.svd((x_NC - mean)[:: max(1, len(x_NC) // 20000)], full_matrices=False)
-    projected = (x_NC - mean) @ v[:3].T
-    order = projected.sort(dim=0).values
-    return mean, v[:3].T, torch.stack([order[int(0.02 * len(order))], order[int(0.98 * (len(order) - 1))]])
-
-
-def pca_map(x_NC, shape, basis):
-    """An image [h, w, 3] uint8 of the features' first three principal components in `basis`."""
-    mean, directions, (low, high) = basis
-    colour = (((x_NC - mean) @ directions - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
-    return (colour * 255).byte().reshape(*shape, 3).numpy()
-
-
-def sheet(rows, titles, cell=144):
-    """A picture of rows of images (uint8 arrays, any size), scaled to fit cells, with a title over every column."""
-    page = Image.new("RGB", (len(titles) * (cell + 4) + 4, len(rows) * (cell + 4) + 24), "white")
-    draw = ImageDraw.Draw(page)
-    for column, title in enumerate(titles):
-        draw.text((column * (cell + 4) + 6, 6), title, fill="black")
-    for line, images in enumerate(rows):
-        for column, array in enumerate(images):
-            image = Image.fromarray(np.asarray(array))
-            scale = cell / max(image.size)
-            size = [max(1, round(n * scale)) for n in image.size]
-            how = Image.Resampling.NEAREST if scale > 4 else Image.Resampling.BICUBIC
-            page.paste(image.resize(size, how), (column * (cell + 4) + 4, line * (cell + 4) + 22))
-    return page
-
-
-def pca_sheet(images, shapes, columns):
-    """Images and, in columns of (title, patches [n, C] a row, reference), PCA maps in the reference's basis."""
-    rows = [[np.asarray(image)] for image in images]
-    for _, patches, reference in columns:
-        basis = pca_basis(torch.cat(reference))
-        for row, x_NC, shape in zip(rows, patches, shapes, strict=True):
-            row.append(pca_map(x_NC, shape, basis))
-    return sheet(rows, ["image", *(title for title, _, _ in columns)])
-
-
-def draw(path, make):
-    """Write the picture that make() returns; what goes wrong is said: it must not cost a run its scores or its life."""
-    try:
-        page = make()
-        amoe.write_atomically(path, lambda file: page.save(file, "PNG"))
-    except Exception as error:
-        print(f"{path} was not drawn: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-
-
-PENS = ("#222222", "#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22")
-
-
-def curves(log, width=640, height=150):
-    """A picture of a run's log.jsonl: losses by term, held-out figures, learning rate, experts' load, all by step.
-
-    At a panel's left its greatest and its least number, at its right the last of each line.
-    """
-    lines = [line for line in map(json.loads, Path(log).read_text().splitlines()) if "loss" in line]
-    keys = list(dict.fromkeys(key for line in lines for key in line))
-    panels = {
-        "losses, log scale": [k for k in keys if k.endswith(("loss", "_summary", "_patch", "_registers", "_arkd"))],
-        "held-out images": [k for k in keys if k.startswith("held_out_")],
-        "learning rate": ["lr"],
-        "most and least loaded expert, over the mean": ["expert_load_max", "expert_load_min"],
-    }
-    page = Image.new("RGB", (width + 340, len(panels) * (height + 40)), "white")
-    pen, last = ImageDraw.Draw(page), max((line["step"] for line in lines), default=1)
-    for n, (title, names) in enumerate(panels.items()):
-        top, (scale, back) = n * (height + 40) + 20, (float, float) if n else (math.log10, lambda y: 10**y)
-        pen.text((70, top - 14), f"{title}, to step {last}", fill="black")
-        pen.rectangle((70, top, 70 + width, top + height), outline="gray")
-        known = {k: [x for x in lines if math.isfinite(x.get(k, math.nan)) and (n or x[k] > 0)] for k in names}
-        series = {k: [(line["step"], scale(line[k])) for line in found] for k, found in known.items()}
-        values = [y for points in series.values() for _, y in points] or [0.0, 1.0]
-        low, high = min(values), max(values)
-        pen.text((4, top), f"{back(high):.3g}", fill="black")
-        pen.text((4, top + height - 10), f"{back(low):.3g}", fill="black")
-        for i, (k, points) in enumerate(series.items()):
-            pen_at = [(70 + width * x / last, top + height * (high - y) / max(high - low, 1e-12)) for x, y in points]
-            pen.line(pen_at, PENS[i % 10], 2)
-            pen.text(
-                (78 + width, top + 12 * i), f"{k}  {back(points[-1][1]) if points else math.nan:.3g}", PENS[i % 10]
-            )
-    return page
 
 
 # ---- reports at the end of a run ----
@@ -589,11 +494,11 @@ def check_widths(images, text_C, name):
 def read_words(args):
     """({folder: how to say it} of --classes, the lines of --templates); ValueError names the file that holds others."""
     templates = TEMPLATES
-    with amoe.reading(args.classes):
+    with reading(args.classes):
         spoken = json.loads(Path(args.classes).read_bytes()) if args.classes else {}
         if not isinstance(spoken, dict) or not all(isinstance(said, str) for said in spoken.values()):
             raise ValueError("no object of {folder: how to say it}")
-    with amoe.reading(args.templates):
+    with reading(args.templates):
         if args.templates:
             templates = [line for line in Path(args.templates).read_bytes().decode().splitlines() if line.strip()]
         if not templates or any(t.format("x") == t.format("y") for t in templates):
@@ -642,7 +547,7 @@ def measure_retrieval(args, model, budget):
 def read_mask(root, dataset, entry, side=None):
     """An image's class indices [H, W] int64 from root/masks, or the nearest ones in a square of `side` pixels."""
     path = (root / "masks" / dataset.meta(entry)["source"]).with_suffix(".png")
-    with amoe.reading(path), Image.open(path) as image:
+    with reading(path), Image.open(path) as image:
         array = np.array(image.resize((side, side), Image.Resampling.NEAREST) if side else image)
         if array.ndim != 2:
             raise ValueError(f"no map of class indices: it has {array.shape[2]} channels")
@@ -781,25 +686,27 @@ PROTOCOLS = "published: as SigLino's own evaluation does it, its sizes of images
 
 
 def parse(argv):
-    parser = amoe.Parser(prog="evaluate.py", description=__doc__.split("\n")[0])
-    measures, number = parser.add_subparsers(dest="measure", required=True), amoe.number
+    parser = Parser(prog="evaluate.py", description=__doc__.split("\n")[0])
+    measures = parser.add_subparsers(dest="measure", required=True)
     for name, (_, text) in MEASURES.items():
         add = measures.add_parser(name, help=text, description=text).add_argument
         kinds = ("a run or its student/, a SigLino checkpoint, NAME=SPEC of a teacher, or untrained", *amoe.CONFIGS)
         models = ", ".join(kinds)
         add("--model", required=True, nargs="+", help=f"what to measure, several in one table: {models}")
-        add("--top-k", type=number(int, 1, 1024), default=6, help="experts a token of a SigLino checkpoint (0.15B: 2)")
-        budgets = {"type": number(int, 1, 65536), "nargs": "+", "default": [256]}
+        add(
+            "--top-k", type=in_range(int, 1, 1024), default=6, help="experts a token of a SigLino checkpoint (0.15B: 2)"
+        )
+        budgets = {"type": in_range(int, 1, 65536), "nargs": "+", "default": [256]}
         add("--max-tokens", **budgets, help="token budgets; the table has a line for each")
         add("--head", nargs="+", help="heads by name, else all, 'amoe' being the trunk; a+b is an ensemble")
         add("--device", default="auto", help="where the model runs: auto, cpu, cuda or cuda:N")
         add("--out", default=f"runs/evaluate/{name}.json", help="the result, as JSON")
         if name == "speed":
-            add("--tokens", type=number(int, 1, 2**20), default=16384, help="tokens in a pack, at most")
+            add("--tokens", type=in_range(int, 1, 2**20), default=16384, help="tokens in a pack, at most")
             continue
-        add("--min-tokens", type=number(int, 1, 65536), default=1, help="patches below which an image is enlarged")
+        add("--min-tokens", type=in_range(int, 1, 65536), default=1, help="patches below which an image is enlarged")
         add("--enlarge", action="store_true", help="bring smaller images to the budget too")
-        add("--max-skipped", type=number(float, 0, 1), default=0.05, help="share of unusable images that stops it")
+        add("--max-skipped", type=in_range(float, 0, 1), default=0.05, help="share of unusable images that stops it")
         if name != "pca":
             add("--protocol", choices=("strict", "published"), default="strict", help=PROTOCOLS)
         if name in ("knn", "segment"):
@@ -812,21 +719,21 @@ def parse(argv):
         if name in ("zeroshot", "retrieval"):
             add("--text", metavar="NAME=SPEC", help="teacher that embeds text, for the student's head of that name")
         if name == "knn":
-            add("--k", type=number(int, 1, 10**6), default=20, help="neighbours that vote")
-            heat = {"type": number(float, 1e-4, 1e4), "default": 0.07}
+            add("--k", type=in_range(int, 1, 10**6), default=20, help="neighbours that vote")
+            heat = {"type": in_range(float, 1e-4, 1e4), "default": 0.07}
             add("--temperature", **heat, help="a vote weighs exp(cosine / temperature)")
         elif name == "zeroshot":
             add("--classes", help="JSON of {folder: how to say it}")
             add("--templates", help="text file, a template a line, {} standing for the class")
         elif name == "segment":
-            add("--void", type=number(int, 0, 65535), default=VOID, help="mask value of no class (ADE20k: 0)")
-            add("--lr", type=number(float, 0, 10), default=1e-3, help="of the published protocol's linear head")
-            patches = {"type": number(int, 1, 10**9), "default": 200_000}
+            add("--void", type=in_range(int, 0, 65535), default=VOID, help="mask value of no class (ADE20k: 0)")
+            add("--lr", type=in_range(float, 0, 10), default=1e-3, help="of the published protocol's linear head")
+            patches = {"type": in_range(int, 1, 10**9), "default": 200_000}
             add("--probe-patches", **patches, help="patches that the linear head learns from, at most")
         elif name == "pca":
-            add("--count", type=number(int, 1, 1000), default=8, help="images on the sheet")
+            add("--count", type=in_range(int, 1, 1000), default=8, help="images on the sheet")
     args = parser.parse_args(argv)
-    args.device = amoe.choose_device(args.device)
+    args.device = choose_device(args.device)
     args.published, args.opened = getattr(args, "protocol", "strict") == "published", {}
     return args
 
@@ -890,9 +797,9 @@ def main(argv=None):
             print(f"IoU by class, {score['model']}, head {score['head']}, {score['max_tokens']} tokens: {shown}")
     result = {"measure": args.measure, "flags": said, "scores": scores, "torch": torch.__version__}
     text = json.dumps(result | {"seconds": time.perf_counter() - began}, indent=1) + "\n"
-    amoe.write_atomically(args.out, lambda file: file.write(text.encode()))
+    write_atomically(args.out, lambda file: file.write(text.encode()))
     print(f"written to {args.out}")
 
 
 if __name__ == "__main__":
-    amoe.run_command("evaluate.py", main, "nothing was written")
+    run_command("evaluate.py", main, "nothing was written")

@@ -18,7 +18,6 @@ N texts, L tokens of a text.
 """
 
 from amoe import (
-    PATCH,
     ROW,
     Float32Buffers,
     MapPool,
@@ -26,15 +25,15 @@ from amoe import (
     Space,
     autocast,
     normalise,
-    one_line,
     pack,
     read_config,
-    read_state,
-    reading,
     split_by_tokens,
     under,
 )
-from hub.plug_in import plug_in
+from common.commands import one_line, reading
+from common.pixels import PATCH
+from common.plug_in import plug_in
+from common.store import read_state
 from kernels.attention import attend, image_runs, mask_of
 from kernels.rope import rotate_half
 

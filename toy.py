@@ -13,7 +13,7 @@ Shape letters: N points or scenes, h x w patches of a scene, C channels of a tea
 """
 
 import evaluate
-from images import name_hash
+from common.store import name_hash
 
 # isort: split
 import json

@@ -11,15 +11,19 @@ import evaluate
 import kernels.moe
 import toy
 from amoe import autocast
+from common.commands import Parser, in_range, locked, reading, run_command
+from common.pictures import curves, draw
+from common.process import setup
+from common.sources import find_sources
+from common.store import write_atomically
 from hub.card import card
-from images import Images, find_sources
+from images import Images
 from kernels.attention import block_mask, image_runs, mask_blocks
 from teachers import Teacher, embed_captions, load_teachers, make_targets
 
 # isort: split
 import argparse
 import contextlib
-import ctypes
 import importlib.util
 import json
 import math
@@ -33,7 +37,6 @@ import time
 import warnings
 import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -112,7 +115,7 @@ class Flags:
 
 def parse(argv=None):
     """Flags from the command line: underscores become hyphens, booleans get a --no- form, unknown flags are errors."""
-    parser, groups = amoe.Parser(prog="train.py", description=__doc__.split("\n")[0]), {}
+    parser, groups = Parser(prog="train.py", description=__doc__.split("\n")[0]), {}
     for f in fields(Flags):
         group, allowed = f.metadata["group"], f.metadata["allowed"]
         if group not in groups:
@@ -123,9 +126,9 @@ def parse(argv=None):
             str: {"choices": allowed},
         }
         if f.type == tuple[int, ...]:
-            how = {"type": amoe.number(int, *allowed), "nargs": "+"}
+            how = {"type": in_range(int, *allowed), "nargs": "+"}
         else:
-            how = how.get(f.type) or {"type": amoe.number(f.type, *allowed)}
+            how = how.get(f.type) or {"type": in_range(f.type, *allowed)}
         default = list(f.default) if f.type is tuple else f.default  # argparse appends to it
         groups[group].add_argument("--" + f.name.replace("_", "-"), default=default, help=f.metadata["help"], **how)
     flags = Flags(**{k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()})
@@ -394,7 +397,7 @@ def save(folder, state, keep):
     One of a later step stays: a run that passed over it, for it was damaged, will write it anew.
     """
     path = Path(folder) / f"step-{state['step']:06d}.pt"
-    amoe.write_atomically(path, lambda file: torch.save(state, file))
+    write_atomically(path, lambda file: torch.save(state, file))
     found = checkpoints(folder)
     for old in found[: found.index(path) + 1][:-keep]:
         old.unlink()
@@ -402,7 +405,7 @@ def save(folder, state, keep):
 
 def read_checkpoint(path):
     """What `save` wrote; ValueError where a bit of it has changed (torch's file is a zip: a CRC-32 of every tensor)."""
-    with amoe.reading(path):
+    with reading(path):
         with zipfile.ZipFile(path) as file:
             if bad := file.testzip():
                 raise ValueError(f"its bytes are not those that were written, in {bad}")
@@ -516,11 +519,11 @@ class Log:
                 with contextlib.suppress(ValueError, TypeError, AttributeError):  # a line that a kill cut short
                     if json.loads(line).get("step", 0) <= step:
                         lines.append(line + b"\n")
-            amoe.write_atomically(self.path, lambda file: file.writelines(lines))
+            write_atomically(self.path, lambda file: file.writelines(lines))
 
     def write(self, **entry):
         if self.path:
-            with amoe.reading(self.path), open(self.path, "a") as file:
+            with reading(self.path), open(self.path, "a") as file:
                 file.write(json.dumps(entry) + "\n")
             if "step" in entry:
                 self.track(entry["step"], {k: v for k, v in entry.items() if isinstance(v, (int, float))})
@@ -621,88 +624,6 @@ class Interval:
 
 
 # ---- where it runs ----
-
-
-@dataclass
-class Process:
-    """This process among those that train together; alone it is a world of one."""
-
-    rank: int
-    world: int
-    device: torch.device
-    patient: object = None  # a process group whose barrier waits for days, where NCCL gives up after ten minutes
-
-    def sum(self, tensor):
-        """The tensor summed over ranks, in place."""
-        if self.world > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
-    @property
-    def group(self):
-        """The process group of all ranks; None alone."""
-        return dist.group.WORLD if self.world > 1 else None
-
-    def barrier(self):
-        """Wait for all ranks, for as long as it takes: one may be calibrating or evaluating for the others."""
-        if self.world > 1:
-            dist.barrier(group=self.patient)
-
-    def counts(self, n):
-        """[n of every rank], from host to host: asking the device would make it wait."""
-        if self.world == 1:
-            return [n]
-        counts = [torch.tensor([0]) for _ in range(self.world)]
-        dist.all_gather(counts, torch.tensor([n]))
-        return [int(count) for count in counts]
-
-    def gather(self, x_NC, counts):
-        """Rows of all ranks [B, C] in rank order, `counts` of them each."""
-        if self.world == 1:
-            return x_NC
-        padded = x_NC.new_zeros(max(counts), x_NC.shape[1])
-        padded[: len(x_NC)] = x_NC
-        parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(parts, padded)
-        return torch.cat([p[:n] for p, n in zip(parts, counts, strict=True)])
-
-
-def setup(flags):
-    """(this Process, whether to compile); prints what was chosen, and why, on rank 0."""
-    device = amoe.choose_device(flags.device)
-    why = "asked for" if flags.device != "auto" else "no GPU is there" if device == "cpu" else "a GPU is there"
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if device == "cuda":
-        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
-    if device == "cpu" and sys.platform == "linux":
-        keep_freed_memory()
-    if flags.threads:
-        torch.set_num_threads(flags.threads)
-    experts = kernels.moe.choose(
-        flags.kernels, torch.device(device), torch.bfloat16 if device != "cpu" else torch.float32
-    )
-    compiled = flags.compile == "on" or (flags.compile == "auto" and device.startswith("cuda") and not flags.student)
-    if rank == 0:
-        form = "FlexAttention, compiled" if compiled and device != "cpu" else "SDPA on each image"
-        print(
-            f"device {device} ({why}), {world} rank(s), attention: {form}, experts: {experts}, "
-            f"compile {'on' if compiled else 'off'}",
-            flush=True,
-        )
-    patient = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if world > 1 else None
-    return Process(rank, world, torch.device(device), patient), compiled
-
-
-def keep_freed_memory():
-    """glibc hands large freed tensors back to the system; faulting their pages in anew was 14% of the toy's step."""
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its largest
-        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
 # ---- preparing ----
@@ -853,7 +774,7 @@ def save_checkpoint(run):
     state = state_of(run)
     if run.process.rank == 0:
         save(run.folder, state, run.flags.keep)
-        evaluate.draw(run.folder / "curves.png", lambda: evaluate.curves(run.log.path))
+        draw(run.folder / "curves.png", lambda: curves(run.log.path))
 
 
 def student_of(state):
@@ -931,7 +852,7 @@ def write_result(run, student, failed):
     result |= {"failed": failed} if failed else {}
     result["seconds"] = time.perf_counter() - run.began
     text = json.dumps(result, indent=1) + "\n"
-    amoe.write_atomically(run.folder / "result.json", lambda file: file.write(text.encode()))
+    write_atomically(run.folder / "result.json", lambda file: file.write(text.encode()))
     rate = result["tokens_per_s"]
     print(f"{result['seconds']:.0f} s in all, {rate:.0f} tokens/s in training; see {run.folder}", flush=True)
     return failed
@@ -949,7 +870,7 @@ def write_card(folder, state):
     """README.md of student/, from a checkpoint's state and what else the run has written."""
     defaults = {f.name: f.default for f in fields(Flags) if f.metadata["group"] == RESULTS}
     text = card(folder, state, {name: v for name, v in state["flags"].items() if v != defaults.get(name, v)})
-    amoe.write_atomically(folder / "student" / "README.md", lambda file: file.write(text.encode()))
+    write_atomically(folder / "student" / "README.md", lambda file: file.write(text.encode()))
 
 
 def measure(run, student):
@@ -975,7 +896,7 @@ def measure(run, student):
     _, held = evaluate.split(dataset, 2000)
     shown = held[:: max(1, len(held) // 8)][:8]
     if shown:
-        evaluate.draw(run.folder / "pca.png", lambda: evaluate.run_sheet(dataset, shown, models))
+        draw(run.folder / "pca.png", lambda: evaluate.run_sheet(dataset, shown, models))
     return scores
 
 
@@ -991,7 +912,7 @@ def main(argv=None):
         export(Path(flags.export), state)
         return print(f"{flags.export}/student is what {path.name} holds", flush=True)
     process, compiled = setup(flags)
-    with amoe.locked(flags.out) if process.rank == 0 else contextlib.nullcontext():
+    with locked(flags.out) if process.rank == 0 else contextlib.nullcontext():
         train(flags, process, compiled)
         process.barrier()  # a rank that leaves early takes the others' connections with it
     if process.world > 1:
@@ -999,4 +920,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":  # from the first step on, `train` catches Ctrl-C and saves
-    amoe.run_command("train.py", main, "the same command begins again")
+    run_command("train.py", main, "the same command begins again")

@@ -15,6 +15,7 @@ import torch
 import amoe
 import data
 import train
+from common.process import Process, keep_freed_memory
 from kernels.bench import record
 
 SPINNERS = 4
@@ -30,10 +31,10 @@ def median_step_ms(warmup=4, steps=12):
     for space in spaces:
         shape = {"patch": (2048,), "summary": (54,), "registers": (54, space.registers)}
         batch.targets[space.name] = {kind: torch.randn(*size, space.dim) for kind, size in shape.items()}
-    flags, process = train.parse(["--device", "cpu"]), train.Process(0, 1, torch.device("cpu"))
+    flags, process = train.parse(["--device", "cpu"]), Process(0, 1, torch.device("cpu"))
     model, taken = train.build(flags, spaces, process.device), []
     optimizer, bad_steps = train.make_optimizer(model, flags), torch.zeros(2, dtype=torch.int64)
-    train.keep_freed_memory()
+    keep_freed_memory()
     for _ in range(warmup + steps):
         began = time.perf_counter()
         packs = [train.to_device(batch, process, False, [], spaces)]

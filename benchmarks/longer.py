@@ -10,7 +10,7 @@ each. DIR of the teachers has real.py and cifar.py, each with text_aligned and d
 import amoe
 import data
 import evaluate
-from images import find_sources
+from common.sources import find_sources
 
 # isort: split
 import argparse

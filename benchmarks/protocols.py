@@ -19,8 +19,9 @@ import torch
 from PIL import Image
 
 import evaluate
+from common.sources import find_sources
 from data import held_out
-from images import Images, find_sources
+from images import Images
 
 
 def load(spec):

@@ -32,6 +32,7 @@ import data
 import images
 import teachers
 from benchmarks.step import CUDA, in_turns, measure_step, padded
+from common.sources import find_sources
 from kernels.bench import record
 
 # ---- teachers ----
@@ -137,7 +138,7 @@ def plain_reader(cache, packs, folder, maps):
 
 def decoding(path, about, most=200):
     """{"draft", "whole"}: images/s of one core, decoded and resized as for a cache; bad ones are left out."""
-    sources = images.find_sources(path)
+    sources = find_sources(path)
     sources, good = sources[:: max(1, len(sources) // most)], []
 
     def decode(draft):

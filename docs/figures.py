@@ -9,6 +9,7 @@ import data
 import evaluate
 import images
 import toy
+from common import pictures
 
 # isort: split
 import argparse
@@ -294,7 +295,7 @@ def maps(run):
     columns = [("image", ""), *((who, head) for head in ("text", "dense") for who in said), ("student", "amoe")]
     for title, head in columns:
         if head and (title == "teacher" or head == "amoe"):  # what is to the right of it has its colours
-            x, basis = x + 20, evaluate.pca_basis(torch.cat(said[title][head]["patch"]))
+            x, basis = x + 20, pictures.pca_basis(torch.cat(said[title][head]["patch"]))
             wide = 2 * cell + 6 if title == "teacher" else cell
             page.line([(x, 44), (x, 38), (x + wide, 38), (x + wide, 44)], GREY, 1.4)
             page.text(x + wide / 2, 32, f"'{head}'" if title == "teacher" else "trunk", 15, INK, "ms")
@@ -302,7 +303,7 @@ def maps(run):
         for row, picture in enumerate(batch.images()):
             shape = batch.shapes[row].tolist()
             if head:
-                picture = evaluate.pca_map(said[title][head]["patch"][row], shape, basis)
+                picture = pictures.pca_map(said[title][head]["patch"][row], shape, basis)
             h, w = (n * cell / max(shape) for n in shape)
             page.image(x + (cell - w) / 2, 76 + row * (cell + 10) + (cell - h) / 2, picture, w, h)
         x += cell + 6

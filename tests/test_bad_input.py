@@ -1,7 +1,7 @@
 """What bad words, bad numbers and bad files get from the four commands: one line that names them, and an exit code.
 
 A table: the command line, what is said, the exit code. All run in this process. A traceback (an exception that
-`amoe.run_command` lets through), more than half a minute, exit code 0 and silence fail.
+`run_command` lets through), more than half a minute, exit code 0 and silence fail.
 """
 
 import argparse
@@ -25,6 +25,7 @@ import curate
 import data
 import evaluate
 import train
+from common.commands import run_command
 
 COMMANDS = {"train": train, "data": data, "curate": curate, "evaluate": evaluate}
 SECONDS = 30
@@ -368,7 +369,7 @@ def call(words, places):
     """Run one command line in this process; its exit code."""
     name, *argv = [word.format_map(places) for word in shlex.split(words)]
     with a_process_of_its_own(), pytest.raises(SystemExit) as end:
-        amoe.run_command(f"{name}.py", lambda: COMMANDS[name].main(argv), "interrupted")
+        run_command(f"{name}.py", lambda: COMMANDS[name].main(argv), "interrupted")
     return end.value.code
 
 
@@ -392,7 +393,7 @@ def test_there_are_enough_cases():
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_number_has_its_range_where_it_is_declared_and_help_says_each_default_once(name, monkeypatch, capsys):
-    """Catches a numeric flag that amoe.number does not read, and help that repeats a default."""
+    """Catches a numeric flag that in_range does not read, and help that repeats a default."""
     seen = []
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda self, *_: seen.append(self) or exit())
     with pytest.raises(SystemExit):
@@ -429,7 +430,7 @@ def test_a_command_ends_in_one_line_and_a_code(error, said, code, capsys):
         raise error
 
     with pytest.raises(SystemExit) as end:
-        amoe.run_command("c.py", main, "rerun it")
+        run_command("c.py", main, "rerun it")
     err = capsys.readouterr().err
     assert end.value.code == code and err.count("\n") == 1 and err.startswith(said)
 
@@ -437,4 +438,4 @@ def test_a_command_ends_in_one_line_and_a_code(error, said, code, capsys):
 def test_a_bug_is_a_traceback():
     """Catches a net so wide that it hides where a program is wrong."""
     with pytest.raises(ZeroDivisionError):
-        amoe.run_command("c.py", lambda: 1 / 0, "")
+        run_command("c.py", lambda: 1 / 0, "")

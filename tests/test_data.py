@@ -19,7 +19,8 @@ from PIL import Image
 import amoe
 import data
 import toy
-from images import find_sources, load_image
+from common.sources import find_sources
+from images import load_image
 from kernels import rope
 from teachers import load_teachers
 

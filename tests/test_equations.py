@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import amoe
 import train
+from common.process import Process
 
 SHAPES = [(1, 2), (3, 2), (1, 1)]  # patches (h, w) of three images: unequal, so that a wrong weight shows
 SPACES = [
@@ -182,7 +183,7 @@ def assert_code_agrees(loss, images, packings, arkd):
     want.backward()
     want_gradient = gradient_of(model)
     assert want_gradient.abs().max() > 0.1
-    flags, process = train.parse(["--arkd", str(arkd)]), train.Process(0, 1, torch.device("cpu"))
+    flags, process = train.parse(["--arkd", str(arkd)]), Process(0, 1, torch.device("cpu"))
     for packing in packings:
         packs = [(in_one_pack([images[i] for i in part]), None) for part in packing]
         measured, _ = train.gradients(model, packs, SPACES, flags, process)

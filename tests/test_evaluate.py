@@ -16,7 +16,8 @@ from PIL import Image
 import amoe
 import evaluate
 import train
-from images import find_sources
+from common import pictures
+from common.sources import find_sources
 
 
 def test_knn_votes_by_weighted_cosine():
@@ -414,7 +415,7 @@ def test_every_measure_refuses_features_that_are_not_finite(value):
         lambda: evaluate.confusion(probe, bad, (2, 4), torch.zeros(4, 8, dtype=torch.long), 2),
         lambda: evaluate.cosine(bad, x, x.mean(0)),
         lambda: evaluate.cosine(x, bad, x.mean(0)),
-        lambda: evaluate.pca_basis(bad),
+        lambda: pictures.pca_basis(bad),
     ):
         with pytest.raises(ValueError, match="not finite"):
             measure()

@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 import amoe  # noqa: E402
 import data  # noqa: E402
 import images  # noqa: E402
+from common.sources import find_sources  # noqa: E402
 
 SECONDS, GIB = 5, 3
 
@@ -252,7 +253,7 @@ def test_mutated_captions_are_refused_or_give_words(tmp_path):
     for number in range(400):
         (tmp_path / "captions.json").write_bytes(spoilt(raw, np.random.default_rng([4, number])))
         try:
-            sources = images.find_sources(tmp_path)
+            sources = find_sources(tmp_path)
         except ValueError as error:
             assert "\n" not in str(error) and "captions.json" in str(error), (number, error)
         else:

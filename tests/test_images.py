@@ -22,6 +22,8 @@ from PIL import Image, ImageOps, features
 import amoe
 import data
 import images
+from common import sources as sources_file
+from common.pixels import grid
 
 
 def encoded(image, kind="PNG", **options):
@@ -33,7 +35,7 @@ def encoded(image, kind="PNG", **options):
 @pytest.mark.parametrize("size", [(480, 640), (1000, 200), (333, 334), (4000, 3000), (17, 150)])
 def test_large_images_shrink_to_the_largest_grid_of_their_aspect(size):
     """Catches floor on both sides, which wastes up to a third of the budget."""
-    h, w = images.grid(*size, 1, 256)
+    h, w = grid(*size, 1, 256)
     assert h * w <= 256
     exact = (256 * size[0] / size[1]) ** 0.5
     if size[0] * size[1] > 256 * 256:
@@ -42,8 +44,8 @@ def test_large_images_shrink_to_the_largest_grid_of_their_aspect(size):
 
 def test_small_images_keep_their_native_grid_or_reach_the_least():
     """Catches upscaling to the maximum."""
-    assert images.grid(96, 64, 1, 256) == (6, 4)
-    h, w = images.grid(96, 64, 64, 256)
+    assert grid(96, 64, 1, 256) == (6, 4)
+    h, w = grid(96, 64, 64, 256)
     assert 64 <= h * w <= 80 and h > w
 
 
@@ -157,17 +159,17 @@ def test_sources_have_stable_ids_captions_and_categories(tmp_path):
         Image.new("RGB", (16, 16)).save(tmp_path / name)
     (tmp_path / "captions.json").write_text('[{"file": "a/x.png", "caption": "an x", "category": "letters"}]')
     (tmp_path / "b.txt").write_text("a b\n")
-    found = images.find_sources(tmp_path)
+    found = sources_file.find_sources(tmp_path)
     assert [s.name for s in found] == ["a/x.png", "a/y.PNG", "b.jpg"]
     assert found[0].id == 888412437924757584 and all(0 <= s.id < 2**63 for s in found)
     assert (found[0].caption, found[0].category, found[1].caption, found[2].caption) == ("an x", "letters", None, "a b")
     (tmp_path / "list.txt").write_text("b.jpg\na/x.png\n")
-    assert [s.id for s in images.find_sources(tmp_path / "list.txt")] == [found[2].id, found[0].id]
+    assert [s.id for s in sources_file.find_sources(tmp_path / "list.txt")] == [found[2].id, found[0].id]
     with pytest.raises(ValueError, match="nowhere"):
-        images.find_sources(tmp_path / "nowhere")
+        sources_file.find_sources(tmp_path / "nowhere")
     (tmp_path / "list.txt").write_text("b.jpg\nb.jpg\n")
     with pytest.raises(ValueError, match=r"b\.jpg twice"):
-        images.find_sources(tmp_path / "list.txt")
+        sources_file.find_sources(tmp_path / "list.txt")
 
 
 def make_tar(path, members):
@@ -197,7 +199,7 @@ def test_tars_are_read_by_member_with_their_captions_and_labels(tmp_path):
         },
     )
     make_tar(second, {deep: colour("lime", "JPEG"), "broken.jpg": b"junk", "broken.json": b"junk"})
-    found = images.find_sources(tmp_path / "web")
+    found = sources_file.find_sources(tmp_path / "web")
     assert [s.name for s in found] == ["0.tar/a.png", "0.tar/b.left.PNG", f"1.tar/{deep}", "1.tar/broken.jpg"]
     known = [(s.caption, s.category) for s in found]
     assert known == [("a red", "3"), ("a blue", "cold"), (None, None), (None, None)]
@@ -208,9 +210,9 @@ def test_tars_are_read_by_member_with_their_captions_and_labels(tmp_path):
     with ThreadPoolExecutor(4) as pool:  # decoders share no file position
         assert all(image[8, 16, 0] == 255 for image in pool.map(images.load_image, [found[0]] * 50))
     (tmp_path / "web/list.txt").write_text("1.tar\n0.tar\n")
-    listed = images.find_sources(tmp_path / "web/list.txt")
+    listed = sources_file.find_sources(tmp_path / "web/list.txt")
     assert [s.id for s in listed] == [s.id for s in found[2:] + found[:2]]
-    assert [s.id for s in images.find_sources(first)] == [s.id for s in found[:2]]
+    assert [s.id for s in sources_file.find_sources(first)] == [s.id for s in found[:2]]
 
 
 def test_a_damaged_tar_is_an_error_that_names_it(tmp_path):
@@ -218,16 +220,16 @@ def test_a_damaged_tar_is_an_error_that_names_it(tmp_path):
     image = encoded(Image.new("RGB", (32, 16))).getvalue()
     make_tar(tmp_path / "x.tar", {f"{i}.png": image for i in range(4)})
     raw = (tmp_path / "x.tar").read_bytes()
-    spans = [s.span for s in images.find_sources(tmp_path / "x.tar")]
+    spans = [s.span for s in sources_file.find_sources(tmp_path / "x.tar")]
     for damaged in (raw[: spans[2][0] + 5], raw[: spans[2][0] - 200], b"junk" * 300, b""):
         (tmp_path / "x.tar").write_bytes(damaged)
         with pytest.raises(ValueError, match=r"x\.tar is no whole"):
-            images.find_sources(tmp_path / "x.tar")
+            sources_file.find_sources(tmp_path / "x.tar")
     flipped = bytearray(raw)
     flipped[spans[2][0] - 512] ^= 1  # a letter of the third header
     (tmp_path / "x.tar").write_bytes(flipped)
     with pytest.raises(ValueError, match="damaged at byte"):
-        images.find_sources(tmp_path / "x.tar")
+        sources_file.find_sources(tmp_path / "x.tar")
 
 
 def test_reasons_name_no_path_and_no_address(tmp_path):
@@ -254,24 +256,24 @@ def test_a_table_is_made_once_and_again_when_images_change(tmp_path, monkeypatch
     """Catches a table that outlives its images, and headers read again where nothing changed."""
     folder, scanned = photos(tmp_path / "a"), []
     monkeypatch.setenv("AMOE_INDEX", str(tmp_path / "index"))
-    monkeypatch.setattr(images, "scan", lambda job, scan=images.scan: scanned.append(job) or scan(job))
-    first = images.find_sources(folder)
-    assert [s.id for s in images.find_sources(folder)] == [s.id for s in first] and len(scanned) == 1
+    monkeypatch.setattr(sources_file, "scan", lambda job, scan=sources_file.scan: scanned.append(job) or scan(job))
+    first = sources_file.find_sources(folder)
+    assert [s.id for s in sources_file.find_sources(folder)] == [s.id for s in first] and len(scanned) == 1
     (folder / "3.txt").write_text("a caption")
     os.utime(folder, (2, 2))
-    assert images.find_sources(folder)[3].caption == "a caption" and len(scanned) == 2
+    assert sources_file.find_sources(folder)[3].caption == "a caption" and len(scanned) == 2
     Image.new("RGB", (160, 160)).save(folder / "2.png")
     os.utime(folder, (2, 2))  # as if nothing but the file had changed
-    assert images.find_sources(folder)[2].row["width"] == 160 and len(scanned) == 3
+    assert sources_file.find_sources(folder)[2].row["width"] == 160 and len(scanned) == 3
     (folder / "3.txt").write_text("another caption")
-    assert images.find_sources(folder)[3].caption == "another caption" and len(scanned) == 4
+    assert sources_file.find_sources(folder)[3].caption == "another caption" and len(scanned) == 4
 
 
 def test_an_image_changed_after_its_table_is_an_error(tmp_path, monkeypatch):
     """Catches a wrong image under an id: other bytes at a known place, in a file and in a tar."""
     folder = photos(tmp_path / "a")
     make_tar(tmp_path / "x.tar", {p.name: p.read_bytes() for p in sorted(folder.iterdir())})
-    for found in (images.find_sources(folder), images.find_sources(tmp_path / "x.tar")):
+    for found in (sources_file.find_sources(folder), sources_file.find_sources(tmp_path / "x.tar")):
         assert images.load_image(found[1])[0, 0, 0] == 40
         time.sleep(0.02)
         raw = found[1].path.encode() if found[1].in_tar else (folder / "5.png").read_bytes()
@@ -289,7 +291,7 @@ def test_a_damaged_table_is_an_error_or_made_anew(tmp_path, monkeypatch, name):
     (folder / "captions.json").write_text(json.dumps([{"file": f"{i}.png", "caption": f"no {i}"} for i in range(6)]))
     os.utime(folder, (1, 1))
     os.utime(folder / "captions.json", (1, 1))
-    file = images.find_sources(folder).folder / Path(name)
+    file = sources_file.find_sources(folder).folder / Path(name)
     whole, random = file.read_bytes(), np.random.default_rng(0)
     for k in range(40):
         raw = bytearray(whole)
@@ -297,7 +299,7 @@ def test_a_damaged_table_is_an_error_or_made_anew(tmp_path, monkeypatch, name):
         raw[at] ^= 1 << int(random.integers(8))
         file.write_bytes(raw if k else raw[:-1])
         try:
-            found = images.find_sources(folder)
+            found = sources_file.find_sources(folder)
             said = [(s.name, s.caption, images.load_image(s).shape[1] // 16) for s in found]
             assert said == [(f"{i}.png", f"no {i}", 2 + i) for i in range(6)]
         except ValueError as error:
@@ -307,9 +309,10 @@ def test_a_damaged_table_is_an_error_or_made_anew(tmp_path, monkeypatch, name):
 
 def test_shapes_come_from_the_table_and_images_are_opened_once(tmp_path, monkeypatch):
     """Catches headers read while training."""
-    found = images.find_sources(photos(tmp_path / "a"))
+    found = sources_file.find_sources(photos(tmp_path / "a"))
     opened = []
-    monkeypatch.setattr(images, "read_bytes", lambda *a, read=images.read_bytes: opened.append(a[0]) or read(*a))
+    read = sources_file.read_bytes
+    monkeypatch.setattr(sources_file, "read_bytes", lambda *a: opened.append(a[0]) or read(*a))
     dataset = images.Images(found, views=2)
     assert dataset.shard(0).shapes[::2].tolist() == [[3, 2 + i] for i in range(6)] and not opened
     batch = dataset.read([(0, i) for i in range(0, 12, 2)])
@@ -323,8 +326,8 @@ def test_processes_make_the_same_table(tmp_path):
     folder = photos(tmp_path / "a", 5)
     for k in range(3):
         make_tar(folder / f"{k}.tar", {f"{i}.png": (folder / f"{i}.png").read_bytes() for i in range(k + 1)})
-    one = images.find_sources(folder)
-    many = images.find_sources(folder, workers=2, anew=True)
+    one = sources_file.find_sources(folder)
+    many = sources_file.find_sources(folder, workers=2, anew=True)
     assert [s.name for s in one] == sorted(s.name for s in one) and len(one) == 11
     assert one.rows.tobytes() == many.rows.tobytes() and one.names_hash() == many.names_hash()
 
@@ -335,14 +338,14 @@ def test_several_folders_links_and_lists_of_folders(tmp_path):
     (a / "link").symlink_to(b)
     (b / "loop").symlink_to(b)
     (b / "up").symlink_to(a)
-    assert [s.name for s in images.find_sources(a)] == ["0.png", "1.png", "link/deep/0.png", "link/deep/1.png"]
-    both = images.find_sources([a, b / "deep"])
+    assert [s.name for s in sources_file.find_sources(a)] == ["0.png", "1.png", "link/deep/0.png", "link/deep/1.png"]
+    both = sources_file.find_sources([a, b / "deep"])
     linked = ["a/link/deep/0.png", "a/link/deep/1.png"]
     assert [s.name for s in both] == ["a/0.png", "a/1.png", *linked, "deep/0.png", "deep/1.png"]
     (tmp_path / "list.txt").write_text("a\nb/deep/1.png\n")
-    assert [s.name for s in images.find_sources(tmp_path / "list.txt")][2:] == [*linked, "b/deep/1.png"]
+    assert [s.name for s in sources_file.find_sources(tmp_path / "list.txt")][2:] == [*linked, "b/deep/1.png"]
     with pytest.raises(ValueError, match="twice"):
-        images.find_sources([a, a])
+        sources_file.find_sources([a, a])
 
 
 def test_pipes_devices_and_foreign_names_are_skipped(tmp_path):
@@ -355,12 +358,12 @@ def test_pipes_devices_and_foreign_names_are_skipped(tmp_path):
     os.mkfifo(folder / "0.txt")
     (folder / "1.txt").write_bytes(b"caf\xe9 \xe2\x80\xa8 here")
     (tmp_path / "list.txt").write_text("a/pipe.png\na/gone.png\na/1.png\n")
-    found = images.find_sources(folder)
+    found = sources_file.find_sources(folder)
     assert [s.name for s in found] == ["0.png", "1.png", "caf\\xe9.png"] and found[0].caption is None
     assert found[1].caption == "caf\ufffd \u2028 here"
     with pytest.raises(ValueError, match="No such file"):
         images.load_image(found[2])
-    for source in images.find_sources(tmp_path / "list.txt")[:2]:
+    for source in sources_file.find_sources(tmp_path / "list.txt")[:2]:
         with pytest.raises(ValueError, match=r"no regular file|No such file"):
             images.load_image(source)
 
@@ -411,7 +414,7 @@ def test_tars_and_lists_are_read_over_http(web):
     make_tar(folder / "x.tar", members)
     (folder / "0.png").write_bytes(members["7.png"])
     (folder / "list.txt").write_text("x.tar\n0.png\ngone.png\n")
-    found, local = images.find_sources(f"{url}/list.txt"), images.find_sources(folder / "x.tar")
+    found, local = sources_file.find_sources(f"{url}/list.txt"), sources_file.find_sources(folder / "x.tar")
     assert [s.name for s in found] == [*(s.name for s in local), "0.png", "gone.png"] and found[0].caption == "a noise"
     assert all((a.row["height"], a.span) == (b.row["height"], b.span) for a, b in zip(found, local, strict=False))
     server.sent.clear()
@@ -425,9 +428,9 @@ def test_tars_and_lists_are_read_over_http(web):
     make_tar(folder / "x.tar", members)
     (folder / "x.tar").write_bytes((folder / "x.tar").read_bytes()[:1_000_000])
     with pytest.raises(ValueError, match=r"x\.tar is no whole"):
-        images.find_sources(f"{url}/x.tar")
+        sources_file.find_sources(f"{url}/x.tar")
     with pytest.raises(ValueError, match="cannot be listed"):
-        images.find_sources(f"{url}/")
+        sources_file.find_sources(f"{url}/")
 
 
 def test_budgets_are_drawn_by_seed_and_id_in_training_and_held_out_images_alike(tmp_path):
@@ -441,8 +444,8 @@ def test_budgets_are_drawn_by_seed_and_id_in_training_and_held_out_images_alike(
     assert abs((both[0] & both[1]).mean() - 1 / 4) < 0.02
     for i in range(40):
         Image.new("RGB", (300, 300)).save(tmp_path / f"{i}.png")
-    found = images.Images(images.find_sources(tmp_path), max_tokens=(16, 64, 144), shard_images=40)
+    found = images.Images(sources_file.find_sources(tmp_path), max_tokens=(16, 64, 144), shard_images=40)
     batch, entries = found.read([(0, i) for i in range(40)]), found.shard(0)
     assert np.array_equal(batch.shapes.numpy(), entries.shapes)
     assert sorted(set(entries.shapes.prod(1).tolist())) == [16, 64, 144]
-    assert images.Images(images.find_sources(tmp_path), max_tokens=[64]).max_tokens == 64
+    assert images.Images(sources_file.find_sources(tmp_path), max_tokens=[64]).max_tokens == 64

@@ -14,9 +14,10 @@ import data
 import kernels.moe
 import train
 from benchmarks.step import measure_step, padded
+from common.process import Process
 from kernels.attention import block_mask, image_runs, mask_blocks, mask_of
 
-CPU = train.Process(0, 1, torch.device("cpu"))
+CPU = Process(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -87,7 +88,7 @@ def test_a_step_never_waits_for_the_device(cache, as_on_cuda, packs, monkeypatch
     there is no data to read. Attention's extents are made on the host, before the batch leaves it."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # meta has none
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
-    meta = train.Process(0, 1, torch.device("meta"))
+    meta = Process(0, 1, torch.device("meta"))
     flags = flags_for(cache, "--ema", "0.9")
     spaces = [amoe.Space("text", 96), amoe.Space("dense", 48, 2, register_variance=(2.0, 3.0))]
     model = amoe.AMoE(amoe.CONFIGS["toy"], spaces).to("meta")

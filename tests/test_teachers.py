@@ -15,9 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import teachers
-from amoe import MapPool, pack
+from amoe import MapPool, pack, to_rows
 from benchmarks.speed import REAL
-from images import to_rows
 
 SHARED = Path(os.environ.get("AMOE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 SHAPES = [(3, 5), (1, 4), (6, 2), (3, 5), (4, 4)]

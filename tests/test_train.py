@@ -22,7 +22,9 @@ import evaluate
 import teachers
 import train
 from benchmarks.speed import random_state
-from images import Images, find_sources
+from common.process import Process
+from common.sources import find_sources
+from images import Images
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,7 +34,7 @@ def flags_for(cache, *more):
 
 
 def place():
-    return train.Process(0, 1, torch.device("cpu"))
+    return Process(0, 1, torch.device("cpu"))
 
 
 def student(cache, flags):

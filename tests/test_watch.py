@@ -9,6 +9,7 @@ from PIL import Image
 
 import evaluate
 import train
+from common import pictures
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def test_the_curves_show_every_number_and_survive_odd_logs(tmp_path):
     ]
     log.write_text("".join(json.dumps(line) + "\n" for line in [{"config": {}}, *lines]))
     width, height = 640, 150
-    page = np.asarray(evaluate.curves(log, width, height)).astype(int)
+    page = np.asarray(pictures.curves(log, width, height)).astype(int)
     assert page.shape == (4 * (height + 40), width + 340, 3)
     panel = page[20 : 20 + height + 1, 70 : 70 + width]
     loss = np.argwhere(abs(panel - [0x22, 0x22, 0x22]).max(-1) < 8)
@@ -76,7 +77,7 @@ def test_the_curves_show_every_number_and_survive_odd_logs(tmp_path):
     assert middle[0] < 5 and middle[2] > 105 and middle[0] < middle[1] < middle[2]  # the loss falls: down
     for odd in ([], lines[:1], [{**lines[0], "loss": float("nan")}], [{**lines[0], "t_patch": float("inf")}, lines[1]]):
         log.write_text("".join(json.dumps(line) + "\n" for line in odd))
-        assert evaluate.curves(log).height > 3 * height
+        assert pictures.curves(log).height > 3 * height
 
 
 def test_a_picture_costs_a_run_neither_its_life_nor_its_scores(run, cache, tmp_path, monkeypatch, capsys):
@@ -85,7 +86,7 @@ def test_a_picture_costs_a_run_neither_its_life_nor_its_scores(run, cache, tmp_p
     def fails(*_, **__):
         raise MemoryError("no room")
 
-    monkeypatch.setattr(evaluate, "curves", fails)
+    monkeypatch.setattr(pictures, "curves", fails)
     monkeypatch.setattr(evaluate, "run_sheet", fails)
     run("--steps", "4", "--evaluate")
     folder = tmp_path / "run"

@@ -4,7 +4,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from hub.commands import reading
+from common.commands import reading
 
 
 def plug_in(spec, device, kind, needs):

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 
-def number(kind, low, high):
+def in_range(kind, low, high):
     """What reads a flag's number, an int or a float of that range (ends included): the `type` of every numeric flag."""
 
     def read(text):

@@ -1,0 +1,106 @@
+"""Pictures of a run: principal components of patch features, sheets of images, curves of the log."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from common.store import write_atomically
+
+PENS = ("#222222", "#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22")
+
+
+def finite(x_NC):
+    """The rows as they are; ValueError where one holds NaN or infinity: NaN wins or loses every comparison."""
+    if not (sound_N := torch.isfinite(x_NC).all(1)).all():
+        raise ValueError(f"features that are not finite (NaN or infinity): row {int((~sound_N).nonzero()[0])}")
+    return x_NC
+
+
+def pca_basis(x_NC):
+    """(mean [C], three principal directions [C, 3], ranges [2, 3] from the 2nd to the 98th percentile)."""
+    mean = finite(x_NC).mean(0)
+    _, _, v = torch.linalg.svd((x_NC - mean)[:: max(1, len(x_NC) // 20000)], full_matrices=False)
+    projected = (x_NC - mean) @ v[:3].T
+    order = projected.sort(dim=0).values
+    return mean, v[:3].T, torch.stack([order[int(0.02 * len(order))], order[int(0.98 * (len(order) - 1))]])
+
+
+def pca_map(x_NC, shape, basis):
+    """An image [h, w, 3] uint8 of the features' first three principal components in `basis`."""
+    mean, directions, (low, high) = basis
+    colour = (((x_NC - mean) @ directions - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
+    return (colour * 255).byte().reshape(*shape, 3).numpy()
+
+
+def sheet(rows, titles, cell=144):
+    """A picture of rows of images (uint8 arrays, any size), scaled to fit cells, with a title over every column."""
+    page = Image.new("RGB", (len(titles) * (cell + 4) + 4, len(rows) * (cell + 4) + 24), "white")
+    draw = ImageDraw.Draw(page)
+    for column, title in enumerate(titles):
+        draw.text((column * (cell + 4) + 6, 6), title, fill="black")
+    for line, images in enumerate(rows):
+        for column, array in enumerate(images):
+            image = Image.fromarray(np.asarray(array))
+            scale = cell / max(image.size)
+            size = [max(1, round(n * scale)) for n in image.size]
+            how = Image.Resampling.NEAREST if scale > 4 else Image.Resampling.BICUBIC
+            page.paste(image.resize(size, how), (column * (cell + 4) + 4, line * (cell + 4) + 22))
+    return page
+
+
+def pca_sheet(images, shapes, columns):
+    """Images and, in columns of (title, patches [n, C] a row, reference), PCA maps in the reference's basis."""
+    rows = [[np.asarray(image)] for image in images]
+    for _, patches, reference in columns:
+        basis = pca_basis(torch.cat(reference))
+        for row, x_NC, shape in zip(rows, patches, shapes, strict=True):
+            row.append(pca_map(x_NC, shape, basis))
+    return sheet(rows, ["image", *(title for title, _, _ in columns)])
+
+
+def draw(path, make):
+    """Write the picture that make() returns; what goes wrong is said: it must not cost a run its scores or its life."""
+    try:
+        page = make()
+        write_atomically(path, lambda file: page.save(file, "PNG"))
+    except Exception as error:
+        print(f"{path} was not drawn: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+
+
+def curves(log, width=640, height=150):
+    """A picture of a run's log.jsonl: losses by term, held-out figures, learning rate, experts' load, all by step.
+
+    At a panel's left its greatest and its least number, at its right the last of each line.
+    """
+    lines = [line for line in map(json.loads, Path(log).read_text().splitlines()) if "loss" in line]
+    keys = list(dict.fromkeys(key for line in lines for key in line))
+    panels = {
+        "losses, log scale": [k for k in keys if k.endswith(("loss", "_summary", "_patch", "_registers", "_arkd"))],
+        "held-out images": [k for k in keys if k.startswith("held_out_")],
+        "learning rate": ["lr"],
+        "most and least loaded expert, over the mean": ["expert_load_max", "expert_load_min"],
+    }
+    page = Image.new("RGB", (width + 340, len(panels) * (height + 40)), "white")
+    pen, last = ImageDraw.Draw(page), max((line["step"] for line in lines), default=1)
+    for n, (title, names) in enumerate(panels.items()):
+        top, (scale, back) = n * (height + 40) + 20, (float, float) if n else (math.log10, lambda y: 10**y)
+        pen.text((70, top - 14), f"{title}, to step {last}", fill="black")
+        pen.rectangle((70, top, 70 + width, top + height), outline="gray")
+        known = {k: [x for x in lines if math.isfinite(x.get(k, math.nan)) and (n or x[k] > 0)] for k in names}
+        series = {k: [(line["step"], scale(line[k])) for line in found] for k, found in known.items()}
+        values = [y for points in series.values() for _, y in points] or [0.0, 1.0]
+        low, high = min(values), max(values)
+        pen.text((4, top), f"{back(high):.3g}", fill="black")
+        pen.text((4, top + height - 10), f"{back(low):.3g}", fill="black")
+        for i, (k, points) in enumerate(series.items()):
+            pen_at = [(70 + width * x / last, top + height * (high - y) / max(high - low, 1e-12)) for x, y in points]
+            pen.line(pen_at, PENS[i % 10], 2)
+            pen.text(
+                (78 + width, top + 12 * i), f"{k}  {back(points[-1][1]) if points else math.nan:.3g}", PENS[i % 10]
+            )
+    return page

@@ -1,0 +1,518 @@
+"""The table of sources: what is known of every image before it is decoded, in memory-mapped columns.
+
+Built once, by as many processes as asked for, from folders, lists and webdataset tars, and found again by what it was
+built from. A tar is scanned by its raw headers.
+"""
+
+from common.commands import one_line
+from common.store import Window, digest, is_remote, map_ahead, name_hash, open_store, read_bytes, seal, unseal
+
+# isort: split
+import contextlib
+import fcntl
+import hashlib
+import io
+import itertools
+import json
+import mmap
+import multiprocessing
+import os
+import shutil
+import stat
+import sys
+import tempfile
+import time
+import warnings
+import zlib
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError, features
+
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of bombs from half the size it refuses, of odd EXIF
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
+MAX_BYTES = 3 * MAX_PIXELS  # of an image's file
+HEAD = 1 << 17  # bytes of a member of a tar, or of a remote image, that a header is looked for in first
+TEXTS = (".txt", ".json", ".cls")
+COLUMNS = {
+    "name": "<i8",  # where it ends in `names`
+    "id": "<i8",
+    "place": "<i4",  # its tar, or the folder that its name is relative to
+    "height": "<u2",  # in pixels, as it is seen; 0 where no header can be read
+    "width": "<u2",
+    "first": "<i8",  # in a tar, its first byte
+    "size": "<i8",  # bytes
+    "time": "<i8",  # when the file or the tar was changed (`read_bytes`)
+    # Of a member of a tar: first byte / 512 << 24 | size. Beside a file: a hash of the text's size and time. 0: none.
+    **dict.fromkeys(TEXTS, "<i8"),
+    "note": "<i8",  # where what captions.json says of it ends in `notes`
+    "check": "<u4",  # crc32 of all between, of the name and of the note
+}
+ROW_TYPE = np.dtype(list(COLUMNS.items()))
+
+
+def with_image(file, use):
+    """use(the opened image); whatever a decoder raises becomes a ValueError of one line that names no path."""
+    try:
+        stream = file.open() if isinstance(file, Source) else contextlib.nullcontext(file)
+        with stream as data, Image.open(data, formats=("JPEG", "PNG", "WEBP")) as image:
+            return use(image)
+    except UnidentifiedImageError as error:
+        kinds = "JPEG, PNG or WebP" if features.check("webp") else "JPEG or PNG (this Pillow was built without WebP)"
+        raise ValueError(f"no {kinds}") from error
+    except ValueError as error:
+        raise ValueError(str(error).split("\n")[0] or "unreadable") from error
+    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and others
+        raise ValueError(f"cannot be decoded: {getattr(error, 'strerror', None) or one_line(error)}") from error
+
+
+def upright(image):
+    """(height, width) of an opened image as it is seen, and its EXIF orientation."""
+    orientation = Image.Image.getexif(image).get(0x0112, 1)  # a PNG's own getexif would decode its pixels
+    return *(image.size if orientation in (5, 6, 7, 8) else image.size[::-1]), orientation
+
+
+def checksum(row, name, note):
+    return zlib.crc32(note, zlib.crc32(name, zlib.crc32(row.tobytes()[8:-12])))
+
+
+class Source:
+    """One image: a row of the table of sources."""
+
+    def __init__(self, table, number):
+        self.table, self.number, self.row = table, number, table.rows[number]
+        name, self.note = (table.text(column, number) for column in ("name", "note"))
+        if checksum(self.row, name, self.note) != self.row["check"]:
+            raise ValueError(f"the table of sources in {table.folder} is damaged: remove it, and it is made anew")
+        self.name, self.id = name.decode(), int(self.row["id"])
+        folder, self.in_tar = table.about["places"][self.row["place"]]
+        self.path = folder if self.in_tar else join(folder, self.name)  # the image's file, or the tar that holds it
+        self.span = (int(self.row["first"]), int(self.row["size"])) if self.in_tar else None
+
+    def open(self):
+        """A binary file of the image's bytes; ValueError where they have changed since the table was made."""
+        if self.row["size"] > MAX_BYTES:
+            raise ValueError(f"{self.row['size']:,} bytes are more than {MAX_BYTES:,}, those of any sensible image")
+        return io.BytesIO(self.read(*(self.span or (0, None))))
+
+    def unchanged(self):
+        """Whether size and time of the file and of the texts beside it, or the time of the tar, are as they were."""
+        now, then = stamps(self.path, self.in_tar or self.note), list(self.row)[6:11]
+        return now[1] == then[1] and (self.in_tar or now == then)
+
+    def read(self, first, size):
+        return read_bytes(self.path, first, size, int(self.row["time"]))[0]
+
+    @property
+    def meta(self):
+        """What a cache and evaluation know of it."""
+        return {"source": self.name, "caption": self.caption, "category": self.category}
+
+    @property
+    def caption(self):
+        return self.labels[0]
+
+    @property
+    def category(self):
+        return self.labels[1]
+
+    @cached_property
+    def labels(self):
+        """(caption, category), each a string or None: from captions.json, else from .json, .txt and .cls beside it.
+
+        Read when asked for, so that finding millions of sources does not open millions of files.
+        """
+        if self.note:
+            return labels_of(json.loads(self.note))
+        try:
+            entry = json.loads(self.text(".json") or "{}")
+        except (ValueError, RecursionError):
+            entry = {}
+        entry = entry if isinstance(entry, dict) else {}
+        found = {key: entry.get(key) or self.text(s) for key, s in (("caption", ".txt"), ("category", ".cls"))}
+        return labels_of(found)
+
+    def text(self, suffix):
+        """What the file of that suffix beside the image says, or None."""
+        known = int(self.row[suffix])
+        if not known:
+            return None
+        if self.in_tar:
+            raw = self.read((known >> 24) * 512, known & 0xFFFFFF)
+        else:
+            raw = read_bytes(os.path.splitext(self.path)[0] + suffix, 0, 1 << 24)[0]
+        return raw.decode(errors="replace").strip() or None
+
+
+def labels_of(entry):
+    """(caption, category) of a dict, each a string that UTF-8 can hold, or None."""
+    caption, category = entry.get("caption"), entry.get("category")
+    pair = caption if isinstance(caption, str) else None, None if category in (None, "") else str(category)
+    return tuple(text and text.encode(errors="replace").decode() for text in pair)
+
+
+class Sources:
+    """The table of sources, a sequence of Source; `at` picks rows of it (None: all).
+
+    Its files are memory-mapped, so that workers and ranks share the pages: `rows` (84 bytes an image), `names` and
+    `notes`, each text with a line end, and about.json, written last: counts, [path, whether a tar] of each place, and
+    the times of folders and lists.
+    """
+
+    def __init__(self, folder, about, at=None):
+        self.folder, self.about, self.at = folder, about, at
+        for name, kind in (("rows", ROW_TYPE), ("names", np.dtype("u1")), ("notes", np.dtype("u1"))):
+            path, count = os.path.join(folder, name), about[name]
+            if os.path.getsize(path) != count * kind.itemsize:
+                raise ValueError(f"{path} is cut short")
+            setattr(self, name, np.memmap(path, kind, "r") if count else np.zeros(0, kind))
+
+    @classmethod
+    def of(cls, sources):
+        """The table that a list of Source is of, with these alone."""
+        if isinstance(sources, cls):
+            return sources
+        table = sources[0].table
+        return cls(table.folder, table.about, np.array([source.number for source in sources]))
+
+    def subset(self, ids):
+        """Those of the given ids, in order."""
+        at = np.flatnonzero(is_in(self.part(0, len(self))["id"], np.unique(np.asarray(ids, np.int64))))
+        return Sources(self.folder, self.about, at if self.at is None else self.at[at])
+
+    def __len__(self):
+        return len(self.rows if self.at is None else self.at)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        return Source(self, range(len(self))[i] if self.at is None else int(self.at[i]))
+
+    def part(self, first, last):
+        """Rows first to last - 1."""
+        return self.rows[slice(first, last) if self.at is None else self.at[first:last]]
+
+    def text(self, column, number):
+        """The bytes of a row's name or note."""
+        start = int(self.rows[column][number - 1]) + 1 if number else 0
+        return (self.names if column == "name" else self.notes)[start : int(self.rows[column][number])].tobytes()
+
+    def names_hash(self):
+        """The hash of the names, a line each."""
+        if self.at is None:
+            return self.about["names_hash"]
+        return digest(b"".join(self.text("name", number) + b"\n" for number in self.at.tolist()))
+
+    def content_hash(self, first, last):
+        """What tells whether images first to last - 1, and what is said of them, are those of another time."""
+        rows = self.part(first, last)
+        return digest(b"".join(rows[column].tobytes() for column in ("id", "size", "time", "check")))
+
+    def unchanged(self):
+        """Whether folders and lists are as they were and, of a table of at most 20,000, the files and their texts.
+
+        A larger one's files are compared when they are read.
+        """
+        try:
+            if any(os.stat(path).st_mtime_ns != when for path, when in self.about["folders"].items()):
+                return False
+            few = self[: len(self) if len(self) <= 20_000 else 0]
+            return all(is_remote(s.path) or s.unchanged() for s in few)
+        except OSError:
+            return False
+
+
+def is_in(ids, some):
+    """Whether each id is one of `some`, sorted. Boolean, one an id."""
+    at = np.searchsorted(some, ids)
+    return some[at.clip(max=len(some) - 1)] == ids if len(some) else np.zeros(len(ids), bool)
+
+
+def join(folder, name):
+    """The path of a name; one that is absolute, or a URL, is one already."""
+    return name if is_remote(name) else os.path.join(folder, name)
+
+
+def find_sources(images, workers=0, anew=False):
+    """The table of Sources of a folder (in sorted order), a webdataset tar, a .txt list of these, or several of them.
+
+    A list has a path a line, relative to it, or a URL. All may lie where tensorstore reads: s3://, gs://, http(s)://
+    (http lists no folders). Names are relative to the folder or the list, or of several folders to their parents; a
+    tar's images are named tar/member: the same on every machine.
+    The table is kept in the folder AMOE_INDEX (~/.cache/amoe), and made `anew` where folders or lists have changed
+    since. workers: processes that read headers. ValueError for what is not there, and for two images of one name.
+    """
+    paths = [str(path) for path in (images if isinstance(images, (list, tuple)) else [images])]
+    key = digest("\n".join(path if is_remote(path) else os.path.abspath(path) for path in paths).encode())
+    home = Path(os.environ.get("AMOE_INDEX") or Path.home() / ".cache/amoe")
+    with contextlib.ExitStack() as stack:
+        try:
+            home.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context(open(home / f"{key}.lock", "w")), fcntl.LOCK_EX)  # ranks wait for the first
+        except OSError as error:
+            print(f"the table of sources is not kept: {home}: {error.strerror}", file=sys.stderr)
+            home = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        if not anew and (table := open_table(home / key)):
+            return table
+        shutil.rmtree(home / key, ignore_errors=True)
+        building, began = tempfile.mkdtemp(dir=home), time.time_ns()
+        stack.callback(shutil.rmtree, building, ignore_errors=True)  # what is mapped stays readable
+        write_table(building, paths, workers)
+        table = Sources(building, unseal(Path(building, "about.json").read_bytes()))
+        check_names(table, " ".join(paths))
+        if (
+            max(table.about["folders"].values(), default=0) < began - 10**8
+        ):  # else a change could leave the time as it is
+            os.rename(building, home / key)
+            table.folder = str(home / key)
+        return table
+
+
+def open_table(folder):
+    """The table in a folder, or None where there is none, it is damaged, or not what is there now."""
+    try:
+        about = unseal((folder / "about.json").read_bytes())
+        table = about and Sources(str(folder), about)
+        return table if table and table.unchanged() else None
+    except (OSError, ValueError):
+        return None
+
+
+def check_names(table, what):
+    ids = np.sort(table.rows["id"])
+    if not len(ids):
+        raise ValueError(f"{what} holds no image: looked for {' '.join(SUFFIXES)}, in .tar files too")
+    if len(twice := ids[1:][np.diff(ids) == 0]):
+        name = table[int(np.flatnonzero(table.rows["id"] == twice[0])[0])].name
+        raise ValueError(f"{what} names {name} twice: ids are hashes of names")
+
+
+def write_table(folder, paths, workers):
+    places, folders, names_hash = [], {}, hashlib.blake2b(digest_size=16)
+    about = {"rows": 0, "names": 0, "notes": 0, "places": places, "folders": folders}
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(open(os.path.join(folder, name), "wb")) for name in ("rows", "names", "notes")]
+        spawn = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(workers, mp_context=spawn) if workers > 1 else ThreadPoolExecutor(8)
+        stack.callback(pool.shutdown, cancel_futures=True)
+        for rows, names, notes in map_ahead(pool, scan, jobs(paths, places, folders), 4 * max(8, workers)):
+            rows["name"] += about["names"]
+            rows["note"] += about["notes"]
+            names_hash.update(names)
+            for name, file, raw in zip(("rows", "names", "notes"), files, (rows, names, notes), strict=True):
+                file.write(raw)
+                about[name] += len(raw)
+    Path(folder, "about.json").write_bytes(seal(about | {"names_hash": names_hash.hexdigest()}))
+
+
+def jobs(paths, places, folders):
+    """What `scan` has to look at, in order: (place number, path, whether a tar, [(name, note)]); up to 1,024 files.
+
+    Adds to `places`, and to `folders` {path: when it was changed}, what the table is made of.
+    """
+    for path in paths:
+        parent = path.rstrip("/").rpartition("/")[0] if is_remote(path) else os.path.dirname(os.path.abspath(path))
+        root = path.rstrip("/") if len(paths) == 1 and not path.endswith((".txt", ".tar")) else parent
+        root = root if is_remote(root) else os.path.abspath(root)
+        notes = read_notes(path.rstrip("/") if not path.endswith((".txt", ".tar")) else parent, root, folders)
+        names = (found.removeprefix(f"{root}/") for found in listed(path, parent, folders))
+        for in_tar, group in itertools.groupby(names, lambda name: name.lower().endswith(".tar")):
+            while part := list(itertools.islice(group, 1 if in_tar else 1024)):
+                place = [join(root, part[0]) if in_tar else root, in_tar]
+                if in_tar or places[-1:] != [place]:
+                    places.append(place)
+                yield len(places) - 1, *place, [(name, notes.get(name, b"")) for name in part]
+
+
+def listed(path, parent, folders):
+    """Paths of tars and images: of a list, of a folder and those in it, or the one given."""
+    if path.endswith(".txt"):
+        raw = read_bytes(path)[0]
+        note_time(path, folders)
+        for line in filter(None, (line.strip() for line in os.fsdecode(raw).split("\n"))):
+            found = join(parent, line)
+            if not is_remote(found):
+                note_time(os.path.dirname(found), folders)
+            yield from walk(found, folders) if not is_remote(found) and os.path.isdir(found) else [found]
+    elif path.endswith(".tar") and (is_remote(path) or os.path.isfile(path)):
+        yield path if is_remote(path) else os.path.abspath(path)
+    elif is_remote(path):
+        try:
+            keys = sorted(key.decode() for key in open_store(path).list().result())
+        except (ValueError, NotImplementedError) as error:
+            raise ValueError(f"{path} cannot be listed: give a .tar, or a .txt list of paths") from error
+        yield from (f"{path.rstrip('/')}/{key}" for key in keys if key.lower().endswith((*SUFFIXES, ".tar")))
+    elif os.path.isdir(path):
+        yield from walk(os.path.abspath(path), folders)
+    else:
+        raise ValueError(f"{path} is neither a folder of images or tars, nor a tar, nor a .txt list of them")
+
+
+def note_time(path, folders):
+    if not is_remote(path) and os.path.exists(path):
+        folders[path] = os.stat(path).st_mtime_ns
+
+
+def walk(folder, folders, above=()):
+    """Paths of tars and images under a folder, sorted by their parts; a link to a folder it lies in is not followed."""
+    status = os.stat(folder)
+    if (status.st_dev, status.st_ino) in above:
+        return
+    folders[folder] = status.st_mtime_ns
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.is_dir():
+            yield from walk(entry.path, folders, (*above, (status.st_dev, status.st_ino)))
+        elif entry.name.lower().endswith((*SUFFIXES, ".tar")) and entry.is_file():
+            yield entry.path
+
+
+def read_notes(folder, root, folders):
+    """What the captions.json of a folder says, {name below root: JSON}; nothing where there is none."""
+    path, below = f"{folder}/captions.json", "" if root == os.path.abspath(folder) else os.path.basename(folder) + "/"
+    try:
+        raw = read_bytes(path)[0]
+        note_time(path, folders)
+        said = {below + entry["file"]: labels_of(entry) for entry in json.loads(raw.decode(errors="replace"))}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+        raise ValueError(f'{path} is no list of {{"file", "caption", "category"}}: {one_line(error)}') from error
+    keys = "caption", "category"
+    return {name: json.dumps(dict(zip(keys, both, strict=True))).encode() for name, both in said.items()}
+
+
+def scan(job):
+    """(rows, names, notes) of a job; rows count names and notes from its own beginning."""
+    place, path, in_tar, entries = job
+    if in_tar:
+        found = [(f"{entries[0][0]}/{member}".encode(), b"", row) for member, row in scan_tar(path)]
+    else:
+        found = [(readable(name), note, scan_file(join(path, name), note)) for name, note in entries]
+    rows = np.zeros(len(found), ROW_TYPE)
+    for i, (name, note, row) in enumerate(found):
+        rows[i] = (0, name_hash(name), place, *row, 0, 0)
+        rows[i]["check"] = checksum(rows[i], name, note)
+    for column, texts in (("name", [f[0] for f in found]), ("note", [f[1] for f in found])):
+        rows[column] = np.cumsum([len(text) + 1 for text in texts]) - 1
+    names, notes = (b"".join(f[k] + b"\n" for f in found) for k in (0, 1))
+    return rows, names, notes
+
+
+def readable(name):
+    """A file's name as UTF-8; of one that is none, the bytes that are not become escapes, and it is not found."""
+    return os.fsencode(name).decode(errors="backslashreplace").encode()
+
+
+def scan_file(path, note):
+    """(height, width, first, size, time, stamps of the texts beside it) of an image; zeros where it cannot be read."""
+    try:
+        if is_remote(path):
+            raw, when = read_bytes(path, 0, HEAD)
+            return *size_of(raw, lambda: read_bytes(path)[0]), 0, 0, when, 0, 0, 0
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            return *(size_of(file) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else (0, 0)), 0, *stamps(path, note)
+    except (OSError, ValueError):
+        return (0,) * 8
+
+
+def stamps(path, alone):
+    """[size, time, a hash of the size and time of each text beside it, unless `alone`], as rows hold them."""
+    status, texts = os.stat(path), []
+    for suffix in () if alone else TEXTS:
+        text = os.path.splitext(path)[0] + suffix
+        seen = os.stat(text) if os.path.isfile(text) else None
+        texts.append((seen.st_mtime_ns * 31 + seen.st_size) % 2**62 | 1 if seen else 0)
+    return [status.st_size, status.st_mtime_ns, *(texts or (0, 0, 0))]
+
+
+def size_of(head, whole=None):
+    """(height, width) as it is seen of an image, by its file or its first bytes; (0, 0) where they are no header."""
+    try:
+        height, width, _ = with_image(io.BytesIO(head) if isinstance(head, bytes) else head, upright)
+        return (height, width) if max(height, width) < 1 << 16 else (0, 0)
+    except ValueError:
+        return size_of(whole()) if whole and len(head) == HEAD else (0, 0)
+
+
+def scan_tar(path):
+    """[(name, (height, width, first, size, time, spans of texts))] of the images in a webdataset tar.
+
+    With them go the .txt, .json and .cls members of the same basename. ValueError for a damaged tar.
+    """
+    try:
+        if is_remote(path):
+            data = Window(path)
+            return list(tar_images(data, None, data.when))
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return list(tar_images(data, len(data), os.fstat(file.fileno()).st_mtime_ns))
+    except (ValueError, OSError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise ValueError(f"{path} is no whole, uncompressed tar: {said}; fetch it again or leave it out") from error
+
+
+def tar_images(data, end, when):
+    spans = dict(tar_members(data, end))
+    for member, (first, size) in spans.items():
+        at = PurePosixPath(member)
+        if at.suffix.lower() in SUFFIXES:
+            read = lambda n, first=first: bytes(data[first : first + n])  # noqa: E731
+            shape = size_of(read(min(size, HEAD)), lambda size=size, read=read: read(size))
+            # webdataset splits names at the first dot ("1.left.jpg" has "1.txt"), people at the last
+            keys = (at.with_suffix("").as_posix(), (at.parent / at.name.split(".")[0]).as_posix())
+            texts = [next((spans[key + s] for key in keys if key + s in spans), (0, 0)) for s in TEXTS]
+            yield member, (*shape, first, size, when, *(a // 512 << 24 | n if n < 1 << 24 else 0 for a, n in texts))
+
+
+def tar_members(data, end):
+    """(name, (first byte, size)) of a tar's files, by its raw headers. end: its size, None where that is not known."""
+    at, said = 0, {}
+    while header := bytes(data[at : at + 512]):
+        if header == bytes(512):
+            return
+        try:
+            claimed, size = int(header[148:156].strip(b"\0 "), 8), tar_number(header[124:136])
+        except ValueError:
+            claimed = size = -1
+        # The checksum is the sum of all bytes with its own as spaces; adler32's lower half is a sum modulo 65521.
+        off = ((zlib.adler32(header) & 0xFFFF) - 1 - sum(header[148:156]) + 8 * 32 - claimed) % 65521
+        first, kind = at + 512, header[156:157]
+        if off or size < 0 or len(header) < 512 or (kind in b"xL" and size > 1 << 20):
+            raise ValueError(f"damaged at byte {at}")
+        size = 0 if kind in b"123456" else size if kind in b"xgLK" else said.get("size", size)
+        if size and not data[first + size - 1 : first + size]:
+            raise ValueError(f"cut short at byte {first}")
+        at = first + -(-size // 512) * 512
+        if kind == b"L":
+            said["path"] = bytes(data[first : first + size]).rstrip(b"\0")
+        elif kind == b"x":
+            said |= pax_records(bytes(data[first : first + size]))
+        elif kind not in b"gK":
+            if kind in b"07\0":
+                prefix = header[345:500].split(b"\0")[0] if header[257:263] == b"ustar\0" else b""
+                name = said.get("path") or b"/".join(filter(None, (prefix, header[:100].split(b"\0")[0])))
+                name = name.decode(errors="backslashreplace")
+                yield PurePosixPath(name).as_posix() if "./" in name or "//" in name else name, (first, size)
+            said = {}
+    if at != end or not at:
+        raise ValueError(f"damaged at byte {at}")
+
+
+def tar_number(field):
+    """Octal digits, or base 256 where the first bit is set."""
+    return int.from_bytes(field[1:], "big") if field[0] & 0x80 else int(field.strip(b"\0 ") or b"0", 8)
+
+
+def pax_records(raw):
+    """{"path", "size"} of a pax header: records "length key=value" and a line end."""
+    said = {}
+    while raw.strip(b"\0"):
+        length, _, rest = raw.partition(b" ")
+        key, _, value = rest[: max(0, int(length) - len(length) - 2)].partition(b"=")
+        if key in (b"path", b"size"):
+            said[key.decode()] = value if key == b"path" else max(0, int(value))
+        raw = raw[max(1, int(length)) :]
+    return said
