@@ -805,7 +805,7 @@ def load(path, top_k=6):
     path = Path(path)
     for folder in (path, path / "student", *([path.parent] if path.name == "model.safetensors" else [])):
         about = read_config(folder)
-        if about.get("model_type") == "amoe" and "heads" in about:
+        if {"trunk", "heads"} <= about.keys():
             if isinstance(about.get("trunk"), dict) and isinstance(about["trunk"].get("factory"), str):
                 about["trunk"]["factory"] = str(folder / about["trunk"]["factory"])
             return rebuild(about, read_state(folder / "model.safetensors"), folder)

@@ -435,7 +435,8 @@ def verify(cache):
     numbers = [*range(cache.n_shards), *([INDEX] if cache.store.read("index/shard.json").result().value else [])]
     with ThreadPoolExecutor(8) as pool:
         found = map_ahead(pool, lambda number: complaints_of(cache, number), numbers, 32)
-        complaints = list({key: text for some in found for key, text in some}.values())
+        shown = tqdm(found, total=len(numbers), unit="shard", leave=False)
+        complaints = list({key: text for some in shown for key, text in some}.values())
     if not complaints and cache.store.read("skipped.jsonl").result().value != skipped_lines(cache.store):
         complaints.append(f"skipped.jsonl is not what the shards say: {RERUN}")
     return complaints
@@ -624,7 +625,7 @@ def check_room(dataset, about, out, n_shards, progress):
     summaries = images * sum(4 * t["dim"] * (1 + t["registers"]) for t in teachers)
     parts = {"pixels": patches * ROW, "patches": values * {"int8": 1, "bf16": 2}[about["dtype"]] * about["patches"]}
     parts["summaries"] = summaries
-    total, gib = sum(parts.values()), lambda n: f"{n / 2**30:.3g} GiB"
+    total, gib = sum(parts.values()), lambda n: f"{n / 2**30:.1f} GiB" if n >= 2**30 else f"{n / 2**20:.0f} MiB"
     other = {"int8": values, "bf16": 2 * values, "summaries alone": 0}
     if progress:
         print(
@@ -895,16 +896,16 @@ class Order:
     def counts(self, most=64):
         """What is trained on and what is not, in words; of many shards some `most`, evenly spread, are counted."""
         numbers = self.dataset.numbers[:: -(-len(self.dataset.numbers) // most)]
-        shards = [self.dataset.shard(number) for number in numbers]
-        usable = [shard.shapes[:, 0] > 0 for shard in shards]
-        held = sum(int((held_out(shard.ids) & good).sum()) for shard, good in zip(shards, usable, strict=True))
-        kept = sum(len(self.kept(number)) for number in numbers)
-        left = {"left out by --subset": sum(int(good.sum()) for good in usable) - held - kept}
-        left["that cannot be used"] = sum(int((~good).sum()) for good in usable)
-        scale = len(self.dataset.numbers) / len(numbers)
-        about = "about " if scale > 1 else ""
-        said = "".join(f", {about}{n * scale:.0f} {why}" for why, n in left.items() if n)
-        return f"{about}{kept * scale:.0f} images to train on, {about}{held * scale:.0f} held out{said}"
+        found, names = np.zeros(4), ("to train on", "held out", "left out by --subset", "that cannot be used")
+        for number in numbers:
+            usable, kept = self.dataset.shard(number).shapes[:, 0] > 0, len(self.kept(number))
+            held = (held_out(self.dataset.shard(number).ids) & usable).sum()
+            found += kept, held, usable.sum() - held - kept, (~usable).sum()
+        times = len(self.dataset.numbers) / len(numbers)
+        about = "about " if times > 1 else ""
+        return "images: " + ", ".join(
+            f"{about}{n * times:.0f} {name}" for n, name in zip(found, names, strict=True) if n
+        )
 
     def length(self, image):
         """Tokens of an image (shard number, index), special ones included; of several, where index is an array."""

@@ -107,7 +107,7 @@ def stream(model, dataset, entries, n_tokens=4096, stored=False, progress=None):
     registers = getattr(model, "registers", 4)
     lengths = [1 + registers + int(dataset.shard(number).shapes[i].prod()) for number, i in entries]
     parts = [entries[part] for part in split_by_tokens(lengths, n_tokens)]
-    bar = tqdm(total=len(entries), unit="image", desc=progress, disable=progress is None)
+    bar = tqdm(total=len(entries), unit="image", desc=progress, disable=progress is None, leave=False)
     with ThreadPoolExecutor(1) as reader:
         ahead = [reader.submit(dataset.read, part, registers=registers, with_targets=stored) for part in parts[:1]]
         for n, part in enumerate(parts):
@@ -658,7 +658,7 @@ def measure_speed(args, model, budget, repeats=10):
     rows = [torch.randint(256, (side * side, amoe.ROW), dtype=torch.uint8, generator=random) for _ in range(images)]
     batch = pack(rows, [(side, side)] * images, registers=getattr(model, "registers", 4)).to(args.device)
     seconds = []
-    for n in tqdm(range(repeats + 2), desc=f"{budget}", unit="pack"):
+    for n in tqdm(range(repeats + 2), desc=f"{budget}", unit="pack", leave=False):
         if n >= 5 and sum(seconds) > 60:
             break
         began = time.perf_counter()

@@ -674,8 +674,9 @@ def embed_captions(teacher, captions):
     return out
 
 
-def in_packs(decoded, device, n_tokens=16384):
-    """(slice, Batch) of decoded images [(rows, shape, id)], n_tokens at a time."""
+def in_packs(decoded, device):
+    """(slice, Batch) of decoded images [(rows, shape, id)], in packs that take a second or a few."""
+    n_tokens = 16384 if torch.device(device).type == "cuda" else 2048
     for part in split_by_tokens([5 + len(rows) for rows, _, _ in decoded], n_tokens):  # pack's CLS and four registers
         rows, shapes, ids = zip(*decoded[part], strict=True)
         yield part, pack(rows, shapes, ids=ids).to(device)

@@ -205,7 +205,8 @@ def train(flags, process, compiled):
         bar.update()
         interval.add(measured)
         last, saves = run.step == flags.steps, run.step % flags.save_every == 0
-        measures = asked_to_measure(run) or (saves and flags.evaluate and not last)  # `finish` measures the last step
+        asked = flags.eval_every and run.step % flags.eval_every == 0
+        measures = asked or (saves and flags.evaluate and not last)  # `finish` measures the last step
         at_line = run.step % flags.log_every == 0 or measures
         if at_line or last:
             bar.set_postfix(interval.end(run, norm, expert_load, held_out_scores if measures else lambda run: {}))
@@ -698,7 +699,7 @@ def open_images(flags, process, compiled):
     dataset = Images(sources, said, **layout, seed=flags.seed, skipped=skipped, quiet=quiet)
     store = data.open_store(out)
     if process.rank == 0:
-        print(f"running {', '.join(t.name for t in teachers)} at every step; PHI-S is fitted first", flush=True)
+        print(f"running {', '.join(t.name for t in teachers)} at every step", flush=True)
         data.fit_or_read_spaces(store, "spaces.json", {}, out, dataset, teachers, flags.calibrate, process.device)
     process.barrier()
     if compiled:
@@ -784,15 +785,11 @@ def student_of(state):
     return student
 
 
-def asked_to_measure(run):
-    return run.flags.eval_every and run.step % run.flags.eval_every == 0
-
-
 def held_out_scores(run):
     """{"held_out_...": figure} of some held-out images, on rank 0; "held_out_teacher_..." is the goal.
 
-    By --eval-every 500 images and their kNN; at a checkpoint the cosines of 200, 1% of the toy's time. What goes wrong
-    is said: it must not cost a run its life.
+    By --eval-every 500 images and their kNN; at a checkpoint the cosines of 200, 1% of the toy's time. A failure is
+    said, and ends no run.
     """
     state = state_of(run)  # ranks gather sharded weights together
     if run.process.rank > 0:
@@ -800,16 +797,16 @@ def held_out_scores(run):
     student = student_of(state).to(run.process.device)
     teacher = evaluate.of_targets(run.spaces, run.teachers, run.process.device)
     models = {"student": evaluate.of_student(student), "teacher": teacher}
-    most, neighbours = (500, True) if asked_to_measure(run) else (200, False)
+    asked = run.flags.eval_every and run.step % run.flags.eval_every == 0
+    how = {"most": 500 if asked else 200, "neighbours": asked, "progress": False}
     try:
-        scores = evaluate.imitation_scores(run.dataset, run.spaces, models, lambda *_: None, most, neighbours, False)
+        scores = evaluate.imitation_scores(run.dataset, run.spaces, models, lambda *_: None, **how)
     except ValueError as error:
         print(f"held-out images were not measured at step {run.step}: {error}", file=sys.stderr, flush=True)
         return {}
     prefix = {"student": "held_out_", "teacher": "held_out_teacher_"}
     found = {prefix[who] + name: value for who, figures in scores.items() for name, value in figures.items()}
-    said = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
-    tqdm.write(f"step {run.step}: {said}", file=sys.stderr)
+    tqdm.write(f"step {run.step}: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()), file=sys.stderr)
     return found
 
 

@@ -28,8 +28,10 @@ def in_range(kind, low, high):
 
 class Help(argparse.HelpFormatter):
     def _get_help_string(self, action):  # every default once: BooleanOptionalAction adds its own on some Pythons
-        shown = action.default not in (None, "", [], argparse.SUPPRESS) and "(default" not in action.help
-        return action.help + (" (default: %(default)s)" if shown else "")
+        shown = action.default not in (None, False, "", [], (), argparse.SUPPRESS) and "(default" not in action.help
+        several = isinstance(action.default, (list, tuple))
+        said = " ".join(map(str, action.default)) if several else "%(default)s"
+        return action.help + (f" (default: {said})" if shown else "")
 
 
 class Parser(argparse.ArgumentParser):

@@ -401,14 +401,14 @@ def test_a_subset_is_all_that_is_trained_on(cache):
 def test_a_run_says_what_it_trains_on(cache):
     """Catches counts that include what is held out or unusable, and a large dataset whose every shard is opened."""
     held = sum(int(data.held_out(shard.ids).sum()) for shard in cache.shards)
-    assert data.Order(cache, 300).counts() == f"{80 - held} images to train on, {held} held out"
+    assert data.Order(cache, 300).counts() == f"images: {80 - held} to train on, {held} held out"
     ids = cache.shard(0).ids[:12]
     kept = int((~data.held_out(ids)).sum())
     said = data.Order(cache, 300, subset=ids).counts()
-    assert said == f"{kept} images to train on, {held} held out, {80 - held - kept} left out by --subset"
+    assert said == f"images: {kept} to train on, {held} held out, {80 - held - kept} left out by --subset"
     few = data.held_out(cache.shard(0).ids).sum() + data.held_out(cache.shard(2).ids).sum()
     said = data.Order(data.Cache(cache.path), 300).counts(2)
-    assert said == f"about {80 - 2 * few} images to train on, about {2 * few} held out"
+    assert said == f"images: about {80 - 2 * few} to train on, about {2 * few} held out"
 
 
 def test_a_pack_smaller_than_an_image_is_an_error(cache):

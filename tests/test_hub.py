@@ -143,6 +143,7 @@ def test_transformers_loads_the_folder(tmp_path, monkeypatch):
     with torch.no_grad():
         again = transformers.AutoModel.from_pretrained(tmp_path / "again", trust_remote_code=True)
         assert_close(again(pictures()[0]), want)
+    assert_close(amoe.load(tmp_path / "again").encode(pictures())[0], want)
     if transformers.__version__.startswith("4."):
         return  # its from_pretrained rounds buffers
     half = transformers.AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16)

@@ -55,7 +55,7 @@ def test_a_checkpoint_logs_held_out_cosines(run, monkeypatch, capsys):
         f"step 6: held_out_text_summary_cosine {lines[4]['held_out_text_summary_cosine']:.3f}"
         in capsys.readouterr().err
     )
-    monkeypatch.setattr(evaluate, "imitation_scores", lambda *_: int("no number"))
+    monkeypatch.setattr(evaluate, "imitation_scores", lambda *_, **how: int("no number"))
     assert len(run("--steps", "8", "--save-every", "3", "--evaluate", out="again")) == len(lines)
     assert "not measured at step 6: invalid literal" in capsys.readouterr().err
 
