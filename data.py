@@ -115,13 +115,7 @@ def folder_of(number):
 # ---- records ----
 
 KINDS = {"format": int, "dtype": str, "shard_images": int, "teachers": dict, "sources": int, "views": int}
-KINDS |= {
-    "seed": int,
-    "min_tokens": int,
-    "sources_hash": str,
-    "teachers_hash": dict,
-    "patches": bool,
-}
+KINDS |= {"seed": int, "min_tokens": int, "sources_hash": str, "teachers_hash": dict, "patches": bool}
 RECORD_KINDS = {"cache": str, "number": int, "images": int, "rows": int, "skipped": list, "power": dict, "files": dict}
 
 
@@ -1078,12 +1072,8 @@ def main(argv=None):
     add("--device", default="auto", help="where teachers run: auto, cpu, cuda or cuda:N")
     index = commands.add_parser("index", help="make the table of sources, and say what is in it")
     index.add_argument("--images", **places)
-    threads = {
-        "type": in_range(int, 0, 1024),
-        "default": 0,
-        "help": "processes that read headers; 0: threads",
-    }
-    index.add_argument("--workers", **threads)
+    text = "processes that read headers; 0: threads"
+    index.add_argument("--workers", type=in_range(int, 0, 1024), default=0, help=text)
     for name, text in (("info", "say what is in a cache"), ("verify", "check every byte of a cache")):
         commands.add_parser(name, help=text).add_argument("cache", help="its folder or URL")
     args = parser.parse_args(argv)

@@ -86,7 +86,7 @@ def test_a_picture_costs_a_run_neither_its_life_nor_its_scores(run, cache, tmp_p
     def fails(*_, **__):
         raise MemoryError("no room")
 
-    monkeypatch.setattr(pictures, "curves", fails)
+    monkeypatch.setattr(train, "curves", fails)
     monkeypatch.setattr(evaluate, "run_sheet", fails)
     run("--steps", "4", "--evaluate")
     folder = tmp_path / "run"
