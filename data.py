@@ -8,8 +8,8 @@ A cache is a folder, or what tensorstore makes of a URL, of format 3:
                                   pool.*, and probe [C], a summary by which a rerun knows its teacher
     skipped.jsonl                 {"source", "reason"} for every image left out
     summary.<t>/    float32 [shards * places, C]    in teacher t's own space; a chunk a shard, zeros behind its images
-    index/                        written once all shards are, like a shard: ids, grids (h << 16 | w) and, by shard,
-                                  [images, hash of its commit record]; opening a cache reads no more than the last
+    index/                        written once all shards are, like a shard: images, (id, h << 16 | w) of each, and
+                                  shards [images, hash of its commit record]; opening a cache reads the last alone
     shards/00000/                 self-contained: the images of one contiguous slice of the sources
         pixels         uint8   [rows, 768]     a row a patch, (row, col, channel) order inside it
         patch.<t>      int8    [rows, C]       teacher t's patches in PHI-S space, in steps of amoe.INT8_STEP
@@ -200,8 +200,10 @@ class Shard:
     def small(self):
         return sum(size for size, _ in self.record["files"].values()) <= MEMORY // (2 * WINDOW)
 
-    def has(self, name):
-        return self.key(name) + "zarr.json" in self.record["files"]
+    @property
+    def names(self):
+        """The names of its arrays."""
+        return [key.split("/")[-2] for key in self.record["files"] if key.endswith("/zarr.json")]
 
     def key(self, name):
         """Where an array lies: summaries are parts of one array over all shards."""
@@ -294,13 +296,15 @@ class Cache:
         self.firsts = np.concatenate([[0], self.counts.clip(min=0).cumsum()])
 
     def open_shard(self, number):
-        part = slice(int(self.firsts[number]), int(self.firsts[number + 1]))
-        try:
-            reads = {name: self.index.read(name, part) for name in ("ids", "grids")} if self.index else {}
-            ids, grids = (self.index.wait(name, read) for name, read in reads.items())
-        except (Damage, ValueError):  # without an index, or where it is damaged, the shard says it itself
+        if self.index is None:
             return Shard(self, number)
-        return Shard(self, number, (ids, np.stack([grids >> 16, grids & 0xFFFF], 1), self.hashes[number]))
+        part = slice(2 * int(self.firsts[number]), 2 * int(self.firsts[number + 1]))
+        try:
+            rows = self.index.wait("images", self.index.read("images", part)).reshape(-1, 2)
+        except Damage:  # of the index: the shard says it itself
+            return Shard(self, number)
+        shapes = np.stack([rows[:, 1] >> 16, rows[:, 1] & 0xFFFF], 1).astype(np.int32)
+        return Shard(self, number, (rows[:, 0].copy(), shapes, self.hashes[number]))
 
     @property
     def shards(self):
@@ -309,7 +313,7 @@ class Cache:
     def all_ids(self):
         with contextlib.suppress(Damage):
             if self.index:
-                return self.index.all("ids")
+                return self.index.all("images")[::2].copy()
         return np.concatenate([np.zeros(0, np.int64), *(shard.ids for shard in self.shards)])
 
     def drop_damaged(self, on_corrupt="stop"):
@@ -402,7 +406,7 @@ class Cache:
     def text(self, name, entries):
         """Caption embeddings [N, C] of [(shard number, index)], NaN without one; None where none were cached."""
         shards = {number: self.shard(number) for number, _ in entries}
-        if not all(shard.has(f"text.{name}") for shard in shards.values()):
+        if not all(f"text.{name}" in shard.names for shard in shards.values()):
             return None
         rows = {number: shard.all(f"text.{name}") for number, shard in shards.items()}
         return torch.from_numpy(np.stack([rows[number][i] for number, i in entries]))
@@ -457,8 +461,7 @@ def complaints_of(cache, number):
 
 def complaints_of_values(shard):
     """What verify has to say of a shard whose bytes are those that were written."""
-    names = {key.split("/")[0] for key in shard.record["files"]}
-    for name in sorted(n for n in names if n.startswith(("patch.", "summary.", "registers."))):
+    for name in sorted(n for n in shard.names if n.startswith(("patch.", "summary.", "registers."))):
         try:
             check_finite(shard.number, name, shard.all(name) if shard.record["rows"] else 0)
         except Damage as error:
@@ -642,12 +645,12 @@ def write_index(cache):
     def look(number):
         shard = Shard(cache, number)
         shards[number] = len(shard.ids), name_hash(shard.record["hash"])
-        return shard.ids, (shard.shapes[:, 0] << 16 | shard.shapes[:, 1]).astype(np.int32)
+        return np.stack([shard.ids, shard.shapes[:, 0] << 16 | shard.shapes[:, 1]], 1).ravel()
 
     with ThreadPoolExecutor(32) as pool:
-        ids, grids = zip(*map_ahead(pool, look, cache.numbers, 256), strict=True)
-    arrays = {"ids": np.concatenate(ids), "grids": np.concatenate(grids), "shards": shards}
-    record = {"cache": cache.about["hash"], "images": len(arrays["ids"]), "rows": 0, "skipped": [], "power": {}}
+        images = np.concatenate(list(map_ahead(pool, look, cache.numbers, 256)))
+    arrays = {"images": images, "shards": shards}
+    record = {"cache": cache.about["hash"], "images": len(images) // 2, "rows": 0, "skipped": [], "power": {}}
     try:
         write_shard(cache, INDEX, arrays, record)
     except ValueError as error:  # another machine may have finished at the same time

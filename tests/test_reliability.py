@@ -145,10 +145,11 @@ def test_nan_in_what_a_cache_holds_of_a_teacher_is_found_by_verify_and_by_readin
     """Catches sound hashes of values that no measure can use: whoever wrote them, they read as a score of 1.0."""
     path = copy_of(cache, tmp_path)
     shard = data.Cache(path).shard(1)
-    arrays = {name: shard.all(name).copy() for name in {key.split("/")[0] for key in shard.record["files"]}}
+    arrays = {name: shard.all(name).copy() for name in shard.names}
     arrays[array][at] = np.nan
     record = {key: value for key, value in shard.record.items() if key not in ("files", "hash")}
-    data.write_shard(data.open_store(path), 1, arrays, record)
+    shutil.rmtree(path / "index")  # which is bound to the shards as they were
+    data.write_shard(data.Cache(path), 1, arrays, record)
     (complaint,) = data.verify(data.Cache(path))
     assert "00001" in complaint and array in complaint and "not finite" in complaint
     with pytest.raises(data.Damage, match=f"shard 00001, array {array}.*not finite"):
@@ -217,7 +218,7 @@ def test_opening_a_cache_with_an_index_reads_no_shard(cache, tmp_path):
         opened.read([(2, 1)])
     for number in range(4):
         (tmp_path / str(number)).rename(path / f"shards/{number:05d}/shard.json")
-    for name in ("shards", "grids"):
+    for name in ("shards", "images"):
         (path / f"index/{name}/c/0/0" if name == "shards" else path / f"index/{name}/c/0").write_bytes(b"junk")
         assert reads() == known
     shutil.rmtree(path / "index")
