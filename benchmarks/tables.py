@@ -130,7 +130,32 @@ def adapt():
     return table(head, rows, note.format(**found, **found["held_out"]))
 
 
-TABLES = {make.__name__: make for make in (toy, photos, evaluate, teachers, step, int8, loader, adapt)}
+def decode():
+    """pillow-simd against Pillow, the two run in turns."""
+    rows = []
+    for what, runs in load("decode").items():
+        rates = [[r["images_per_cpu_s"] for r in runs if (".post" in r["pillow"]) == simd] for simd in (True, False)]
+        ratios = [a / b for a, b in zip(*rates, strict=True)]
+        medians = [f"{statistics.median(r):.0f}" for r in rates]
+        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        rows.append((what, *medians, spread, len(ratios)))
+    return table(("images", "pillow-simd, images/CPU-s", "Pillow, images/CPU-s", "ratio", "n"), rows)
+
+
+def protocols():
+    """From the strict protocol to the published one, difference by difference."""
+    found, rows = load("protocols"), []
+    for measure, unit in (("knn", "kNN"), ("zeroshot", "zero-shot"), ("segmentation", "mIoU")):
+        for teacher, scores in found[measure].items():
+            rows += [(unit, f"`{teacher}`", name, f"{score:.3f}") for name, score in scores.items()]
+    for teacher, scores in found["retrieval"].items():
+        for way in ("image to text", "text to image"):
+            rows += [(f"recall at 10, {way}", f"`{teacher}`", name, f"{s[way]:.3f}") for name, s in scores.items()]
+    return table(("measure", "teacher", "protocol", "score"), rows)
+
+
+MAKERS = toy, photos, evaluate, teachers, step, int8, loader, adapt, decode, protocols
+TABLES = {make.__name__: make for make in MAKERS}
 
 
 def changed_pages(root=HERE.parent):

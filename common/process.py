@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from datetime import timedelta
 
+import PIL
 import torch
 import torch.distributed as dist
 
@@ -59,6 +60,12 @@ class Process:
         return torch.cat([p[:n] for p, n in zip(parts, counts, strict=True)])
 
 
+def decoder():
+    """Which Pillow decodes, in words; docs/measured.md says what the difference is."""
+    simd = ".post" in PIL.__version__  # pillow-simd's versions are Pillow's and that
+    return f"pillow-simd {PIL.__version__}" if simd else f"Pillow {PIL.__version__}, slower than pillow-simd (README)"
+
+
 def setup(flags):
     """(this Process, whether to compile); prints what was chosen, and why, on rank 0."""
     device = choose_device(flags.device)
@@ -82,7 +89,7 @@ def setup(flags):
         form = "FlexAttention, compiled" if compiled and device != "cpu" else "SDPA on each image"
         print(
             f"device {device} ({why}), {world} rank(s), attention: {form}, experts: {experts}, "
-            f"compile {'on' if compiled else 'off'}",
+            f"compile {'on' if compiled else 'off'}, images: {decoder()}",
             flush=True,
         )
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if world > 1 else None

@@ -1,6 +1,10 @@
 """What README.md and docs/ show is what the JSON beside the benchmarks says."""
 
+from pathlib import Path
+
 from benchmarks import tables
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_the_pages_tables_are_what_the_json_says():
@@ -23,3 +27,15 @@ def test_a_changed_figure_is_found_on_any_page(tmp_path):
     last = right.rindex("0.")
     page.write_text(right[:last] + "9." + right[last + 2 :])
     assert tables.changed_pages(tmp_path) == {page: right}
+
+
+def test_the_lock_pins_every_requirement_and_names_no_place():
+    """Catches a requirement without its pin, one that asks for another version, and paths or URLs of one machine."""
+    names = lambda path: {  # noqa: E731
+        line.split(";")[0].split("#")[0].strip().partition("==")[::2]
+        for line in (ROOT / path).read_text().splitlines()
+        if line and not line.startswith("#")
+    }
+    pinned, asked = dict(names("requirements.lock")), dict(names("requirements.txt"))
+    assert all(version and "+" not in version for version in pinned.values()) and not any("/" in n for n in pinned)
+    assert set(asked) <= set(pinned) and all(version in ("", pinned[name]) for name, version in asked.items())
