@@ -566,10 +566,9 @@ def cache(
     """
     own = isinstance(images, list) and not isinstance(images[0], (str, Path))
     sources = Sources.of(images) if own else find_sources(images)
-    if subset is not None:
-        sources = sources.subset(subset)
-        if not len(sources):
-            raise ValueError("none of the ids of --subset is among the images")
+    sources = sources if subset is None else sources.subset(subset)
+    if not len(sources):
+        raise ValueError("none of the ids of --subset is among the images")
     layout = {"min_tokens": min_tokens, "max_tokens": max_tokens, "views": views, "seed": seed}
     dataset = Images(sources, images, **layout, shard_images=shard_images)
     store = open_store(out)
@@ -579,10 +578,7 @@ def cache(
     records = list(read_records(store, numbers, about["hash"]))
     for i, (number, record) in enumerate(zip(numbers, records, strict=True)):
         if record and record["content"] != sources.content_hash(*dataset.span_of(number)):
-            print(
-                f"shard {number:05d}: its images have changed since it was written, so it is written anew",
-                file=sys.stderr,
-            )
+            print(f"shard {number:05d}: its images have changed, so it is written anew", file=sys.stderr)
             records[i] = None
     todo = [n for n, record in zip(numbers, records, strict=True) if record is None]
     if todo:
