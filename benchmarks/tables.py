@@ -130,7 +130,34 @@ def adapt():
     return table(head, rows, note.format(**found, **found["held_out"]))
 
 
-TABLES = {make.__name__: make for make in (toy, photos, evaluate, teachers, step, int8, loader, adapt)}
+def longer():
+    """A line an arm: what it is trained on, cosines on held-out images and on those trained on, segmentation."""
+    found, rows = load("longer"), []
+    for name, r in found.items():
+        if name != "teachers":
+            keys = [f"{t}_{kind}_cosine" for t in ("eff", "vit") for kind in ("summary", "patch")]
+            cells = [f"{r['student'][key]:.3f} ({r['seen'][key]:.3f})" for key in keys]
+            miou = next((f"{s['miou']:.3f}" for s in r.get("segment", ()) if s["head"] == "vit"), "")
+            rows.append((name, r["images"], r["steps"], f"{r['last_line']['epoch']}", *cells, miou))
+    rows.sort(key=lambda cells: [*found].index(cells[0]))
+    ends = [s for s in found.get("teachers", {}).get("segment", ()) if s["head"] in ("vit", "amoe")]
+    miou = {s["head"]: f"{s['miou']:.3f}" for s in ends}
+    rows.append(("teacher `vit`; an untrained student's trunk", *[""] * 7, f"{miou.get('vit')}; {miou.get('amoe')}"))
+    head = (
+        "arm",
+        "images",
+        "steps",
+        "passes",
+        "`eff` summary",
+        "`eff` patches",
+        "`vit` summary",
+        "`vit` patches",
+        "mIoU",
+    )
+    return table(head, rows)
+
+
+TABLES = {make.__name__: make for make in (toy, photos, evaluate, teachers, step, int8, loader, longer, adapt)}
 
 
 def changed_pages(root=HERE.parent):
