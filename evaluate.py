@@ -293,15 +293,15 @@ def run_sheet(dataset, entries, models):
     return pca_sheet(batch.images(), batch.shapes.tolist(), [*columns, ("student's trunk", trunk, trunk)])
 
 
-def imitation_scores(dataset, spaces, models, texts, most=2000, neighbours=True, progress=True):
+def imitation_scores(dataset, spaces, models, texts, most=2000, neighbours=True, progress=True, entries=()):
     """Held-out images of any dataset: cosines to each teacher, centred; caption recall where a teacher embeds text;
     kNN where images have classes.
 
     models: {who: model}, of them "teacher" what is imitated. texts(teacher's name, entries): the captions' embeddings
     [N, C], NaN without a caption, or None. At most `most` images, whose captions are the gallery, and as many of those
-    trained on for `neighbours`.
+    trained on for `neighbours`. `entries`: measure these images in their place.
     """
-    trained, held = split(dataset, most)
+    trained, held = ([], list(entries)) if entries else split(dataset, most)
     if not held:
         return {}
     kept = {who: [] for who in models}

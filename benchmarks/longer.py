@@ -2,9 +2,8 @@
 
     python -m benchmarks.longer --photos PHOTOS --cifar train.tar --teachers DIR --work DIR
 
-Caches, runs and the folders of `evaluate.py segment` (object or background, by the photos' alpha) lie under --work; the
-figures of finished runs are in longer.json, and the same command goes on with the others. Two run at a time, a thread
-each. DIR of the teachers has real.py and cifar.py, each with text_aligned and dense.
+Caches, runs and folders for `evaluate.py segment` (object or background, by the photos' alpha) lie under --work; what
+finished runs gave is in longer.json, and the same command goes on with the others. DIR has real.py and cifar.py.
 """
 
 import amoe
@@ -22,7 +21,6 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 FIGURES = Path(__file__).with_suffix(".json")
@@ -39,74 +37,61 @@ ARMS = {  # name: (cache, images to train on or 0 for all, flags that the base h
     "photos, lr / 3": ("photos-1", 0, {"lr": 2e-3}),
     "photos, lr x 3": ("photos-1", 0, {"lr": 1.8e-2}),
     "photos, 160 images": ("photos-1", 160, {}),
-    "photos, half as wide": ("photos-1", 0, {"init": 64}),
-    "photos, twice as wide": ("photos-1", 0, {"init": 256}),
+    "photos, half as wide": ("photos-1", 0, {"init": "width-64"}),
+    "photos, twice as wide": ("photos-1", 0, {"init": "width-256"}),
     "photos, seed 1": ("photos-1", 0, {"seed": 1}),
     "photos, seed 2": ("photos-1", 0, {"seed": 2}),
     "photos, from CIFAR-10's": ("photos-1", 0, {"init": "CIFAR-10, longer"}),
-    "CIFAR-10, lr / 3": ("cifar", 0, {"lr": 2e-3}),
-    "CIFAR-10, 1500 images": ("cifar", 1500, {}),
-    "CIFAR-10, twice as wide": ("cifar", 0, {"init": 256}),
 }
 
 
 def run(log, *words):
-    """A command of this repository on one thread; what it says goes to the file `log`, and is shown if it fails."""
+    """A command of this repository on one thread; what it says goes to the file `log`."""
     with open(log, "a") as file:
         how = {"cwd": FIGURES.parents[1], "env": os.environ | {"OMP_NUM_THREADS": "1"}, "stdout": file, "stderr": file}
-        if subprocess.run([sys.executable, *map(str, words)], **how).returncode:
-            raise RuntimeError(f"{' '.join(map(str, words))}\n{Path(log).read_text()[-2000:]}")
+        subprocess.run([sys.executable, *map(str, words)], **how, check=True)
 
 
 def write_cache(args, name):
     """The cache photos-1, photos-4 (4 views) or cifar, or what is missing of it."""
-    file, images, words = args.teachers / "real.py", args.photos, ["--views", name[-1]]
+    file, words = args.teachers / "real.py", ["--images", args.photos, "--views", name[-1]]
     if name == "cifar":
-        file, images = args.teachers / "cifar.py", args.cifar
-        words = ["--min-tokens", 16, "--max-tokens", 16, "--subset", args.work / "cifar.npy"]
+        file, words = args.teachers / "cifar.py", ["--images", args.cifar, "--min-tokens", 16, "--max-tokens", 16]
+        words += ["--subset", args.work / "cifar.npy"]
     words += ["--teacher", f"eff={file}:text_aligned", "--teacher", f"vit={file}:dense", "--out", args.work / name]
-    run(args.work / f"{name}.log", "data.py", "cache", "--images", images, *words)
+    run(args.work / f"{name}.log", "data.py", "cache", *words)
 
 
 def prepare(args):
     """Lists of images, students of other sizes, and images/ and masks/ of the photos that have alpha."""
-    for images, name, most, few in ((args.cifar, "cifar", 5000, (500, 1500)), (args.photos, "photos-1", None, (160,))):
+    for images, name, most, few in ((args.cifar, "cifar", 5000, 500), (args.photos, "photos-1", None, 160)):
         table = find_sources(images)
         ids = np.random.default_rng(0).permutation(table.part(0, len(table))["id"])[:most]
         np.save(args.work / f"{name}.npy", ids)
-        for n in few:
-            np.save(args.work / f"{name}-{n}.npy", ids[~data.held_out(ids)][:n])
+        np.save(args.work / f"{name}-{few}.npy", ids[~data.held_out(ids)][:few])
     for dim in (64, 256):
         config = amoe.Config(4, dim, dim // 32, 32, experts=8, top_k=2, expert_hidden=dim)
-        amoe.save(amoe.AMoE(config, []), args.work / f"{dim}.safetensors")
+        amoe.save(amoe.AMoE(config, []), args.work / f"width-{dim}")
     for source in table:
         picture = Image.open(source.path)
         image, mask = (args.work / "segment" / part / source.name for part in ("images", "masks"))
         if picture.has_transparency_data and not mask.exists():
-            for path in (image, mask):
-                path.parent.mkdir(parents=True, exist_ok=True)
+            _ = [path.parent.mkdir(parents=True, exist_ok=True) for path in (image, mask)]
             image.symlink_to(source.path)
             Image.fromarray((np.array(picture.convert("RGBA"))[..., 3] > 127).astype(np.uint8)).save(mask)
 
 
-def cosines_of_seen(student, cache, subset):
+def scores_of_seen(student, cache, subset):
     """(how many images are trained on; on 500 of them at most, the cosines that result.json has of those held out)."""
-    order, found = data.Order(cache, 4096, 0, subset), {}
-    entries = [(number, int(i)) for number in cache.numbers for i in order.kept(number)]
-    models = evaluate.of_student(student), evaluate.of_targets(cache.spaces)
-    streams = [
-        evaluate.stream(m, cache, entries[:: -(-len(entries) // 500)], stored=bool(n)) for n, m in enumerate(models)
-    ]
-    got, want = map(evaluate.gather, streams)
-    for s in cache.spaces:
-        a, b = got[s.name], want[s.name]
-        found[f"{s.name}_patch_cosine"] = evaluate.cosine(torch.cat(a["patch"]), torch.cat(b["patch"]), s.phi_s.mean)
-        found[f"{s.name}_summary_cosine"] = evaluate.cosine(a["summary"], b["summary"], s.summary_mean)
-    return len(entries), found
+    kept = data.Order(cache, 4096, 0, subset).kept
+    entries = [(number, int(i)) for number in cache.numbers for i in kept(number)]
+    models = {"student": evaluate.of_student(student), "teacher": evaluate.of_targets(cache.spaces)}
+    how = {"neighbours": False, "progress": False, "entries": entries[:: -(-len(entries) // 500)]}
+    return len(entries), evaluate.imitation_scores(cache, cache.spaces, models, lambda *_: None, **how)["student"]
 
 
 def segment(args, out, *models):
-    """Scores of object against background on the held-out photos, head by head."""
+    """Scores of object against background on the held-out photos."""
     run(f"{out}.log", "evaluate.py", "segment", "--model", *models, "--train", args.work / "segment", "--out", out)
     return json.loads(Path(out).read_text())["scores"]
 
@@ -119,17 +104,14 @@ def measure(args, name):
     words = [word for key, value in flags.items() if key != "init" for word in (f"--{key}", value)]
     words += ["--subset", subset] if n else []
     if begin := flags.get("init"):
-        known = folder(str(begin)) / "student.safetensors"
-        words += ["--init", known if known.exists() else args.work / f"{begin}.safetensors"]
+        words += ["--init", folder(begin) if begin in ARMS else args.work / begin]
     run(f"{out}.log", "train.py", "--cache", args.work / cache, "--out", out, "--resume", "--threads", 1, *words)
     first, *_, last = map(json.loads, (out / "log.jsonl").read_text().splitlines())
     found = {"cache": cache, "flags": flags, "commit": first["commit"], "model": first["model"], "last_line": last}
     found |= json.loads((out / "result.json").read_text())
-    student, ids = amoe.load(out / "student.safetensors"), np.load(subset) if n else None
-    found["images"], found["seen"] = cosines_of_seen(student, data.Cache(args.work / cache), ids)
-    if cache != "cifar":
-        found["segment"] = segment(args, out / "segment.json", out / "student.safetensors")
-    return found
+    opened, ids = data.Cache(args.work / cache), np.load(subset) if n else None
+    found["images"], found["seen"] = scores_of_seen(amoe.load(out), opened, ids)
+    return found | ({} if cache == "cifar" else {"segment": segment(args, out / "segment.json", out)})
 
 
 if __name__ == "__main__":
@@ -149,4 +131,3 @@ if __name__ == "__main__":
         for job in as_completed(jobs):
             done[jobs[job]] = job.result()
             FIGURES.write_text(json.dumps(done, indent=1) + "\n")
-            print(jobs[job], done[jobs[job]], flush=True)

@@ -48,7 +48,7 @@ def trunk_of(state, top_k, source):
 def check_sizes(about, state, source):
     """ValueError where what amoe.describe said of a student is not so said, or not borne out by its weights."""
     parts = [about.get(key) if isinstance(about, dict) else None for key in ("trunk", "heads")]
-    if not all(isinstance(part, dict) and part for part in parts):
+    if not all(isinstance(part, dict) for part in parts) or not parts[0]:  # a trunk alone is a student
         raise ValueError(f"{source}: its config has no sizes of a trunk and of heads")
     trunk, heads = parts
     if "factory" not in trunk:
