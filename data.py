@@ -943,7 +943,7 @@ class Order:
             packs, carried = self.plan(position)
             for n in range(position.pack, len(packs)):
                 yield packs[n], replace(position, pack=n + 1)
-            last = position.window + 1 == self.windows
+            last = position.window + 1 >= self.windows
             position = Position(position.epoch + last, 0 if last else position.window + 1, 0, carried)
 
 
