@@ -165,7 +165,6 @@ def test_a_student_is_found_by_its_run_its_folder_or_its_file(tmp_path):
 # ---- SigLino's layout ----
 
 
-@pytest.mark.parametrize("kind", ["moe", "dense"])
 def test_a_trunk_without_heads_is_a_student(tmp_path):
     """Catches a folder that `amoe.save` writes and `amoe.load` refuses: sizes of one's own begin so, by --init."""
     trunk = amoe.AMoE(amoe.Config(2, 32, 2, 16, **SIZES["moe"]), [])
@@ -175,6 +174,7 @@ def test_a_trunk_without_heads_is_a_student(tmp_path):
     assert set(got["patch"]) == {"amoe"} and torch.equal(got["patch"]["amoe"], want["patch"]["amoe"])
 
 
+@pytest.mark.parametrize("kind", ["moe", "dense"])
 def test_siglino_layout_round_trip(shared, kind, tmp_path):
     """Catches a key that is lost or renamed on the way back."""
     tensors = load_file(shared / "golden" / f"siglino_{kind}.safetensors")

@@ -14,7 +14,9 @@ import pytest
 import torch
 
 import data
-from images import find_sources, load_image
+from common.sources import find_sources
+from common.store import open_store
+from images import load_image
 
 moto = pytest.importorskip("moto.server", reason="needs moto: pip install 'moto[server,s3]'")
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,8 +46,8 @@ def s3():
 @pytest.fixture(scope="module")
 def tar(s3, world, tmp_path_factory):
     path = shutil.make_archive(tmp_path_factory.mktemp("tar") / "toy", "tar", world.folder / "images")
-    data.open_store(f"{s3}/images").write("toy.tar", Path(path).read_bytes()).result()
-    data.open_store(f"{s3}/images").write("list.txt", b"toy.tar\n").result()
+    open_store(f"{s3}/images").write("toy.tar", Path(path).read_bytes()).result()
+    open_store(f"{s3}/images").write("list.txt", b"toy.tar\n").result()
     return Path(path)
 
 
@@ -67,7 +69,7 @@ def test_a_cache_on_s3_is_written_killed_resumed_verified_and_trained_on(s3, cac
     command = [sys.executable, "-c", WRITER, images, url]
     killed = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
     assert killed.stdout.readline() == b"begin\n"
-    store, end = data.open_store(url), time.monotonic() + 240
+    store, end = open_store(url), time.monotonic() + 240
     while not any(b"shard.json" in key for key in store.list().result()) and time.monotonic() < end:
         time.sleep(0.05)
     killed.send_signal(signal.SIGKILL)
