@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-import amoe
 import curate
 import data
+from common.commands import run_command
 from kernels import kmeans as km
 from kernels import seeds
 
@@ -505,7 +505,7 @@ def test_command_gives_one_line_for_bad_input(tmp_path, features, capsys, change
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (32, 32)).save("one.png")
     with pytest.raises(SystemExit) as stop:
-        amoe.run_command("c", lambda: curate.main([*command(tmp_path, tmp_path / "out")[2:], *change]), "")
+        run_command("c", lambda: curate.main([*command(tmp_path, tmp_path / "out")[2:], *change]), "")
     assert stop.value.code == (2 if words == "--keeps" else 1)
     assert words in capsys.readouterr().err.splitlines()[-1]
 
