@@ -162,15 +162,6 @@ def test_a_student_is_found_by_its_run_its_folder_or_its_file(tmp_path):
             amoe.load(tmp_path / path)
 
 
-def test_a_trunk_without_heads_is_a_student(tmp_path):
-    """Catches a folder that `amoe.save` writes and `amoe.load` refuses: sizes of one's own begin so, by --init."""
-    trunk = amoe.AMoE(amoe.Config(2, 32, 2, 16, **SIZES["moe"]), [])
-    amoe.save(trunk, tmp_path / "trunk")
-    [got] = amoe.load(tmp_path / "trunk").encode(pictures()[:1])
-    [want] = trunk.eval().encode(pictures()[:1])
-    assert set(got["patch"]) == {"amoe"} and torch.equal(got["patch"]["amoe"], want["patch"]["amoe"])
-
-
 # ---- SigLino's layout ----
 
 
