@@ -93,7 +93,7 @@ def scores_of_seen(student, cache, subset):
 def segment(args, out, *models):
     """Scores of object against background on the held-out photos."""
     run(f"{out}.log", "evaluate.py", "segment", "--model", *models, "--train", args.work / "segment", "--out", out)
-    return json.loads(Path(out).read_text())["scores"]
+    return [s | {"model": Path(s["model"]).name} for s in json.loads(Path(out).read_text())["scores"]]
 
 
 def measure(args, name):

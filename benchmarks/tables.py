@@ -154,7 +154,17 @@ def protocols():
     return table(("measure", "teacher", "protocol", "score"), rows)
 
 
-MAKERS = toy, photos, evaluate, teachers, step, int8, loader, adapt, decode, protocols
+def longer():
+    """A line an arm: what it is trained on, cosines on held-out images and (on those trained on)."""
+    rows = []
+    for name, r in load("longer").items():
+        if name != "teachers":
+            keys = [f"{t}_{kind}_cosine" for t in ("eff", "vit") for kind in ("summary", "patch")]
+            rows.append((name, r["images"], r["steps"], *(f"{r['student'][k]:.3f} ({r['seen'][k]:.3f})" for k in keys)))
+    return table(("arm", "images", "steps", "`eff` summary", "`eff` patch", "`vit` summary", "`vit` patch"), rows)
+
+
+MAKERS = toy, photos, longer, evaluate, teachers, step, int8, loader, adapt, decode, protocols
 TABLES = {make.__name__: make for make in MAKERS}
 
 
