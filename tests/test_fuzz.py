@@ -13,6 +13,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tarfile
 import time
 import zlib
 from pathlib import Path
@@ -263,6 +264,41 @@ def test_mutated_captions_are_refused_or_give_words(tmp_path):
                 json.dumps([source.caption, source.category], ensure_ascii=False).encode()
             accepted += 1
     assert 40 < accepted < 360, accepted
+
+
+def test_mutated_tars_are_refused_or_give_images_that_are_there(tmp_path):
+    """Catches a header taken at its word: sizes beyond the file, names that are no text, endless empty members."""
+    whole, path = io.BytesIO(), tmp_path / "x.tar"
+    with tarfile.open(fileobj=whole, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for name, raw in (("a.png", png()), ("a.txt", b"words"), ("long" * 40 + ".png", png()), ("b.json", b"{}")):
+            info = tarfile.TarInfo(name)
+            info.size = len(raw)
+            tar.addfile(info, io.BytesIO(raw))
+    raw, accepted = whole.getvalue(), 0
+    headers = [at // 512 for at in range(0, len(raw), 512) if raw[at + 257 : at + 262] == b"ustar"]
+    for number in range(600):
+        random, bad = np.random.default_rng([6, number]), bytearray(raw)
+        for at in random.integers(len(raw), size=random.integers(1, 4)):
+            bad[at % 512 + 512 * int(random.choice(headers)) if random.integers(2) else at] = random.integers(256)
+        path.write_bytes(bad[: random.integers(len(raw))] if random.integers(4) == 0 else bad)
+        try:
+            sources = find_sources(path)
+            for source in sources:
+                assert 0 <= source.span[0] <= source.span[0] + source.span[1] <= path.stat().st_size, number
+                json.dumps(source.meta, ensure_ascii=False).encode()
+                with contextlib.suppress(ValueError):
+                    images.load_image(source)
+        except ValueError as error:
+            assert "\n" not in str(error) and len(str(error)) < 2000, (number, error)
+        else:
+            accepted += 1
+    assert 20 < accepted < 580, accepted
+
+
+def png():
+    file = io.BytesIO()
+    Image.effect_noise((40, 40), 90).convert("RGB").save(file, "PNG")
+    return file.getvalue()
 
 
 @pytest.mark.parametrize("file", ["cache.json", "shards/00001/shard.json"])
