@@ -9,6 +9,7 @@ from common.store import Window, digest, is_remote, map_ahead, name_hash, open_s
 
 # isort: split
 import contextlib
+import copy
 import fcntl
 import hashlib
 import io
@@ -176,13 +177,18 @@ class Sources:
         """The table that a list of Source is of, with these alone."""
         if isinstance(sources, cls):
             return sources
-        table = sources[0].table
-        return cls(table.folder, table.about, np.array([source.number for source in sources]))
+        return sources[0].table.only(np.array([source.number for source in sources]))
+
+    def only(self, at):
+        """The same table with these rows alone; its files are not opened again: a table that is not kept has none."""
+        some = copy.copy(self)
+        some.at = at
+        return some
 
     def subset(self, ids):
         """Those of the given ids, in order."""
         at = np.flatnonzero(is_in(self.part(0, len(self))["id"], np.unique(np.asarray(ids, np.int64))))
-        return Sources(self.folder, self.about, at if self.at is None else self.at[at])
+        return self.only(at if self.at is None else self.at[at])
 
     def __len__(self):
         return len(self.rows if self.at is None else self.at)
