@@ -883,7 +883,8 @@ def distillation_loss(out, batch, spaces):
 
     Divide the sum by the images of the global batch for (E3): every image then weighs the same at every resolution, in
     whatever pack and on whichever rank. v is 1 for patches, which live in balanced space; summaries and registers are
-    compared in the teacher's own space, where an L2 distance over v is the same number.
+    compared in the teacher's own space, where an L2 distance over v is the same number. Targets without patches have no
+    such term.
     """
     image_T = batch.image.long()
     patches_M = batch.shapes.prod(1).float()
@@ -894,12 +895,12 @@ def distillation_loss(out, batch, spaces):
     losses = {}
     for space in spaces:
         target = batch.targets[space.name]
-        error_T = (out[space.name]["patch"].float() - dequantise(target["patch"])).square().mean(1)
+        losses[space.name] = {}
+        if "patch" in target:  # which a cache of summaries alone does not hold
+            error_T = (out[space.name]["patch"].float() - dequantise(target["patch"])).square().mean(1)
+            losses[space.name]["patch"] = (weight_T * error_T).sum()
         error_M = (out[space.name]["summary"] - target["summary"]).square().mean(1)
-        losses[space.name] = {
-            "patch": (weight_T * error_T).sum(),
-            "summary": error_M.sum() / space.summary_variance,
-        }
+        losses[space.name]["summary"] = error_M.sum() / space.summary_variance
         if space.registers:
             error_R = (out[space.name]["registers"] - target["registers"]).square().mean(2).sum(0)
             # Numbers one by one: a tensor made of them would be a copy that the device waits for.

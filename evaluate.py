@@ -76,7 +76,9 @@ def of_targets(spaces, teachers=(), device="cpu"):
     def answer(batch):
         found = batch.targets or make_targets(teachers, spaces, batch.to(device))
         own = lambda s, y: s.phi_s.invert(dequantise(y).to(s.phi_s.mean.device))  # noqa: E731
-        return {s.name: found[s.name] | {"patch": own(s, found[s.name]["patch"])} for s in spaces}
+        given = {s.name: found[s.name] for s in spaces}  # without patches where a cache holds summaries alone
+        patches = {s.name: {"patch": own(s, given[s.name]["patch"])} for s in spaces if "patch" in given[s.name]}
+        return {name: kinds | patches.get(name, {}) for name, kinds in given.items()}
 
     return answer
 
@@ -115,14 +117,16 @@ def stream(model, dataset, entries, n_tokens=4096, stored=False, progress=None):
             if n + 1 < len(parts):
                 ahead.append(reader.submit(dataset.read, parts[n + 1], registers=registers, with_targets=stored))
             features = {
-                head: {kind: f[kind].float().cpu() for kind in ("summary", "patch")} for head, f in model(batch).items()
+                head: {kind: f[kind].float().cpu() for kind in ("summary", "patch") if kind in f}
+                for head, f in model(batch).items()
             }
             there = iter(part)
             for i, image_id in enumerate(batch.ids.tolist()):
                 entry = next(e for e in there if dataset.shard(e[0]).ids[e[1]] == image_id)
                 rows = batch.patch_rows(i)
                 shape = tuple(batch.shapes[i].tolist())
-                said = {h: {"summary": f["summary"][i], "patch": f["patch"][rows]} for h, f in features.items()}
+                at = {"summary": i, "patch": rows}
+                said = {h: {kind: x[at[kind]] for kind, x in f.items()} for h, f in features.items()}
                 for head, f in said.items():
                     if not all(torch.isfinite(x).all() for x in f.values()):
                         who, image = getattr(model, "name", "the model"), dataset.meta(entry)["source"]
@@ -139,10 +143,10 @@ def gather(streamed, kept=None):
         if kept is not None:
             kept.append(entry)
         for head, f in features.items():
-            kinds = out.setdefault(head, {"summary": [], "patch": []})
+            kinds = out.setdefault(head, {kind: [] for kind in f})
             for kind in kinds:
                 kinds[kind].append(f[kind].clone())  # not a view that keeps its pack alive
-    return {head: {"summary": torch.stack(f["summary"]), "patch": f["patch"]} for head, f in out.items()}
+    return {head: f | {"summary": torch.stack(f["summary"])} for head, f in out.items()}
 
 
 # ---- measures ----
@@ -287,7 +291,8 @@ def run_sheet(dataset, entries, models):
     }
     columns = []
     for head, teacher in said["teacher"].items():
-        columns += [(f"{head}: {who}", f[head]["patch"], teacher["patch"]) for who, f in said.items()]
+        if "patch" in teacher:
+            columns += [(f"{head}: {who}", f[head]["patch"], teacher["patch"]) for who, f in said.items()]
     trunk = said["student"]["amoe"]["patch"]
     batch = dataset.read(entries, with_targets=False)
     return pca_sheet(batch.images(), batch.shapes.tolist(), [*columns, ("student's trunk", trunk, trunk)])
@@ -321,8 +326,9 @@ def imitation_scores(dataset, spaces, models, texts, most=2000, neighbours=True,
                 result[who][f"{space.name}_summary_cosine"] = cosine(
                     got["summary"], want["summary"], space.summary_mean
                 )
-                patch = cosine(torch.cat(got["patch"]), torch.cat(want["patch"]), mean)
-                result[who][f"{space.name}_patch_cosine"] = patch
+                if "patch" in want:
+                    patch = cosine(torch.cat(got["patch"]), torch.cat(want["patch"]), mean)
+                    result[who][f"{space.name}_patch_cosine"] = patch
         text = texts(space.name, held)
         if text is not None:
             gallery = {}  # distinct captions
