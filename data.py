@@ -11,7 +11,8 @@ A cache is a folder, or what tensorstore makes of a URL, of format 3:
     index/                        written once all shards are, like a shard: images, (id, h << 16 | w) of each, and
                                   shards [images, hash of its commit record]; opening a cache reads the last alone
     shards/00000/                 self-contained: the images of one contiguous slice of the sources
-        pixels         uint8   [rows, 768]     a row a patch, (row, col, channel) order inside it
+        pixels         uint8   [rows, 768]     a row a patch, (row, col, channel) order inside it (not there under
+                                               --pixels none: then they are decoded again from the images)
         patch.<t>      int8    [rows, C]       teacher t's patches in PHI-S space, in steps of amoe.INT8_STEP
                        (bfloat16 under --dtype bf16; not there under --patches none)
         registers.<t>  float32 [images, R * C] where t has registers, in its own space, as text
@@ -33,7 +34,6 @@ Shape letters: T tokens of a pack, M images in it, N images, C channels of a tea
 
 from amoe import ROW, dequantise, pack, quantise
 from common.commands import Parser, choose_device, in_range, one_line, reading, run_command
-from common.pixels import grid
 from common.sources import Sources, find_sources, is_in
 from common.store import (
     SHARED,
@@ -115,7 +115,8 @@ def folder_of(number):
 # ---- records ----
 
 KINDS = {"format": int, "dtype": str, "shard_images": int, "teachers": dict, "sources": int, "views": int}
-KINDS |= {"seed": int, "min_tokens": int, "sources_hash": str, "teachers_hash": dict, "patches": bool}
+KINDS |= {"seed": int, "min_tokens": int, "sources_hash": str, "teachers_hash": dict}
+KINDS |= {"pixels": bool, "patches": bool}
 RECORD_KINDS = {"cache": str, "number": int, "images": int, "rows": int, "skipped": list, "power": dict, "files": dict}
 
 
@@ -216,7 +217,7 @@ class Shard:
             raw = store.read(f"{key}zarr.json").result().value
             if self.record["files"].get(f"{key}zarr.json") != [len(raw), digest(raw)]:
                 raise Damage(self.number, f", array {name}: its zarr.json is missing or damaged")
-            array = open_array(store, key[:-1], self.cache.context).result()
+            array = self.wait(name, open_array(store, key[:-1], self.cache.context))
             first = self.number * self.cache.slots
             self.arrays[name] = array[first : first + self.record["images"]] if key == f"{name}/" else array
         return self.arrays[name]
@@ -260,6 +261,16 @@ class Shard:
         return np.concatenate([[0], self.shapes.astype(np.int64).prod(1).cumsum()])
 
     @cached_property
+    def origins(self):
+        """int64 [images, 2]: the place of each image among the sources, and its view; Damage where they changed."""
+        images = self.cache.images
+        first, end = images.span_of(self.number)
+        if images.sources.content_hash(first, end) != self.record["content"]:
+            raise Damage(self.number, f": its images are not those that it was made of; {RERUN}")
+        place = {image_id: first + k for k, image_id in enumerate(images.sources.part(first, end)["id"].tolist())}
+        return np.stack([[place[i] for i in self.ids.tolist()], self.all("views")[:, 0]], 1).astype(np.int64)
+
+    @cached_property
     def meta(self):
         raw = bytes(self.all("meta")) if self.record["images"] else b""
         return [json.loads(line) for line in raw.decode().split("\n")[: self.record["images"]]]
@@ -269,9 +280,10 @@ class Cache:
     """A feature cache opened for reading, a dataset (see images.py): the teachers' `spaces`, the committed `shards`.
 
     With an index nothing is read of a shard before its first use; without, each commit record.
+    images: for a cache without pixels those that it was made of, as find_sources takes them, or a table of them.
     """
 
-    def __init__(self, path):
+    def __init__(self, path, images=None):
         self.path = path
         self.store = open_store(path)
         self.about = read_about(self.store, path)
@@ -294,6 +306,19 @@ class Cache:
             self.counts = np.array([r["images"] if r else -1 for r in records])
         self.numbers = np.flatnonzero(self.counts >= 0).tolist()
         self.firsts = np.concatenate([[0], self.counts.clip(min=0).cumsum()])
+        self.images = None if self.about["pixels"] or images is None else self.open_images(images)
+
+    def open_images(self, images):
+        """The Images that the cache was made of; ValueError where they are others."""
+        sources, about = images if isinstance(images, Sources) else find_sources(images), self.about
+        if len(sources) > about["sources"]:  # it was made of a subset
+            lines = self.store.read("skipped.jsonl").result().value.decode().splitlines()
+            unused = [name_hash(json.loads(line)["source"]) for line in lines]
+            sources = sources.subset(np.concatenate([self.all_ids(), np.array(unused, np.int64)]))
+        if sources.names_hash() != about["sources_hash"]:
+            raise ValueError(f"{self.path} was made of other images than {images}")
+        layout = {key: about[key] for key in ("min_tokens", "max_tokens", "views", "seed", "shard_images")}
+        return Images(sources, images, **layout)
 
     def open_shard(self, number):
         if self.index is None:
@@ -340,48 +365,63 @@ class Cache:
         n_tokens: the pack's length, by default just what the images need. registers: the student's. Damage names the
         shard and the array that cannot be trusted.
         """
-        if with_targets and not self.about["patches"]:
-            raise ValueError(
-                f"{self.path} holds summaries alone (--patches none): it is for curation, not for training"
-            )
         spaces = self.spaces if with_targets else ()
-        names = ["pixels", *(f"patch.{s.name}" for s in spaces)]
-        by_image = [f"{kind}.{s.name}" for s in spaces for kind in ("summary", "registers")[: 1 + bool(s.registers)]]
-        parts = [self.rows_of(number, i) for number, i in entries]
-        self.fetch((shard, name) for shard, _ in parts for name in (*by_image, *(names if shard.small else ())))
-        # A read costs 40 us whatever its size, most of the time that small images take: small shards are read whole.
-        # Others are read by image, with all reads under way before the first is awaited.
-        reads = {name: [None if shard.small else shard.read(name, part) for shard, part in parts] for name in names}
-        rows = {
-            name: [
-                self.array(shard.number, name)[part] if shard.small else shard.wait(name, read)
-                for (shard, part), read in zip(parts, reads[name], strict=True)
-            ]
-            for name in names
-        }
+        kinds = {s.name: ("summary", "registers")[: 1 + bool(s.registers)] for s in spaces}
+        by_image = [f"{kind}.{name}" for name, of_teacher in kinds.items() for kind in of_teacher]
+        by_patch = ["pixels"] * self.about["pixels"] + [f"patch.{s.name}" for s in spaces if self.about["patches"]]
+        rows = self.rows_of(entries, by_patch, by_image)
+        pixels = rows["pixels"] if self.about["pixels"] else self.decode(entries)
         shapes = [tuple(self.shard(number).shapes[i].tolist()) for number, i in entries]
         ids = [int(self.shard(number).ids[i]) for number, i in entries]
-        batch = pack([torch.from_numpy(r) for r in rows["pixels"]], shapes, n_tokens, registers, ids)
+        batch = pack([torch.as_tensor(r) for r in pixels], shapes, n_tokens, registers, ids)
         for space in spaces:
-            patch = np.zeros((batch.n_tokens, space.dim), rows[f"patch.{space.name}"][0].dtype)
-            for i, r in enumerate(rows[f"patch.{space.name}"]):
-                patch[batch.patch_rows(i)] = r
-            target = {"patch": as_tensor(patch)}
-            for kind in ("summary", "registers") if space.registers else ("summary",):
+            target = batch.targets[space.name] = {}
+            if self.about["patches"]:
+                patch = np.zeros((batch.n_tokens, space.dim), rows[f"patch.{space.name}"][0].dtype)
+                for i, r in enumerate(rows[f"patch.{space.name}"]):
+                    patch[batch.patch_rows(i)] = r
+                target["patch"] = as_tensor(patch)
+            for kind in kinds[space.name]:
                 rows_C = [self.array(number, f"{kind}.{space.name}")[i] for number, i in entries]
                 for (number, _), row_C in zip(entries, rows_C, strict=True):
                     check_finite(number, f"{kind}.{space.name}", row_C)
                 target[kind] = torch.from_numpy(np.stack(rows_C))
             if space.registers:
                 target["registers"] = target["registers"].unflatten(1, (space.registers, space.dim))
-            batch.targets[space.name] = target
         return batch
 
-    def rows_of(self, number, i):
-        """(shard, its rows that are image i's)."""
-        shard = self.shard(number)
-        assert shard.checked
-        return shard, slice(int(shard.starts[i]), int(shard.starts[i + 1]))
+    def rows_of(self, entries, names, whole):
+        """{name: rows [n, columns] of each image} of the arrays `names`; those of `whole` are fetched with them.
+
+        A read costs 40 us whatever its size, most of the time that small images take: small shards are read whole.
+        Others are read by image, with all reads under way before the first is awaited.
+        """
+        shards = [self.shard(number) for number, _ in entries]
+        assert all(shard.checked for shard in shards)
+        parts = [slice(*shard.starts[i : i + 2].tolist()) for shard, (_, i) in zip(shards, entries, strict=True)]
+        self.fetch((shard, name) for shard in shards for name in (*whole, *(names if shard.small else ())))
+        some = list(zip(shards, parts, strict=True))
+        reads = {name: [None if shard.small else shard.read(name, part) for shard, part in some] for name in names}
+        return {
+            name: [
+                self.array(shard.number, name)[part] if read is None else shard.wait(name, read)
+                for (shard, part), read in zip(some, reads[name], strict=True)
+            ]
+            for name in names
+        }
+
+    def decode(self, entries):
+        """The pixel rows of images of a cache without pixels, as they were; Damage where that cannot be."""
+        if self.images is None:
+            raise ValueError(f"{self.path} holds no pixels: give --images, those that it was made of")
+        origins = [self.shard(number).origins[i].tolist() for number, i in entries]
+        views, pixels = [View(self.images.sources[at], n) for at, n in origins], []
+        for (number, i), view, answer in zip(entries, views, self.images.decode_all(views), strict=True):
+            if isinstance(answer, str) or answer[1] != tuple(self.shard(number).shapes[i].tolist()):
+                said = answer if isinstance(answer, str) else f"it is of {answer[1]} patches now"
+                raise Damage(number, f", image {view.source.name}: {said}")
+            pixels.append(answer[0])
+        return pixels
 
     def fetch(self, wanted):
         """Read whole arrays, (shard, name), side by side; the newest MEMORY bytes of such are kept."""
@@ -521,9 +561,9 @@ def summaries(path, teacher):
     return cache.all_ids(), Summaries(cache, teacher)
 
 
-def thumbnails(path, ids):
-    """The cached images of the given ids, uint8 [16 h, 16 w, 3] each, in the order asked for."""
-    cache, ids = Cache(path), np.asarray(ids, np.int64)
+def thumbnails(path, ids, images=None):
+    """The cached images of the given ids, uint8 [16 h, 16 w, 3] each, in the order asked for; images: as for Cache."""
+    cache, ids = Cache(path, images), np.asarray(ids, np.int64)
     known = cache.all_ids()
     at = np.flatnonzero(is_in(known, np.unique(ids)))
     at = dict(zip(known[at][::-1].tolist(), at[::-1].tolist(), strict=True))  # of several views the first
@@ -552,6 +592,7 @@ def cache(
     shard_range=(0, 1),
     calibrate=512,
     max_skipped=0.05,
+    pixels=True,
     patches=True,
     device="cpu",
     progress=True,
@@ -559,7 +600,8 @@ def cache(
     """Decode images, run the teachers, write the cache `out`; what is committed already is kept, so a rerun continues.
 
     images: what find_sources takes, or a list of Source. teachers: objects with name, dim and registers, called with a
-    Batch. patches: False for summaries alone. shard_range (i, n): write every n-th shard from the i-th, so that n
+    Batch. patches: False for summaries alone. pixels: False to decode them again from the images whenever they are
+    read, so that a view costs its features alone. shard_range (i, n): write every n-th shard from the i-th, so that n
     processes or machines share the work without talking to one another.
     ValueError for an existing cache of other contents, for unreadable images beyond the share max_skipped, for teachers
     whose answers do not fit, and for what cannot be written.
@@ -570,9 +612,9 @@ def cache(
     if not len(sources):
         raise ValueError("none of the ids of --subset is among the images")
     layout = {"min_tokens": min_tokens, "max_tokens": max_tokens, "views": views, "seed": seed}
-    dataset = Images(sources, images, **layout, shard_images=shard_images)
+    dataset = Images(sources, images, **layout, shard_images=shard_images, max_skipped=1, quiet=True)
     store = open_store(out)
-    about = {"format": FORMAT, "dtype": dtype, "patches": patches, "shard_images": shard_images}
+    about = {"format": FORMAT, "dtype": dtype, "pixels": pixels, "patches": patches, "shard_images": shard_images}
     about = fit_or_read_spaces(store, "cache.json", about, out, dataset, teachers, calibrate, device)
     numbers = list(range(shard_range[0], len(dataset.numbers), shard_range[1]))
     records = list(read_records(store, numbers, about["hash"]))
@@ -599,42 +641,38 @@ def cache(
             )
     bar.close()
     write_skipped(store)
-    write_index(Cache(out))
-    return Cache(out)
+    write_index(Cache(out), anew=bool(todo))
+    return Cache(out, sources)
 
 
 def check_room(dataset, about, out, n_shards, progress):
     """Say what the whole cache will take, by a sample; ValueError where the disk has no room for n_shards more."""
-    sources, random = dataset.sources, np.random.default_rng(0)
-    at = np.sort(random.integers(len(sources), size=min(4096, len(sources))))
-    rows = sources.rows[at if sources.at is None else sources.at[at]]
-    rows = rows[rows["height"] > 0]
-    h, w = grid(
-        np.maximum(rows["height"], 16), np.maximum(rows["width"], 16), dataset.min_tokens, np.max(dataset.max_tokens)
-    )
-    images = len(sources) * dataset.n_views
-    patches, teachers = images * float((h * w.astype(np.int64)).mean() if len(rows) else 1), about["teachers"].values()
-    values = patches * sum(t["dim"] for t in teachers)
-    summaries = images * sum(4 * t["dim"] * (1 + t["registers"]) for t in teachers)
-    parts = {"pixels": patches * ROW, "patches": values * {"int8": 1, "bf16": 2}[about["dtype"]] * about["patches"]}
-    parts["summaries"] = summaries
+    sample = [dataset.shard(number).shapes for number in dataset.numbers[:: -(-len(dataset.numbers) // 8)]]
+    images = len(dataset.sources) * dataset.n_views
+    patches = images * float(np.concatenate(sample).astype(np.int64).prod(1).mean())
+    values = patches * sum(t["dim"] for t in about["teachers"].values())
+    summaries = images * sum(4 * t["dim"] * (1 + t["registers"]) for t in about["teachers"].values())
+    kinds = {"int8": values, "bf16": 2 * values, "summaries alone": 0}
+    kind = about["dtype"] if about["patches"] else "summaries alone"
+    parts = {"pixels": patches * ROW * about["pixels"], "patches": kinds[kind], "summaries": summaries}
     total, gib = sum(parts.values()), lambda n: f"{n / 2**30:.1f} GiB" if n >= 2**30 else f"{n / 2**20:.0f} MiB"
-    other = {"int8": values, "bf16": 2 * values, "summaries alone": 0}
+    others = {k: total - kinds[kind] + n for k, n in kinds.items()}
     if progress:
-        print(
-            f"the whole cache: {gib(total)} ({', '.join(f'{k} {gib(n)}' for k, n in parts.items())}); "
-            + ", ".join(f"{k} {gib(total - parts['patches'] + n)}" for k, n in other.items()),
-            flush=True,
-        )
+        said = [", ".join(f"{k} {gib(n)}" for k, n in some.items()) for some in (parts, others)]
+        print(f"the whole cache: {gib(total)} ({said[0]}); {said[1]}", flush=True)
     if not is_remote(out):
         need, free = total * n_shards / len(dataset.numbers), shutil.disk_usage(out).free
         if need > free:
             raise ValueError(f"{out} has {gib(free)} free and what is left to write takes {gib(need)}")
 
 
-def write_index(cache):
-    """Write one table of all images once every shard is committed: opening the cache then reads no shard."""
-    if cache.index is not None or len(cache.numbers) < cache.n_shards:
+def write_index(cache, anew=False):
+    """Write one table of all images once every shard is committed: opening the cache then reads no shard.
+
+    Writers that end at the same time write the same bytes. None clears the folder first: that would take the files away
+    from under another.
+    """
+    if len(cache.numbers) < cache.n_shards or (cache.index is not None and not anew):
         return
     shards = np.empty((cache.n_shards, 2), np.int64)
 
@@ -643,14 +681,16 @@ def write_index(cache):
         shards[number] = len(shard.ids), name_hash(shard.record["hash"])
         return np.stack([shard.ids, shard.shapes[:, 0] << 16 | shard.shapes[:, 1]], 1).ravel()
 
-    with ThreadPoolExecutor(32) as pool:
-        images = np.concatenate(list(map_ahead(pool, look, cache.numbers, 256)))
-    arrays = {"images": images, "shards": shards}
-    record = {"cache": cache.about["hash"], "images": len(images) // 2, "rows": 0, "skipped": [], "power": {}}
-    try:
-        write_shard(cache, INDEX, arrays, record)
-    except ValueError as error:  # another machine may have finished at the same time
-        print(f"the index was not written, the cache opens without it, slower: {error}", file=sys.stderr)
+    for last in (False, True):
+        try:
+            with ThreadPoolExecutor(32) as pool:
+                images = np.concatenate(list(map_ahead(pool, look, cache.numbers, 256)))
+            record = {"cache": cache.about["hash"], "images": len(images) // 2, "rows": 0, "skipped": [], "power": {}}
+            return write_shard(cache, INDEX, {"images": images, "shards": shards}, record)
+        except ValueError as error:
+            if last:
+                print(f"the index was not written, the cache opens without it, slower: {error}", file=sys.stderr)
+        clear(cache.store, folder_of(INDEX))  # an index that was there is of other sizes
 
 
 def fit_or_read_spaces(store, file, about, out, dataset, teachers, calibrate, device):
@@ -738,25 +778,29 @@ def write_shards(teachers, numbers, dataset, out, device):
         ahead = after is not None and dataset.decode_all(dataset.views_of(after))
         bad = [{"source": view.source.name, "reason": answer} for view, answer in answers if isinstance(answer, str)]
         decoded = [(view, *answer) for view, answer in answers if not isinstance(answer, str)]
-        arrays = image_arrays(decoded, dataset.seed)
+        arrays = image_arrays(decoded, dataset.seed, cache.about["pixels"])
         power = {t.name: np.zeros(2) for t in teachers}
         for done in add_teacher_arrays(arrays, power, teachers, cache.spaces, decoded, cache.about, device):
             yield done, ()
-        record = {"cache": cache.about["hash"], "images": len(decoded), "rows": len(arrays["pixels"])}
+        record = {"cache": cache.about["hash"], "images": len(decoded)}
+        record["rows"] = sum(len(rows) for _, rows, _ in decoded)
         record["power"] = {name: [float(f"{x:.8g}") for x in both] for name, both in power.items()}
         record["content"] = dataset.sources.content_hash(*dataset.span_of(number))
         write_shard(cache, number, arrays, record | {"skipped": bad})
         yield len(bad), [entry["source"] for entry in bad]
 
 
-def image_arrays(decoded, seed):
-    """The arrays of a shard, {name: numpy array}, that need no teacher, from decoded images [(view, rows, shape)]."""
+def image_arrays(decoded, seed, pixels):
+    """The arrays of a shard, {name: numpy array}, that need no teacher, from decoded images [(view, rows, shape)].
+
+    pixels: whether they are among these.
+    """
     seen, rows, shapes = zip(*decoded, strict=True) if decoded else ((), (), ())
     sources = [view.source for view in seen]
     views = [(v.number, *box, flip) for v in seen for box, flip in [choose_view(seed, v.source.id, v.number)]]
     meta = [s.meta for s in sources]
-    return {
-        "pixels": torch.cat(rows).numpy() if rows else np.zeros((0, ROW), np.uint8),
+    stored = {"pixels": torch.cat(rows).numpy() if rows else np.zeros((0, ROW), np.uint8)} if pixels else {}
+    return stored | {
         "shapes": np.array(shapes, np.int32).reshape(-1, 2),
         "ids": np.array([s.id for s in sources], np.int64),
         "views": np.array(views, np.float32).reshape(-1, 6),
@@ -803,7 +847,8 @@ def write_shard(cache, number, arrays, record):
     """
     store, folder, slots = cache.store, folder_of(number), cache.slots
     with naming_errors("the index" if number == INDEX else f"shard {number:05d}"):
-        clear(store, folder)
+        if number != INDEX:
+            clear(store, folder)
         writes, keys = [], []
         for name, a in arrays.items():
             if name.startswith("summary."):
@@ -1057,7 +1102,10 @@ def main(argv=None):
     add("--views", type=in_range(int, 1, 10**4), default=1, help="views an image: the whole of it, then random crops")
     add("--subset", help=".npy of image ids to keep (curate.py writes one)")
     add("--dtype", choices=("int8", "bf16"), default="int8", help="how patch features are stored")
-    add("--patches", choices=("all", "none"), default="all", help="none: summaries alone, for curation")
+    text = "none: summaries alone, for curation and to distil summaries"
+    add("--patches", choices=("all", "none"), default="all", help=text)
+    text = "none: decoded again from the images whenever they are read, so that a view costs its features alone"
+    add("--pixels", choices=("all", "none"), default="all", help=text)
     add("--seed", type=in_range(int, 0, 2**63 - 1), default=0, help="of the calibration sample and the views")
     add("--shard-images", type=in_range(int, 1, 10**6), default=512, help="sources in a shard")
     add(
@@ -1088,6 +1136,7 @@ def main(argv=None):
             load_teachers(args.teacher, args.images[0], device),
             args.out,
             subset=read_subset(args.subset),
+            pixels=args.pixels == "all",
             patches=args.patches == "all",
             shard_range=(i, n),
             device=device,

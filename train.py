@@ -94,7 +94,7 @@ class Flags:
     threads: int = flag(0, SPEED, "CPU threads of torch; 0 leaves its choice", (0, 1024))
 
     cache: str = flag("", PATHS, "feature cache to train on; without it, nor --images, the toy world")
-    images: tuple = flag((), PATHS, "folders, tars or lists of images to train on without a cache; needs --teacher")
+    images: tuple = flag((), PATHS, "folders, tars, lists of images: to train on with --teacher, or a cache's pixels")
     teacher: tuple = flag((), PATHS, "NAME=SPEC of a teacher to ask as one trains; repeatable")
     out: str = flag("", PATHS, "folder of the run (runs/toy, or runs/ and the cache's name)")
     resume: bool = flag(False, PATHS, "go on from the newest checkpoint of --out")
@@ -132,7 +132,7 @@ def parse(argv=None):
         default = list(f.default) if f.type is tuple else f.default  # argparse appends to it
         groups[group].add_argument("--" + f.name.replace("_", "-"), default=default, help=f.metadata["help"], **how)
     flags = Flags(**{k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()})
-    if bool(flags.images) != bool(flags.teacher) or (flags.cache and flags.images):
+    if flags.teacher if flags.cache else bool(flags.images) != bool(flags.teacher):
         raise ValueError("give --cache, or --images with at least one --teacher, or neither for the toy world")
     if flags.track and not importlib.util.find_spec(flags.track):
         raise ValueError(f"--track {flags.track}: the package is not installed; pip install {flags.track}")
@@ -676,7 +676,7 @@ def open_data(flags, process, compiled=False):
     oracles are cached, for they are slow.
     """
     if flags.cache:
-        cache = data.Cache(flags.cache).drop_damaged(flags.on_corrupt)
+        cache = data.Cache(flags.cache, flags.images or None).drop_damaged(flags.on_corrupt)
         return cache, cache.spaces, [], None
     if flags.images:
         return *open_images(flags, process, compiled), None

@@ -251,16 +251,102 @@ def test_summaries_are_read_when_sliced(world, oracles, tmp_path):
         data.summaries(tmp_path / "c", "dense")[1][15:25]
 
 
-def test_a_cache_of_summaries_alone(world, oracles, tmp_path):
-    """Catches patches that are stored all the same, and a cache without them that is trained on."""
+def test_a_cache_of_summaries_alone(world, oracles, cache, tmp_path):
+    """Catches patches that are stored all the same, and other summaries than those of a cache with patches."""
     kind = {"max_tokens": 64, "shard_images": 20, "progress": False}
-    cache = data.cache(world.folder / "images", oracles, tmp_path / "c", patches=False, **kind)
-    assert not list((tmp_path / "c").glob("shards/*/patch*")) and data.verify(cache) == []
+    alone = data.cache(world.folder / "images", oracles, tmp_path / "c", patches=False, **kind)
+    assert not list((tmp_path / "c").glob("shards/*/patch*")) and data.verify(alone) == []
     assert data.summaries(tmp_path / "c", "text")[1].shape == (80, 64)
-    assert len(data.thumbnails(tmp_path / "c", cache.all_ids()[:2])) == 2
-    with pytest.raises(ValueError, match="summaries alone"):
-        cache.read([(0, 0)])
-    data.info(cache)
+    assert len(data.thumbnails(tmp_path / "c", alone.all_ids()[:2])) == 2
+    said, want = alone.read([(0, 0), (3, 4)]), cache.read([(0, 0), (3, 4)])
+    assert torch.equal(said.rows, want.rows) and set(said.targets["dense"]) == {"summary", "registers"}
+    assert all(torch.equal(x, want.targets[t][kind]) for t, kinds in said.targets.items() for kind, x in kinds.items())
+    data.info(alone)
+
+
+def alike(a, b):
+    """Whether two Batches are equal, bit for bit, targets included."""
+    fields = ("rows", "image", "yx", "starts", "shapes", "ids")
+    kinds = [(t, kind) for t in b.targets for kind in b.targets[t]]
+    return all(torch.equal(getattr(a, f), getattr(b, f)) for f in fields) and all(
+        torch.equal(a.targets[t][kind], b.targets[t][kind]) for t, kind in kinds
+    )
+
+
+def test_a_cache_without_pixels_gives_the_batches_of_one_with_them(plug_in, tmp_path):
+    """Catches a view drawn anew, indices shifted by an image that was left out, and a subset taken for all."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(24):
+        Image.effect_noise((60 + 9 * i, 64), 90).convert("RGB").save(folder / f"{i:02d}.jpg")
+    (folder / "05.jpg").write_bytes(b"junk")
+    (folder / "14.jpg").write_bytes((folder / "13.jpg").read_bytes()[:1500])  # its header is sound
+    teachers, ids = load_teachers([plug_in], folder, "cpu"), [s.id for s in find_sources(folder)][2:]
+    kind = {"views": 3, "shard_images": 8, "max_tokens": [20, 40], "max_skipped": 0.2, "progress": False}
+    for subset in (None, ids):
+        kept, lean = (
+            data.cache(folder, teachers, tmp_path / f"{pixels}{subset is None}", subset=subset, pixels=pixels, **kind)
+            for pixels in (True, False)
+        )
+        assert not list(Path(lean.path).glob("shards/*/pixels")) and data.verify(lean) == []
+        for opened in (lean, data.Cache(lean.path, folder)):
+            for number in kept.numbers:
+                entries = [(number, i) for i in range(len(kept.shard(number).ids))][::-2]
+                assert alike(opened.read(entries), kept.read(entries))
+        steps = [data.loader(data.Order(c, 300), data.Position()) for c in (lean, kept)]
+        assert all(alike(next(steps[0])[0], next(steps[1])[0]) for _ in range(12))
+        pictures = [data.thumbnails(c.path, kept.all_ids()[3:30:3], folder) for c in (lean, kept)]
+        assert all(np.array_equal(a, b) for a, b in zip(*pictures, strict=True))
+
+
+def test_a_cache_without_pixels_refuses_other_and_changed_images(plug_in, tmp_path):
+    """Catches a wrong image under an id: other images, one more, one changed before or after the table was made."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(12):
+        Image.new("RGB", (64, 64), (20 * i, 0, 0)).save(folder / f"{i:02d}.png")
+    path = tmp_path / "c"
+    teachers = load_teachers([plug_in], folder, "cpu")
+    lean = data.cache(folder, teachers, path, pixels=False, shard_images=4, progress=False)
+    with pytest.raises(ValueError, match="holds no pixels: give --images"):
+        data.Cache(path).read([(0, 0)])
+    shutil.copytree(folder, tmp_path / "fewer")
+    (tmp_path / "fewer/03.png").unlink()
+    with pytest.raises(ValueError, match="made of other images than"):
+        data.Cache(path, tmp_path / "fewer")
+    Image.new("RGB", (64, 64), "blue").save(folder / "05.png")
+    with pytest.raises(data.Damage, match=r"shard 00001, image 05\.png: has changed"):
+        lean.read([(1, 0), (1, 1)])
+    with pytest.raises(data.Damage, match="shard 00001: its images are not those"):
+        data.Cache(path, folder).read([(1, 0)])
+    Image.new("RGB", (64, 64)).save(folder / "04b.png")
+    more = data.Cache(path, folder)  # as of a larger folder, a subset
+    assert int(more.read([(2, 3)]).rows[5:].max()) == 220
+    with pytest.raises(data.Damage, match="shard 00001"):
+        more.read([(1, 0)])
+    batch = data.read_pack(more, [(1, 0), (2, 1)], 100, 4, on_corrupt="skip")
+    assert batch.ids.tolist() == [int(more.shard(2).ids[1])]
+
+
+def test_a_cache_of_summaries_without_pixels_is_trained_on_and_its_student_measured(cache, world, oracles, tmp_path):
+    """Catches a loss or a measure that needs patches or pixels: the summaries' terms are those of a full cache."""
+    images, kind = world.folder / "images", {"max_tokens": 64, "shard_images": 20, "progress": False}
+    data.cache(images, oracles, tmp_path / "c", patches=False, pixels=False, **kind)
+    runs = []
+    for path, more in ((tmp_path / "c", ["--images", images]), (cache.path, [])):
+        words = ["--steps", 2, "--tokens", 400, "--log-every", 1, "--save-every", 1, "--cache"]
+        out = tmp_path / f"run{len(runs)}"
+        command = [sys.executable, "train.py", *map(str, [*words, path, *more, "--out", out])]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+        lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        runs.append(([x for x in lines if "loss" in x], json.loads((out / "result.json").read_text())))
+    (lean, scores), (full, wanted) = runs
+    assert len(lean) == 2 and all(np.isfinite(x["loss"]) for x in lean)
+    first = [key for key in full[0] if key.endswith(("_summary", "_registers", "_arkd"))]
+    assert len(first) == 5 and all(lean[0][key] == pytest.approx(full[0][key], rel=1e-5) for key in first)
+    patches = [key for key in wanted["student"] if "patch" in key]
+    assert len(patches) == 2 and set(wanted["student"]) - set(scores["student"]) == set(patches)
+    assert (tmp_path / "run0/pca.png").exists()
 
 
 def test_the_size_is_said_before_and_a_disk_without_room_is_an_error(world, oracles, tmp_path, monkeypatch, capsys):
