@@ -773,7 +773,7 @@ def save(model, folder):
     folder, whole = Path(folder), folded(model)
     about, code = {"model_type": "amoe", **describe(whole)}, Path(__file__).parent / "hub" / "modeling_amoe.py"
     if isinstance(model, AMoE):
-        about["auto_map"] = {"AutoConfig": "modeling_amoe.AMoEConfig", "AutoModel": "modeling_amoe.AMoE"}
+        about["auto_map"] = {"AutoConfig": "modeling_amoe.AMoEConfig", "AutoModel": "modeling_amoe.AMoEModel"}
     else:
         code = Path(model.factory.rpartition(":")[0])
         about["trunk"]["factory"] = Path(model.factory).name
