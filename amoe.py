@@ -825,13 +825,14 @@ def load_siglino(weights, top_k=6):
     return rebuild(*from_siglino(state, top_k, source), source)
 
 
-def save_siglino(model, path):
+def save_siglino(model, path, centred=False):
     """Write a student as one .safetensors in the layout of the released checkpoints: the inverse of load_siglino.
 
-    ValueError where that layout has no place for it, as for heads with PHI-S folded in.
+    centred: less the teachers' means, for which the layout has no place; siglip2's summary, being pooled, is whole.
+    ValueError where there is no place for a head, or for a mean that is not to be left out.
     """
     whole = folded(model)
-    state = to_siglino(describe(whole), whole.state_dict())
+    state = to_siglino(describe(whole), whole.state_dict(), centred)
     write_atomically(path, lambda file: file.write(safetensors.torch.save(state, {"format": "pt"})))
 
 

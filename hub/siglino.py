@@ -1,5 +1,7 @@
 """The key layout of the released SigLino checkpoints, from and to that of amoe.py: of state dicts, without a model."""
 
+import torch.nn.functional as F
+
 HEADS = {  # how the keys of a head begin in amoe.py, and in a released checkpoint
     "heads.siglip2.pool.": "siglip2_multihead_attention_pooling_head.",
     "heads.siglip2.": "siglip2_adapter.",
@@ -93,17 +95,30 @@ def from_siglino(state, top_k, source):
     return {"trunk": trunk, "heads": heads}, state
 
 
-def to_siglino(about, state):
+def to_siglino(about, state, centred):
     """The state dict under a released checkpoint's keys, of a student whose PHI-S is folded in (amoe.describe, state).
 
-    ValueError where the layout has no place for it: for heads but "dinov3" and "siglip2", and for the bias of a last
-    layer, into which PHI-S is folded.
+    PHI-S folds into a weight and a bias, the teacher's mean. The layout has no such bias, and no weights of its width
+    give a constant: centred leaves it out of the features. The pooling of siglip2's summary takes it in, exactly.
+    ValueError where the layout has no place: for heads but "dinov3" and "siglip2", and for that bias unless centred.
     """
     heads = about["heads"]
     if sorted(heads) != ["dinov3", "siglip2"] or not heads["siglip2"]["pool"] or "factory" in about["trunk"]:
         raise ValueError(f"SigLino's layout has the heads dinov3 and siglip2 (pooled), and not {', '.join(heads)}")
-    if biased := [name for name, head in heads.items() if head["bias"]]:
-        raise ValueError(f"SigLino's layout has no bias in a head's last layer, and '{biased[0]}' has one, from PHI-S")
+    if heads["siglip2"]["pool"]["heads"] != 16:
+        raise ValueError(f"SigLino pools siglip2 with 16 heads, and not with {heads['siglip2']['pool']['heads']}")
+    biased = [name for name, head in heads.items() if head["bias"]]
+    if biased and not centred:
+        raise ValueError(
+            f"SigLino's layout has no bias in a head's last layer, and '{biased[0]}' has one, the teacher's mean: "
+            "centred=True writes features less that mean"
+        )
+    state = {key: value for key, value in state.items() if not key.endswith("_mean")}
+    biases = {name: state.pop(f"heads.{name}.fc2.bias") for name in biased}
+    if "siglip2" in biases:  # of what the keys and values are made of; the query is not made of the image's tokens
+        C, pool = len(biases["siglip2"]), "heads.siglip2.pool.attention.in_proj_"
+        shift = state[pool + "weight"][C:] @ biases["siglip2"]
+        state[pool + "bias"] = state[pool + "bias"] + F.pad(shift, (C, 0))
     norm = state["heads.dinov3.norm.weight"]  # of the right width: layer_norm_dinov3 is in the layout, and unused
     unused = {
         "layer_norm_dinov3.weight": norm.new_ones(norm.shape),
