@@ -23,6 +23,7 @@ from teachers import Teacher, embed_captions, load_teachers, make_targets
 
 # isort: split
 import argparse
+import concurrent.futures
 import contextlib
 import importlib.util
 import json
@@ -42,6 +43,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch._functorch import config as functorch
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 # ---- flags ----
@@ -103,6 +105,7 @@ class Flags:
         "stop", PATHS, "damage in the cache: stop, or leave those images out and say so", ("stop", "skip")
     )
     save_every: int = flag(200, PATHS, "steps between checkpoints; the last step is always saved", COUNT)
+    save_minutes: float = flag(0.0, PATHS, "minutes between checkpoints as well; 0: by steps alone", (0, 1e6))
     log_every: int = flag(20, PATHS, "steps between lines of log.jsonl", COUNT)
     eval_every: int = flag(
         0, PATHS, "steps between measures of held-out images, kNN too; a checkpoint logs cosines", (0, 10**9)
@@ -170,6 +173,9 @@ class Run:
     subset: object  # image ids of --subset, or None
     began: float  # by time.perf_counter, as if the run had never been interrupted
     log: object = None  # Log
+    writer: object = field(default_factory=lambda: concurrent.futures.ThreadPoolExecutor(1))
+    writing: object = None  # the future of the newest checkpoint
+    saved: float = field(default_factory=time.monotonic)  # when that was begun, or the run
     step: int = 0
     position: data.Position = field(default_factory=data.Position)
     tokens: int = 0  # trained on, padding not counted
@@ -211,8 +217,8 @@ def train(flags, process, compiled):
         if at_line or last:
             bar.set_postfix(interval.end(run, norm, expert_load, held_out_scores if measures else lambda run: {}))
             diverged = note_skipped(run) >= 10
-        signalled = agree_on_signal(signals, process, at_line)
-        if (saves or last or signalled) and not diverged:
+        signalled, due = agree(run, signals, at_line)
+        if (saves or due or last or signalled) and not diverged:
             save_checkpoint(run)
     bar.close()
     finish(run, signalled, signals, diverged)
@@ -226,15 +232,19 @@ def catch_signals():
     return caught
 
 
-def agree_on_signal(signals, process, at_line):
-    """The signal that ends the run after this step, or 0. Ranks stop at the same step, so they ask one another.
+def agree(run, signals, at_line):
+    """(the signal that ends the run after this step, or 0; whether --save-minutes have passed), alike on all ranks.
 
-    That makes the device wait, hence only at lines of the log.
+    Ranks ask one another, which makes the device wait, hence only at lines of the log.
     """
-    if process.world == 1:
-        return max(signals, default=0)
-    mine = torch.tensor(float(max(signals, default=0)), device=process.device)
-    return max(signals, default=signal.SIGTERM) if at_line and process.sum(mine) > 0 else 0
+    due = 0 < run.flags.save_minutes < (time.monotonic() - run.saved) / 60
+    if run.process.world == 1:
+        return max(signals, default=0), due
+    if not at_line:
+        return 0, False
+    some_2 = torch.tensor([max(signals, default=0), float(due)], device=run.process.device)
+    signalled, due = run.process.sum(some_2).tolist()
+    return max(signals, default=signal.SIGTERM) if signalled else 0, due > 0
 
 
 def note_skipped(run):
@@ -770,12 +780,32 @@ def wrap(model, flags, process):
 
 
 def save_checkpoint(run):
-    """Write the run's checkpoint on rank 0; all ranks help to gather sharded weights."""
+    """Begin to write the run's checkpoint, in a thread of rank 0; all ranks help to gather sharded weights."""
     note_skipped(run)
-    state = state_of(run)
+    state, run.saved = state_of(run), time.monotonic()
     if run.process.rank == 0:
-        save(run.folder, state, run.flags.keep)
+        if run.writing:
+            run.writing.result()  # a full disk is an error here
+        copied, done = copy_to_host(state)
+        run.writing = run.writer.submit(lambda: (done(), save(run.folder, copied, run.flags.keep)))
         draw(run.folder / "curves.png", lambda: curves(run.log.path))
+
+
+def copy_to_host(state):
+    """(the state with copies of its tensors on the host, a function that waits until they are there).
+
+    A GPU goes on with the next step meanwhile: it copies into pinned memory, in the order of its own work.
+    """
+
+    def copy(value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        return torch.empty_like(value, device="cpu", pin_memory=value.is_cuda).copy_(value, non_blocking=True)
+
+    copied, copies = tree_map(copy, state), torch.cuda.Event() if torch.cuda.is_initialized() else None
+    if copies:
+        copies.record()
+    return copied, copies.synchronize if copies else lambda: None
 
 
 def student_of(state):
@@ -821,6 +851,8 @@ def finish(run, signalled, signals, diverged):
             print(f"stopped by {signal.Signals(number).name} after step {run.step}: --resume goes on", flush=True)
         sys.exit(128 + number)
 
+    if run.writing:
+        run.writing.result()
     state, failed = state_of(run), "ten steps in a row were skipped" if diverged else ""
     student = export(run.folder, state).to(run.process.device) if run.process.rank == 0 else None
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -446,6 +446,29 @@ def test_a_full_disk_leaves_earlier_checkpoints(cache, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["step-000001.pt"]
 
 
+def test_checkpoints_come_by_time_too_and_hold_the_step_that_they_name(cache, tmp_path, monkeypatch):
+    """Catches a thread that writes weights which later steps have moved, --save-minutes that does nothing, and a write
+    whose failure nobody hears of."""
+    save, words = train.save, ("--steps", "6", "--keep", "9", "--ema", "0.9")
+    train.main(command(cache, tmp_path / "by-steps", *words, "--save-every", "2")[2:])
+    monkeypatch.setattr(train, "save", lambda *how: (time.sleep(0.3), save(*how)))
+    train.main(command(cache, tmp_path / "by-time", *words, "--save-every", "999", "--save-minutes", "1e-6")[2:])
+    assert len(train.checkpoints(tmp_path / "by-time")) == 6
+    for path in train.checkpoints(tmp_path / "by-steps"):
+        a, b = (torch.load(p) for p in (path, tmp_path / "by-time" / path.name))
+        for part in ("model", "average", "interval"):
+            assert all(torch.equal(v, b[part][k]) for k, v in a[part].items()), part
+        moments = [list(state["optimizer"]["state"].values()) for state in (a, b)]
+        assert all(torch.equal(x["exp_avg"], y["exp_avg"]) for x, y in zip(*moments, strict=True))
+
+    def full(*_):
+        raise ValueError("No space left")
+
+    monkeypatch.setattr(train, "save", full)
+    with pytest.raises(ValueError, match="No space left"):
+        train.main(command(cache, tmp_path / "full", *words)[2:])
+
+
 def test_two_ranks_train_and_resume_sharded_or_not(cache, tmp_path):
     """Catches a checkpoint of one rank's shards, and ranks that stop at different steps."""
     words = ["train.py", *command(cache, tmp_path / "run")[2:], "--steps", "4", "--fsdp"]
