@@ -351,12 +351,13 @@ class PhiS(Float32Buffers):
     spreads variance evenly, so every channel of y has unit variance while one scalar keeps the teacher's geometry.
     """
 
-    def __init__(self, mean_C, rotation_CC, sigma):
-        """rotation_CC is H U^T."""
+    def __init__(self, mean_C, rotation_CC, sigma, spread_C=None):
+        """rotation_CC is H U^T. spread_C: a divisor a channel, which PHI-S has none of (`rebalance`)."""
         super().__init__()
         self.register_buffer("mean", mean_C)
         self.register_buffer("rotation", rotation_CC)
         self.register_buffer("sigma", torch.as_tensor(sigma, dtype=mean_C.dtype))
+        self.register_buffer("spread", spread_C)
 
     @classmethod
     def fit(cls, x_NC):
@@ -396,11 +397,13 @@ class PhiS(Float32Buffers):
 
     def apply(self, x):
         """Teacher's space to balanced space, [..., C] -> [..., C]."""
-        return (x.to(self.mean.dtype) - self.mean) @ self.rotation.T / self.sigma
+        x = x.to(self.mean.dtype) - self.mean
+        return (x if self.spread is None else x / self.spread) @ self.rotation.T / self.sigma
 
     def invert(self, y):
         """Balanced space to the teacher's own, [..., C] -> [..., C]."""
-        return self.mean + self.sigma * (y.to(self.mean.dtype) @ self.rotation)
+        x = self.sigma * (y.to(self.mean.dtype) @ self.rotation)
+        return self.mean + (x if self.spread is None else x * self.spread)
 
     def fold(self, linear):
         """A new nn.Linear, with bias, that answers in the teacher's own space: fold(linear)(x) = invert(linear(x))."""
@@ -412,14 +415,16 @@ class PhiS(Float32Buffers):
             else linear.bias.detach()
         )
         with torch.no_grad():
-            out.weight.copy_(self.sigma.double() * rotation.T @ weight)
-            out.bias.copy_(self.mean.double() + self.sigma.double() * (bias.double() @ rotation))
+            scale = self.sigma.double() if self.spread is None else self.sigma.double() * self.spread.double()[:, None]
+            out.weight.copy_(scale * (rotation.T @ weight))
+            out.bias.copy_(self.mean.double() + (scale * (bias.double() @ rotation)[:, None])[:, 0])
         return out
 
     def unfold(self, linear):
         """The inverse of fold, as a new nn.Linear with bias: unfold(linear)(x) = apply(linear(x))."""
         out = nn.Linear(linear.in_features, linear.out_features, dtype=linear.weight.dtype, device=linear.weight.device)
         rotation = self.rotation.double() / self.sigma.double()
+        rotation = rotation if self.spread is None else rotation / self.spread.double()
         bias = 0 if linear.bias is None else linear.bias.detach().double()
         with torch.no_grad():
             out.weight.copy_(rotation @ linear.weight.detach().double())
@@ -448,7 +453,8 @@ class Space:
     """What the student must know of a teacher: its sizes, its PHI-S, and the spread of what it says (E2).
 
     `summary_variance` and `register_variance` are mean channel variances in the teacher's own space. `pool` holds the
-    state of a frozen MAP head (see MapPool) where the teacher's summary is attention-pooled.
+    state of a frozen MAP head (see MapPool) where the teacher's summary is attention-pooled. `stored` is the PHI-S that
+    the targets of patches are in, where the student learns them in another: `rebalance`.
     """
 
     name: str
@@ -461,6 +467,38 @@ class Space:
     pool: dict | None = None
     pool_heads: int = 16
     pool_eps: float = 1e-6
+    stored: PhiS | None = None
+
+    def own(self, y):
+        """Targets of patches, as stored, in the teacher's own space."""
+        phi_s = self.stored or self.phi_s
+        return phi_s.invert(dequantise(y).to(phi_s.mean.device))
+
+    def patch_target(self, y):
+        """Targets of patches, as stored, in the space in which the student learns them."""
+        return self.phi_s.to(y.device).apply(self.own(y)) if self.stored else dequantise(y)
+
+
+BALANCINGS = ("phi-s", "channels", "scale", "none")
+
+
+def rebalance(space, how, spread_C):
+    """The Space in which a student learns without PHI-S, to compare: an ablation.
+
+    how: "channels" gives every channel unit variance (spread_C, its standard deviation), "scale" divides all by the one
+    sigma of PHI-S and rotates nothing, "none" leaves features as the teacher says them. "phi-s" changes nothing.
+    """
+    if how == "phi-s":
+        return space
+    phi_s, eye = space.phi_s, torch.eye(space.dim)
+    if how == "channels":
+        return replace(space, phi_s=PhiS(phi_s.mean, eye, 1.0, spread_C), stored=phi_s)
+    if how == "scale":
+        return replace(space, phi_s=PhiS(phi_s.mean, eye, phi_s.sigma), stored=phi_s)
+    raw = PhiS(torch.zeros_like(phi_s.mean), eye, 1.0)
+    return replace(
+        space, phi_s=raw, stored=phi_s, summary_variance=1.0, register_variance=(1.0,) * len(space.register_variance)
+    )
 
 
 class MapPool(nn.Module):
@@ -521,7 +559,8 @@ class Head(Float32Buffers):
         self.norm = nn.LayerNorm(space.dim)
         self.fc2 = nn.Linear(space.dim, space.dim, bias=False)
         self.phi_s = space.phi_s
-        means = (None, None) if None in (space.phi_s, space.summary_mean) else (space.phi_s.mean, space.summary_mean)
+        phi_s = space.stored or space.phi_s
+        means = (None, None) if None in (phi_s, space.summary_mean) else (phi_s.mean, space.summary_mean)
         for kind, mean_C in zip(("patch", "summary"), means, strict=True):  # of the teacher's features in training
             self.register_buffer(f"{kind}_mean", None if mean_C is None else mean_C.clone())
         self.pool = None
@@ -740,7 +779,8 @@ def rebuild(about, state, source):
     for name, sizes in about["heads"].items():
         C, pool = sizes["dim"], sizes["pool"] or {"heads": 0, "eps": 0}
         balanced = f"heads.{name}.phi_s.mean" in state  # as a checkpoint of training is, and no student/
-        phi_s = PhiS(torch.zeros(C), torch.zeros(C, C), 1) if balanced else None
+        spread = torch.zeros(C) if f"heads.{name}.phi_s.spread" in state else None
+        phi_s = PhiS(torch.zeros(C), torch.zeros(C, C), 1, spread) if balanced else None
         weights = under(f"heads.{name}.pool.", state) or None
         spaces.append(Space(name, C, sizes["registers"], phi_s, None, 1.0, (), weights, pool["heads"], pool["eps"]))
     model = PlugIn(trunk["factory"], spaces) if "factory" in trunk else AMoE(Config(**trunk), spaces)
@@ -876,7 +916,7 @@ def load_exactly(model, state, source, allow_missing=lambda key: False):
 # ---- losses ----
 
 
-def distillation_loss(out, batch, spaces):
+def distillation_loss(out, batch, spaces, alike="images"):
     """(E2) summed over the pack's images: {teacher: {"patch", "summary", "registers"}}, float32 scalars.
 
         L(q) = e(summary) + mean over patches of e(patch) + mean over registers of e(register)
@@ -885,20 +925,21 @@ def distillation_loss(out, batch, spaces):
     Divide the sum by the images of the global batch for (E3): every image then weighs the same at every resolution, in
     whatever pack and on whichever rank. v is 1 for patches, which live in balanced space; summaries and registers are
     compared in the teacher's own space, where an L2 distance over v is the same number. Targets without patches have no
-    such term.
+    such term. alike="tokens" is the usual mean over all patches of the pack, to compare: large images then weigh more.
     """
     image_T = batch.image.long()
     patches_M = batch.shapes.prod(1).float()
     n_special = batch.starts[1:] - batch.starts[:-1] - batch.shapes.prod(1)  # CLS and registers
     real_T = image_T < batch.n_images
     of_T = image_T.clamp(max=batch.n_images - 1)
-    weight_T = torch.where(real_T & (batch.offset >= n_special[of_T]), 1 / patches_M[of_T], 0.0)
+    share_M = 1 / patches_M if alike == "images" else (len(patches_M) / patches_M.sum()).expand_as(patches_M)
+    weight_T = torch.where(real_T & (batch.offset >= n_special[of_T]), share_M[of_T], 0.0)
     losses = {}
     for space in spaces:
         target = batch.targets[space.name]
         losses[space.name] = {}
         if "patch" in target:  # which a cache of summaries alone does not hold
-            error_T = (out[space.name]["patch"].float() - dequantise(target["patch"])).square().mean(1)
+            error_T = (out[space.name]["patch"].float() - space.patch_target(target["patch"])).square().mean(1)
             losses[space.name]["patch"] = (weight_T * error_T).sum()
         error_M = (out[space.name]["summary"] - target["summary"]).square().mean(1)
         losses[space.name]["summary"] = error_M.sum() / space.summary_variance

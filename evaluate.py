@@ -13,7 +13,7 @@ patches, H x W pixels.
 """
 
 import amoe
-from amoe import PATCH, dequantise, pack, split_by_tokens, to_rows
+from amoe import PATCH, pack, split_by_tokens, to_rows
 from common.commands import Parser, choose_device, in_range, reading, run_command
 from common.pictures import finite, pca_sheet
 from common.sources import find_sources, upright, with_image
@@ -75,9 +75,8 @@ def of_targets(spaces, teachers=(), device="cpu"):
 
     def answer(batch):
         found = batch.targets or make_targets(teachers, spaces, batch.to(device))
-        own = lambda s, y: s.phi_s.invert(dequantise(y).to(s.phi_s.mean.device))  # noqa: E731
         given = {s.name: found[s.name] for s in spaces}  # without patches where a cache holds summaries alone
-        patches = {s.name: {"patch": own(s, given[s.name]["patch"])} for s in spaces if "patch" in given[s.name]}
+        patches = {s.name: {"patch": s.own(given[s.name]["patch"])} for s in spaces if "patch" in given[s.name]}
         return {name: kinds | patches.get(name, {}) for name, kinds in given.items()}
 
     return answer
@@ -319,7 +318,7 @@ def imitation_scores(dataset, spaces, models, texts, most=2000, neighbours=True,
         add_knn(result, dataset, models, trained[:: max(1, len(trained) // most)], held, features)
     for space in spaces:
         want = features["teacher"][space.name]
-        mean = space.phi_s.mean.cpu()
+        mean = (space.stored or space.phi_s).mean.cpu()
         for who, f in features.items():
             if who != "teacher":
                 got = f[space.name]

@@ -12,6 +12,7 @@ import kernels.moe
 import toy
 from amoe import autocast
 from common.commands import Parser, in_range, locked, reading, run_command
+from common.muon import Muon
 from common.pictures import curves, draw
 from common.process import setup
 from common.sources import find_sources
@@ -38,6 +39,7 @@ import time
 import warnings
 import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -62,10 +64,12 @@ COUNT = (1, 10**9)
 class Flags:
     model: str = flag("toy", RESULTS, "student", tuple(amoe.CONFIGS))
     student: str = flag("", RESULTS, "FILE.py:FACTORY of a trunk of your own, in the place of --model")
+    sizes: tuple = flag((), RESULTS, "NAME=NUMBER of amoe.Config, in place of the model's: top_k=1 layers=2")
     init: str = flag("", RESULTS, "weights to begin with and take the sizes of: a run, its student/, or SigLino's")
     steps: int = flag(640, RESULTS, "optimizer steps", COUNT)
     tokens: int = flag(2048, RESULTS, "tokens in a pack, padding included", (1, 2**20))
     accumulate: int = flag(1, RESULTS, "packs a rank adds up before a step; ARKD spans all of them", (1, 4096))
+    optimizer: str = flag("adamw", RESULTS, "muon steps matrices by Muon, and all else by AdamW", ("adamw", "muon"))
     lr: float = flag(6e-3, RESULTS, "peak learning rate", (0, 100))
     warmup: int = flag(30, RESULTS, "steps of linear warm-up", (0, 10**9))
     schedule: str = flag(
@@ -75,6 +79,8 @@ class Flags:
     clip: float = flag(1.0, RESULTS, "largest norm of the whole gradient", (1e-9, 1e9))
     arkd: float = flag(0.5, RESULTS, "weight of the relational loss; 0 leaves it out", (0, 1000))
     arkd_mode: str = flag("arkd", RESULTS, "asymmetric, or the symmetric baseline", ("arkd", "rkd"))
+    balancing: str = flag("phi-s", RESULTS, "of teachers' channels; the others are to compare", amoe.BALANCINGS)
+    alike: str = flag("images", RESULTS, "what weighs the same in the loss of patches", ("images", "tokens"))
     balance: float = flag(2e-3, RESULTS, "step of the expert biases towards equal load", (0, 1))
     ema: float = flag(0.0, RESULTS, "decay of an average of the weights, then the student; 0: none", (0, 0.999999))
     seed: int = flag(0, RESULTS, "of initialisation and data order", (0, 2**63 - 1))
@@ -141,6 +147,10 @@ def parse(argv=None):
         raise ValueError(f"--track {flags.track}: the package is not installed; pip install {flags.track}")
     if flags.student and flags.checkpoint:
         raise ValueError("--checkpoint recomputes blocks of --model: a --student that needs it does so itself")
+    if flags.sizes and (flags.init or flags.student):
+        raise ValueError("--sizes are those of --model: --init and --student bring their own")
+    if flags.fsdp and flags.optimizer == "muon":
+        raise ValueError("--optimizer muon needs whole matrices and --fsdp shards them: leave one of them out")
     if flags.fsdp and flags.ema:
         raise ValueError("--ema averages whole weights and --fsdp shards them: leave one of them out")
     if not flags.out:
@@ -262,7 +272,7 @@ def note_skipped(run):
 # ---- a step ----
 
 
-def forward(model, spaces, batch, extents):
+def forward(model, spaces, batch, extents, alike="images"):
     """A pack's forward pass and its (E2), which torch.compile makes one graph: (summaries, losses, expert load).
 
     ARKD stays outside: it couples the summaries of all packs and ranks, which have to be gathered first. Under DDP the
@@ -270,7 +280,7 @@ def forward(model, spaces, batch, extents):
     """
     out, expert_load = model(batch, extents)
     summaries = {space.name: out[space.name]["summary"].float() for space in spaces}
-    return summaries, amoe.distillation_loss(out, batch, spaces), expert_load
+    return summaries, amoe.distillation_loss(out, batch, spaces, alike), expert_load
 
 
 def compile_forward():
@@ -646,12 +656,15 @@ def prepare(flags, process, compiled):
     if process.rank == 0:
         clear_run_folder(folder, flags)
     subset = data.read_subset(flags.subset)
-    opened = open_data(flags, process, compiled)
-    model = build(flags, opened[1], process.device)
+    dataset, spaces, teachers, world = open_data(flags, process, compiled)
+    spaces = rebalanced(flags, dataset, spaces, teachers, process.device)
+    model = build(flags, spaces, process.device)
     wrapped = wrap(model, flags, process)
-    trained = model, wrapped, compile_forward() if compiled else forward, make_optimizer(model, flags)
+    run_forward = partial(compile_forward() if compiled else forward, alike=flags.alike)
+    trained = model, wrapped, run_forward, make_optimizer(model, flags)
     average = {name: p.detach().clone() for name, p in model.named_parameters()} if flags.ema else {}
     bad_steps = torch.zeros(2, dtype=torch.int64, device=process.device)
+    opened = dataset, spaces, teachers, world
     run = Run(flags, process, compiled, folder, *opened, *trained, average, bad_steps, Interval(), subset, began)
     found, state = newest_checkpoint(folder, process.rank > 0) if flags.resume else (None, None)
     if found:
@@ -720,10 +733,38 @@ def open_images(flags, process, compiled):
     return dataset, data.read_spaces(store, dataset.about, out), teachers
 
 
+def rebalanced(flags, dataset, spaces, teachers, device):
+    """The spaces in which the student learns: the teachers' PHI-S, or another balancing of their channels."""
+    if flags.balancing == "phi-s":
+        return spaces
+    entries = evaluate.split(dataset, 512)[0][:512]
+    told = evaluate.stream(evaluate.of_targets(spaces, teachers, device), dataset, entries, stored=not teachers)
+    told = evaluate.gather(told)
+    spread = {s.name: torch.cat(told[s.name]["patch"]).std(0).clamp(min=1e-6).cpu() for s in spaces}
+    return [amoe.rebalance(space, flags.balancing, spread[space.name]) for space in spaces]
+
+
+def with_sizes(config, sizes):
+    """A Config with some of its numbers replaced: ("NAME=NUMBER", ...); ValueError for what is no size of a student."""
+    changed = {}
+    for said in sizes:
+        name, _, number = said.partition("=")
+        if name not in asdict(config) or not number.isdecimal():
+            raise ValueError(f"--sizes {said}: a size is NAME=NUMBER, with a name of {', '.join(asdict(config))}")
+        changed[name] = type(getattr(config, name))(int(number))
+    c = replace(config, **changed)
+    dense = c.dense_layers == 0 or c.dense_hidden > 0
+    sparse = c.dense_layers >= c.layers or (1 <= c.top_k <= c.experts and c.expert_hidden > 0)
+    possible = min(c.layers, c.dim, c.heads, c.head_dim) > 0 == c.head_dim % 2 and c.dense_layers <= c.layers
+    if not (possible and dense and sparse):
+        raise ValueError(f"--sizes {' '.join(sizes)}: there is no such student: {c}")
+    return c
+
+
 def build(flags, spaces, device):
     """A student at its beginning, the same on every rank and device for a seed."""
     torch.manual_seed(flags.seed)
-    config = amoe.CONFIGS[flags.model]
+    config = with_sizes(amoe.CONFIGS[flags.model], flags.sizes)
     parent = amoe.load(flags.init, config.top_k or 6) if flags.init else None
     if isinstance(parent, amoe.PlugIn) and not flags.student:
         raise ValueError(f"--init {flags.init} has a trunk of its own: give its FILE.py:FACTORY by --student")
@@ -751,13 +792,18 @@ def build(flags, spaces, device):
 
 
 def make_optimizer(model, flags):
-    """AdamW, fused; decay on matrices only, and not on the CLS and register tokens."""
-    decayed, free = [], []
+    """AdamW, fused; decay on matrices only, and not on the CLS and register tokens. Muon takes those of the layers."""
+    groups = {"muon": [], "decayed": [], "free": []}
     for name, p in model.named_parameters():
+        matrix = p.ndim >= 2 and not name.endswith("_tokens") and "cls_token" not in name
+        muon = matrix and flags.optimizer == "muon" and "layers." in name and "gate" not in name
         if p.requires_grad:
-            (decayed if p.ndim >= 2 and not name.endswith("_tokens") and "cls_token" not in name else free).append(p)
-    groups = [{"params": decayed, "weight_decay": flags.weight_decay}, {"params": free, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=flags.lr, betas=(0.9, 0.95), fused=True)
+            groups["muon" if muon else "decayed" if matrix else "free"].append(p)
+    decay = {"muon": flags.weight_decay, "decayed": flags.weight_decay, "free": 0.0}
+    groups = [{"params": p, "weight_decay": decay[kind], "muon": kind == "muon"} for kind, p in groups.items() if p]
+    return (Muon if flags.optimizer == "muon" else torch.optim.AdamW)(
+        groups, lr=flags.lr, betas=(0.9, 0.95), fused=True
+    )
 
 
 def wrap(model, flags, process):
