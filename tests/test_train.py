@@ -226,7 +226,7 @@ def losses(out):
     return {line["step"]: line["loss"] for line in lines if "step" in line}
 
 
-def wait_for(path, text, process, seconds=60):
+def wait_for(path, text, process, seconds=300):
     begun = time.time()
     while process.poll() is None and time.time() - begun < seconds:
         if path.exists() and text in path.read_text():
