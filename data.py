@@ -1081,7 +1081,7 @@ def info(cache):
 def describe(sources):
     """A printed page: what is in a table of sources."""
     rows, tars = sources.rows, sum(in_tar for _, in_tar in sources.about["places"])
-    size = sum(os.path.getsize(os.path.join(sources.folder, name)) for name in ("rows", "names", "notes"))
+    size = sum(os.path.getsize(os.path.join(sources.folder, name)) for name in ("rows", "names"))
     print(f"{len(rows)} images of {rows['size'].sum() / 2**20:.1f} MiB, {tars} tars, {(rows['height'] == 0).sum()} bad")
     print(f"{sources.folder}: {size / 2**20:.1f} MiB, {size / len(rows):.0f} bytes an image")
 

@@ -5,7 +5,8 @@ built from. A tar is scanned by its raw headers.
 """
 
 from common.commands import one_line
-from common.store import Window, digest, is_remote, map_ahead, name_hash, open_store, read_bytes, seal, unseal
+from common.store import Window, digest, is_remote, map_ahead, name_hash, open_store, read_bytes, seal, stamp, unseal
+from common.tars import BLOCK, tar_members, tar_number
 
 # isort: split
 import contextlib
@@ -18,6 +19,7 @@ import json
 import mmap
 import multiprocessing
 import os
+import re
 import shutil
 import stat
 import sys
@@ -40,18 +42,16 @@ MAX_BYTES = 3 * MAX_PIXELS  # of an image's file
 HEAD = 1 << 17  # bytes of a member of a tar, or of a remote image, that a header is looked for in first
 TEXTS = (".txt", ".json", ".cls")
 COLUMNS = {
-    "name": "<i8",  # where it ends in `names`
+    "name": "<i8",  # where its text ends in `names`
     "id": "<i8",
     "place": "<i4",  # its tar, or the folder that its name is relative to
     "height": "<u2",  # in pixels, as it is seen; 0 where no header can be read
     "width": "<u2",
-    "first": "<i8",  # in a tar, its first byte
-    "size": "<i8",  # bytes
-    "time": "<i8",  # when the file or the tar was changed (`read_bytes`)
-    # Of a member of a tar: first byte / 512 << 24 | size. Beside a file: a hash of the text's size and time. 0: none.
-    **dict.fromkeys(TEXTS, "<i8"),
-    "note": "<i8",  # where what captions.json says of it ends in `notes`
-    "check": "<u4",  # crc32 of all between, of the name and of the note
+    "first": "<u4",  # in a tar, its first block of 512 bytes
+    "size": "<u4",  # bytes
+    "time": "<u4",  # stamp of when the file or the tar was changed (`read_bytes`)
+    **dict.fromkeys(TEXTS, "<u4"),  # in a tar, the text's first block; beside a file, a stamp of size and time; 0: none
+    "check": "<u4",  # crc32 of all between, and of the text
 }
 ROW_TYPE = np.dtype(list(COLUMNS.items()))
 
@@ -77,8 +77,8 @@ def upright(image):
     return *(image.size if orientation in (5, 6, 7, 8) else image.size[::-1]), orientation
 
 
-def checksum(row, name, note):
-    return zlib.crc32(note, zlib.crc32(name, zlib.crc32(row.tobytes()[8:-12])))
+def checksum(row, text):
+    return zlib.crc32(text, zlib.crc32(row.tobytes()[8:-4]))
 
 
 class Source:
@@ -86,13 +86,14 @@ class Source:
 
     def __init__(self, table, number):
         self.table, self.number, self.row = table, number, table.rows[number]
-        name, self.note = (table.text(column, number) for column in ("name", "note"))
-        if checksum(self.row, name, self.note) != self.row["check"]:
+        text = table.text(number)
+        if checksum(self.row, text) != self.row["check"]:
             raise ValueError(f"the table of sources in {table.folder} is damaged: remove it, and it is made anew")
+        name, _, self.note = text.partition(b"\0")
         self.name, self.id = name.decode(), int(self.row["id"])
         folder, self.in_tar = table.about["places"][self.row["place"]]
         self.path = folder if self.in_tar else join(folder, self.name)  # the image's file, or the tar that holds it
-        self.span = (int(self.row["first"]), int(self.row["size"])) if self.in_tar else None
+        self.span = (BLOCK * int(self.row["first"]), int(self.row["size"])) if self.in_tar else None
 
     def open(self):
         """A binary file of the image's bytes; ValueError where they have changed since the table was made."""
@@ -113,13 +114,8 @@ class Source:
         """What a cache and evaluation know of it."""
         return {"source": self.name, "caption": self.caption, "category": self.category}
 
-    @property
-    def caption(self):
-        return self.labels[0]
-
-    @property
-    def category(self):
-        return self.labels[1]
+    caption = property(lambda self: self.labels[0])
+    category = property(lambda self: self.labels[1])
 
     @cached_property
     def labels(self):
@@ -142,8 +138,9 @@ class Source:
         known = int(self.row[suffix])
         if not known:
             return None
-        if self.in_tar:
-            raw = self.read((known >> 24) * 512, known & 0xFFFFFF)
+        if self.in_tar:  # its header says how long it is
+            size = tar_number(self.read(BLOCK * (known - 1), BLOCK)[124:136])
+            raw = self.read(BLOCK * known, size) if size < 1 << 24 else b""
         else:
             raw = read_bytes(os.path.splitext(self.path)[0] + suffix, 0, 1 << 24)[0]
         return raw.decode(errors="replace").strip() or None
@@ -159,14 +156,14 @@ def labels_of(entry):
 class Sources:
     """The table of sources, a sequence of Source; `at` picks rows of it (None: all).
 
-    Its files are memory-mapped, so that workers and ranks share the pages: `rows` (84 bytes an image), `names` and
-    `notes`, each text with a line end, and about.json, written last: counts, [path, whether a tar] of each place, and
-    the times of folders and lists.
+    Its files are memory-mapped, so that workers and ranks share the pages: `rows` (52 bytes an image), `names` (a text
+    and a line end each: the name and, where captions.json speaks of it, a zero byte and that as JSON), and about.json,
+    written last: counts, [path, whether a tar] of each place, and the times of folders and lists.
     """
 
-    def __init__(self, folder, about, at=None):
-        self.folder, self.about, self.at = folder, about, at
-        for name, kind in (("rows", ROW_TYPE), ("names", np.dtype("u1")), ("notes", np.dtype("u1"))):
+    def __init__(self, folder, about):
+        self.folder, self.about, self.at = folder, about, None
+        for name, kind in (("rows", ROW_TYPE), ("names", np.dtype("u1"))):
             path, count = os.path.join(folder, name), about[name]
             if os.path.getsize(path) != count * kind.itemsize:
                 raise ValueError(f"{path} is cut short")
@@ -202,16 +199,16 @@ class Sources:
         """Rows first to last - 1."""
         return self.rows[slice(first, last) if self.at is None else self.at[first:last]]
 
-    def text(self, column, number):
-        """The bytes of a row's name or note."""
-        start = int(self.rows[column][number - 1]) + 1 if number else 0
-        return (self.names if column == "name" else self.notes)[start : int(self.rows[column][number])].tobytes()
+    def text(self, number):
+        """The bytes of a row's name and note."""
+        start = int(self.rows["name"][number - 1]) + 1 if number else 0
+        return self.names[start : int(self.rows["name"][number])].tobytes()
 
     def names_hash(self):
         """The hash of the names, a line each."""
         if self.at is None:
             return self.about["names_hash"]
-        return digest(b"".join(self.text("name", number) + b"\n" for number in self.at.tolist()))
+        return digest(b"".join(self.text(number).partition(b"\0")[0] + b"\n" for number in self.at.tolist()))
 
     def content_hash(self, first, last):
         """What tells whether images first to last - 1, and what is said of them, are those of another time."""
@@ -270,9 +267,8 @@ def find_sources(images, workers=0, anew=False):
         write_table(building, paths, workers)
         table = Sources(building, unseal(Path(building, "about.json").read_bytes()))
         check_names(table, " ".join(paths))
-        if (
-            max(table.about["folders"].values(), default=0) < began - 10**8
-        ):  # else a change could leave the time as it is
+        newest = max(table.about["folders"].values(), default=0)
+        if newest < began - 10**8:  # else a change could leave the time as it is
             os.rename(building, home / key)
             table.folder = str(home / key)
         return table
@@ -299,17 +295,16 @@ def check_names(table, what):
 
 def write_table(folder, paths, workers):
     places, folders, names_hash = [], {}, hashlib.blake2b(digest_size=16)
-    about = {"rows": 0, "names": 0, "notes": 0, "places": places, "folders": folders}
+    about = {"rows": 0, "names": 0, "places": places, "folders": folders}
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(open(os.path.join(folder, name), "wb")) for name in ("rows", "names", "notes")]
+        files = [stack.enter_context(open(os.path.join(folder, name), "wb")) for name in ("rows", "names")]
         spawn = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(workers, mp_context=spawn) if workers > 1 else ThreadPoolExecutor(8)
         stack.callback(pool.shutdown, cancel_futures=True)
-        for rows, names, notes in map_ahead(pool, scan, jobs(paths, places, folders), 4 * max(8, workers)):
+        for rows, names in map_ahead(pool, scan, jobs(paths, places, folders), 4 * max(8, workers)):
             rows["name"] += about["names"]
-            rows["note"] += about["notes"]
-            names_hash.update(names)
-            for name, file, raw in zip(("rows", "names", "notes"), files, (rows, names, notes), strict=True):
+            names_hash.update(re.sub(rb"\0[^\n]*", b"", names))  # without the notes
+            for name, file, raw in zip(("rows", "names"), files, (rows, names), strict=True):
                 file.write(raw)
                 about[name] += len(raw)
     Path(folder, "about.json").write_bytes(seal(about | {"names_hash": names_hash.hexdigest()}))
@@ -392,25 +387,23 @@ def read_notes(folder, root, folders):
 
 
 def scan(job):
-    """(rows, names, notes) of a job; rows count names and notes from its own beginning."""
+    """(rows, names) of a job; rows count the bytes of names from its own beginning."""
     place, path, in_tar, entries = job
     if in_tar:
-        found = [(f"{entries[0][0]}/{member}".encode(), b"", row) for member, row in scan_tar(path)]
+        found = [(readable(f"{entries[0][0]}/{member}"), b"", row) for member, row in scan_tar(path)]
     else:
         found = [(readable(name), note, scan_file(join(path, name), note)) for name, note in entries]
-    rows = np.zeros(len(found), ROW_TYPE)
-    for i, (name, note, row) in enumerate(found):
-        rows[i] = (0, name_hash(name), place, *row, 0, 0)
-        rows[i]["check"] = checksum(rows[i], name, note)
-    for column, texts in (("name", [f[0] for f in found]), ("note", [f[1] for f in found])):
-        rows[column] = np.cumsum([len(text) + 1 for text in texts]) - 1
-    names, notes = (b"".join(f[k] + b"\n" for f in found) for k in (0, 1))
-    return rows, names, notes
+    texts = [name + b"\0" * bool(note) + note for name, note, _ in found]
+    rows = np.array([(0, name_hash(name), place, *row, 0) for name, _, row in found], ROW_TYPE)
+    for row, text in zip(rows, texts, strict=True):
+        row["check"] = checksum(row, text)
+    rows["name"] = np.cumsum([len(text) + 1 for text in texts]) - 1
+    return rows, b"".join(text + b"\n" for text in texts)
 
 
 def readable(name):
     """A file's name as UTF-8; of one that is none, the bytes that are not become escapes, and it is not found."""
-    return os.fsencode(name).decode(errors="backslashreplace").encode()
+    return os.fsencode(name).decode(errors="backslashreplace").replace("\0", "\\0").encode()
 
 
 def scan_file(path, note):
@@ -431,8 +424,8 @@ def stamps(path, alone):
     for suffix in () if alone else TEXTS:
         text = os.path.splitext(path)[0] + suffix
         seen = os.stat(text) if os.path.isfile(text) else None
-        texts.append((seen.st_mtime_ns * 31 + seen.st_size) % 2**62 | 1 if seen else 0)
-    return [status.st_size, status.st_mtime_ns, *(texts or (0, 0, 0))]
+        texts.append(stamp(seen.st_mtime_ns, seen.st_size) | 1 if seen else 0)
+    return [min(status.st_size, 2**32 - 1), stamp(status.st_mtime_ns), *(texts or (0, 0, 0))]
 
 
 def size_of(head, whole=None):
@@ -454,7 +447,7 @@ def scan_tar(path):
             data = Window(path)
             return list(tar_images(data, None, data.when))
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return list(tar_images(data, len(data), os.fstat(file.fileno()).st_mtime_ns))
+            return list(tar_images(data, len(data), stamp(os.fstat(file.fileno()).st_mtime_ns)))
     except (ValueError, OSError) as error:
         said = getattr(error, "strerror", None) or error
         raise ValueError(f"{path} is no whole, uncompressed tar: {said}; fetch it again or leave it out") from error
@@ -470,55 +463,4 @@ def tar_images(data, end, when):
             # webdataset splits names at the first dot ("1.left.jpg" has "1.txt"), people at the last
             keys = (at.with_suffix("").as_posix(), (at.parent / at.name.split(".")[0]).as_posix())
             texts = [next((spans[key + s] for key in keys if key + s in spans), (0, 0)) for s in TEXTS]
-            yield member, (*shape, first, size, when, *(a // 512 << 24 | n if n < 1 << 24 else 0 for a, n in texts))
-
-
-def tar_members(data, end):
-    """(name, (first byte, size)) of a tar's files, by its raw headers. end: its size, None where that is not known."""
-    at, said = 0, {}
-    while header := bytes(data[at : at + 512]):
-        if header == bytes(512):
-            return
-        try:
-            claimed, size = int(header[148:156].strip(b"\0 "), 8), tar_number(header[124:136])
-        except ValueError:
-            claimed = size = -1
-        # The checksum is the sum of all bytes with its own as spaces; adler32's lower half is a sum modulo 65521.
-        off = ((zlib.adler32(header) & 0xFFFF) - 1 - sum(header[148:156]) + 8 * 32 - claimed) % 65521
-        first, kind = at + 512, header[156:157]
-        if off or size < 0 or len(header) < 512 or (kind in b"xL" and size > 1 << 20):
-            raise ValueError(f"damaged at byte {at}")
-        size = 0 if kind in b"123456" else size if kind in b"xgLK" else said.get("size", size)
-        if size and not data[first + size - 1 : first + size]:
-            raise ValueError(f"cut short at byte {first}")
-        at = first + -(-size // 512) * 512
-        if kind == b"L":
-            said["path"] = bytes(data[first : first + size]).rstrip(b"\0")
-        elif kind == b"x":
-            said |= pax_records(bytes(data[first : first + size]))
-        elif kind not in b"gK":
-            if kind in b"07\0":
-                prefix = header[345:500].split(b"\0")[0] if header[257:263] == b"ustar\0" else b""
-                name = said.get("path") or b"/".join(filter(None, (prefix, header[:100].split(b"\0")[0])))
-                name = name.decode(errors="backslashreplace")
-                yield PurePosixPath(name).as_posix() if "./" in name or "//" in name else name, (first, size)
-            said = {}
-    if at != end or not at:
-        raise ValueError(f"damaged at byte {at}")
-
-
-def tar_number(field):
-    """Octal digits, or base 256 where the first bit is set."""
-    return int.from_bytes(field[1:], "big") if field[0] & 0x80 else int(field.strip(b"\0 ") or b"0", 8)
-
-
-def pax_records(raw):
-    """{"path", "size"} of a pax header: records "length key=value" and a line end."""
-    said = {}
-    while raw.strip(b"\0"):
-        length, _, rest = raw.partition(b" ")
-        key, _, value = rest[: max(0, int(length) - len(length) - 2)].partition(b"=")
-        if key in (b"path", b"size"):
-            said[key.decode()] = value if key == b"path" else max(0, int(value))
-        raw = raw[max(1, int(length)) :]
-    return said
+            yield member, (*shape, first // BLOCK, min(size, 2**32 - 1), when, *(at // BLOCK for at, _ in texts))

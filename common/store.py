@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import stat
+import zlib
 from functools import lru_cache
 from pathlib import Path
 
@@ -63,8 +64,13 @@ def open_store(path):
         raise ValueError(f"{path} cannot be opened: {one_line(error)}") from error
 
 
+def stamp(*state):
+    """32 bits that tell one state of a file from another."""
+    return zlib.crc32(repr(state).encode())
+
+
 def read_bytes(path, first=0, size=None, known=None):
-    """(bytes of a file or a remote object, when it was changed: in ns, or a hash of the object's generation).
+    """(bytes of a file or a remote object, stamp of when it was changed: of its time in ns or the object's generation).
 
     ValueError where it is no regular file, or was changed at another time than `known`.
     """
@@ -79,14 +85,14 @@ def read_bytes(path, first=0, size=None, known=None):
             return read_bytes(path, first, None, known)  # a range that ends behind the object is refused as a whole
         if result.state == "missing":
             raise FileNotFoundError(2, "No such file or directory")
-        raw, when = result.value, name_hash(result.stamp.generation)
+        raw, when = result.value, stamp(result.stamp.generation)
     else:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a pipe is not waited for
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise ValueError("no regular file")
             file.seek(first)
-            raw, when = file.read(size), status.st_mtime_ns
+            raw, when = file.read(size), stamp(status.st_mtime_ns)
     if known not in (None, when):
         raise ValueError("has changed since it was indexed: python data.py index --images ... looks again")
     return raw, when

@@ -283,7 +283,7 @@ def test_an_image_changed_after_its_table_is_an_error(tmp_path, monkeypatch):
             images.load_image(found[1])
 
 
-@pytest.mark.parametrize("name", ["rows", "names", "notes", "about.json"])
+@pytest.mark.parametrize("name", ["rows", "names", "about.json"])
 def test_a_damaged_table_is_an_error_or_made_anew(tmp_path, monkeypatch, name):
     """Catches offsets that are believed: a flipped byte would show one image under the id of another."""
     monkeypatch.setenv("AMOE_INDEX", str(tmp_path / "index"))
