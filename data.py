@@ -34,6 +34,7 @@ Shape letters: T tokens of a pack, M images in it, N images, C channels of a tea
 
 from amoe import ROW, dequantise, pack, quantise
 from common.commands import Parser, choose_device, in_range, one_line, reading, run_command
+from common.order import FULL, OPEN_PACKS, WINDOW, Order, Position, held_out  # noqa: F401  (names of this file too)
 from common.sources import Sources, find_sources, is_in
 from common.store import (
     SHARED,
@@ -51,7 +52,6 @@ from common.store import (
 )
 from images import KEPT, Images, View, choose_view
 from kernels.attention import mask_blocks
-from kernels.packing import first_fit
 from teachers import (
     embed_captions,
     fit_spaces,
@@ -65,6 +65,7 @@ from teachers import (
 
 # isort: split
 import contextlib
+import inspect
 import itertools
 import json
 import os
@@ -72,7 +73,7 @@ import shutil
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -84,27 +85,28 @@ from tqdm import tqdm
 
 FORMAT = 3
 INDEX = 2**31 - 1  # the number that the index has in the place of a shard's
+TEACHERS = ("patch.", "summary.", "registers.")  # arrays that training reads of teachers
 RERUN = "rerun the caching command"
 MEMORY = 1 << 30  # bytes of whole arrays that a reading process keeps: two windows of small shards
-WINDOW = 16  # shards shuffled together
-OPEN_PACKS = 4  # packs left for the next window to fill
-FULL = 0.97
 
 
 class Damage(ValueError):
     """A shard, `number`, whose bytes are not what was committed; the message names shard and array."""
 
     def __init__(self, number, what):
-        super().__init__(f"{'the index' if number == INDEX else f'shard {number:05d}'}{what}")
+        super().__init__(f"{name_of(number)}{what}")
         self.number = number
 
+    def at(self, path):
+        """The error for a user: where it is, and what to do about it."""
+        return ValueError(
+            f"{path}, {self}; python data.py verify {path} names all that is damaged, --on-corrupt skip leaves it out"
+        )
 
-def repair(path):
-    """What to do about Damage in the cache at `path`, in words."""
-    return f"python data.py verify {path} names all that is damaged, --on-corrupt skip leaves it out"
 
-
-# ---- the store ----
+def name_of(number):
+    """What messages call a shard, or the index."""
+    return "the index" if number == INDEX else f"shard {number:05d}"
 
 
 def folder_of(number):
@@ -131,13 +133,10 @@ def read_about(store, path):
     raw = store.read("cache.json").result().value
     if not raw:
         raise ValueError(f"{path} is not a feature cache: it has no cache.json (python data.py cache makes one)")
-    try:
+    with reading(f"{path}/cache.json is damaged"):
         about = json.loads(raw)
-        assert isinstance(about, dict)
-    except (ValueError, AssertionError, RecursionError) as error:
-        raise ValueError(f"{path}/cache.json is damaged: {error}") from error
-    if not isinstance(about, dict):
-        raise ValueError(f"{path}/cache.json is damaged: it holds no object")
+        if not isinstance(about, dict):
+            raise ValueError("it holds no object")
     if about.get("format") != FORMAT:
         raise ValueError(
             f"{path} has cache format {about.get('format')} and this code reads {FORMAT}: cache it anew, elsewhere"
@@ -206,20 +205,16 @@ class Shard:
         """The names of its arrays."""
         return [key.split("/")[-2] for key in self.record["files"] if key.endswith("/zarr.json")]
 
-    def key(self, name):
-        """Where an array lies: summaries are parts of one array over all shards."""
-        return f"{name}/" if name.startswith("summary.") else f"{folder_of(self.number)}{name}/"
-
     def array(self, name):
         """The open tensorstore array; its metadata is checked against the commit record first."""
         if name not in self.arrays:
-            store, key = self.cache.store, self.key(name)
-            raw = store.read(f"{key}zarr.json").result().value
-            if self.record["files"].get(f"{key}zarr.json") != [len(raw), digest(raw)]:
+            shared = name.startswith("summary.")  # an array over all shards, of which this one has a part
+            store, key = self.cache.store, name if shared else folder_of(self.number) + name
+            raw = store.read(f"{key}/zarr.json").result().value
+            if self.record["files"].get(f"{key}/zarr.json") != [len(raw), digest(raw)]:
                 raise Damage(self.number, f", array {name}: its zarr.json is missing or damaged")
-            array = self.wait(name, open_array(store, key[:-1], self.cache.context))
-            first = self.number * self.cache.slots
-            self.arrays[name] = array[first : first + self.record["images"]] if key == f"{name}/" else array
+            array, first = self.wait(name, open_array(store, key, self.cache.context)), self.number * self.cache.slots
+            self.arrays[name] = array[first : first + self.record["images"]] if shared else array
         return self.arrays[name]
 
     def read(self, name, part=slice(None)):
@@ -354,7 +349,7 @@ class Cache:
                 assert shard.record["images"] == len(shard.ids) == len(shard.shapes)
             except Damage as error:
                 if on_corrupt == "stop":
-                    raise ValueError(f"{self.path}, {error}; {repair(self.path)}") from error
+                    raise error.at(self.path) from error
                 print(f"skipping damage: {error}", file=sys.stderr, flush=True)
                 self.numbers = [n for n in self.numbers if n != number]
         return self
@@ -482,30 +477,24 @@ def verify(cache):
 
 def complaints_of(cache, number):
     """What is wrong with a shard, or with the index: [(key, complaint)]; shards share the metadata of summaries."""
+    shard, complaints, remedy = Shard(cache, number), [], f"remove {folder_of(number)[:-1]} and {RERUN}"
     try:
-        record = Shard(cache, number).record
+        files = shard.record["files"]
     except Damage as error:
         return [(number, str(error) if RERUN in str(error) else f"{error}; {RERUN}")]
-    complaints, name = [], "the index" if number == INDEX else f"shard {number:05d}"
-    for key, (size, value) in record["files"].items():
+    for key, (size, value) in files.items():
         raw = cache.store.read(key).result().value
         if len(raw) != size or digest(raw) != value:
             state = f"is {len(raw)} bytes of {size}" if len(raw) != size else "has changed bytes"
-            array, state = key.removeprefix(folder_of(number)).split("/")[0], state if raw else "is missing"
-            text = f"{name}, array {array}: {key} {state}; remove {folder_of(number)[:-1]} and {RERUN}"
-            complaints.append((key, text))
-    if not complaints and number != INDEX:
-        complaints += [(text, text) for text in complaints_of_values(cache.shard(number))]
-    return complaints
-
-
-def complaints_of_values(shard):
-    """What verify has to say of a shard whose bytes are those that were written."""
-    for name in sorted(n for n in shard.names if n.startswith(("patch.", "summary.", "registers."))):
+            array = key.removeprefix(folder_of(number)).split("/")[0]
+            said = f"{name_of(number)}, array {array}: {key} {state if raw else 'is missing'}; {remedy}"
+            complaints.append((key, said))
+    for name in sorted(shard.names) if not complaints and shard.record["rows"] else ():
         try:
-            check_finite(shard.number, name, shard.all(name) if shard.record["rows"] else 0)
+            check_finite(number, name, shard.all(name) if name.startswith(TEACHERS) else 0)
         except Damage as error:
-            yield f"{error}; remove shards/{shard.number:05d} and rerun the caching command"
+            complaints.append((name, f"{error}; {remedy}"))
+    return complaints
 
 
 def signal_to_noise(cache):
@@ -534,20 +523,13 @@ class Summaries:
         return self.shape[0]
 
     def __getitem__(self, at):
-        at = np.arange(len(self))[at]
+        at = np.arange(*at.indices(len(self))) if isinstance(at, slice) else np.asarray(at)
         shard = np.searchsorted(self.cache.firsts, at, side="right") - 1
         place = shard * self.cache.slots + at - self.cache.firsts[shard]
-        try:
-            if (
-                np.ndim(place) == 1
-                and len(place)
-                and place[-1] - place[0] < 2 * len(place)
-                and (np.diff(place) > 0).all()
-            ):
-                return self.array[int(place[0]) : int(place[-1]) + 1].read().result()[place - place[0]]
-            return self.array[place].read().result() if np.size(place) else np.zeros((0, self.shape[1]), np.float32)
-        except (ValueError, OSError) as error:
-            raise ValueError(f"{self.cache.path}, {self.name}: {str(error).splitlines()[0][:200]}") from error
+        if not place.size:
+            return np.zeros((*place.shape, self.shape[1]), np.float32)
+        with reading(f"{self.cache.path}, {self.name}"):
+            return self.array[place].read().result()
 
     def __array__(self, dtype=None, copy=None):
         return self[:].astype(dtype or self.dtype, copy=False)
@@ -699,21 +681,14 @@ def fit_or_read_spaces(store, file, about, out, dataset, teachers, calibrate, de
     teachers/<name>.safetensors beside it hold the teachers' spaces (`read_spaces`). A cache keeps them so, and training
     without a cache too. ValueError where `file` says other things than these, or a teacher of that name is another.
     """
-    sources = dataset.sources
-    about |= {
-        "teachers": {t.name: {"dim": t.dim, "registers": t.registers} for t in teachers},
-        "seed": dataset.seed,
-        "min_tokens": dataset.min_tokens,
-        "max_tokens": dataset.max_tokens,
-        "views": dataset.n_views,
-        "sources": len(sources),
-        "sources_hash": sources.names_hash(),
-    }
+    sources, keys = dataset.sources, ("seed", "min_tokens", "max_tokens")
+    about |= {key: getattr(dataset, key) for key in keys} | {"views": dataset.n_views}
+    about |= {"teachers": {t.name: {"dim": t.dim, "registers": t.registers} for t in teachers}}
+    about |= {"sources": len(sources), "sources_hash": sources.names_hash()}
     random = np.random.default_rng(dataset.seed)
     chosen = sorted(random.choice(len(sources), min(calibrate, len(sources)), replace=False, shuffle=False).tolist())
-    if store.read(file).result().value:
-        before = unseal(store.read(file).result().value)
-        before = read_about(store, out) if file == "cache.json" else before
+    if raw := store.read(file).result().value:
+        before = read_about(store, out) if file == "cache.json" else unseal(raw)
         if before is None:
             raise ValueError(f"{out}/{file} is damaged: remove it, or choose another --out")
         for key, value in about.items():
@@ -750,11 +725,9 @@ def read_spaces(store, about, path):
 
 def check_teachers(store, out, teachers, dataset, chosen, device):
     """ValueError where a teacher of a known name is another one, by its answer to the first calibration image."""
-    for i in chosen:
-        view = View(dataset.sources[i], 0)
-        if not isinstance(answer := dataset.decode(view), str):
-            break
-    else:
+    decoded = ((view, dataset.decode(view)) for view in (View(dataset.sources[i], 0) for i in chosen))
+    view, answer = next(((v, answer) for v, answer in decoded if not isinstance(answer, str)), (None, None))
+    if view is None:
         return  # the images are gone; what there is to write will say so
     for name, now in summaries_of(teachers, (*answer, view.source.id), device).items():
         before = safetensors.torch.load(store.read(f"teachers/{name}.safetensors").result().value)["probe"]
@@ -795,16 +768,15 @@ def image_arrays(decoded, seed, pixels):
 
     pixels: whether they are among these.
     """
-    seen, rows, shapes = zip(*decoded, strict=True) if decoded else ((), (), ())
-    sources = [view.source for view in seen]
-    views = [(v.number, *box, flip) for v in seen for box, flip in [choose_view(seed, v.source.id, v.number)]]
-    meta = [s.meta for s in sources]
-    stored = {"pixels": torch.cat(rows).numpy() if rows else np.zeros((0, ROW), np.uint8)} if pixels else {}
+    sources = [view.source for view, _, _ in decoded]
+    views = [(v.number, *box, flip) for v, *_ in decoded for box, flip in [choose_view(seed, v.source.id, v.number)]]
+    rows = [rows.numpy() for _, rows, _ in decoded]
+    stored = {"pixels": np.concatenate([np.zeros((0, ROW), np.uint8), *rows])} if pixels else {}
     return stored | {
-        "shapes": np.array(shapes, np.int32).reshape(-1, 2),
+        "shapes": np.array([shape for _, _, shape in decoded], np.int32).reshape(-1, 2),
         "ids": np.array([s.id for s in sources], np.int64),
         "views": np.array(views, np.float32).reshape(-1, 6),
-        "meta": np.frombuffer("\n".join(json.dumps(m, ensure_ascii=False) for m in meta).encode(), np.uint8),
+        "meta": np.frombuffer("\n".join(json.dumps(s.meta, ensure_ascii=False) for s in sources).encode(), np.uint8),
     }
 
 
@@ -846,7 +818,7 @@ def write_shard(cache, number, arrays, record):
     A summary goes to the shard's own chunk of the array that all shards share.
     """
     store, folder, slots = cache.store, folder_of(number), cache.slots
-    with naming_errors("the index" if number == INDEX else f"shard {number:05d}"):
+    with naming_errors(name_of(number)):
         if number != INDEX:
             clear(store, folder)
         writes, keys = [], []
@@ -885,111 +857,7 @@ def write_skipped(store):
                 return
 
 
-# ---- the order of packs ----
-
-
-def held_out(ids):
-    """The fixed tenth of the images, by id, that is never trained on. Boolean, one an id."""
-    return np.asarray(ids) % 10 == 0
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where in the endless order of packs a run stands; `carried` images are still to be packed in this window."""
-
-    epoch: int = 0
-    window: int = 0
-    pack: int = 0
-    carried: tuple = ()
-
-
-class Order:
-    """The seeded global order of packs, the same for any number of ranks and workers, endless.
-
-        for each epoch: permute the shards; for each window of them: shuffle its images after those carried over,
-            first-fit them into packs of n_tokens; the newest few packs under 97% full are carried into the next window
-
-    Position is all it takes to go on from any pack: a window is planned anew from the seed and its carried images.
-    """
-
-    def __init__(self, dataset, n_tokens, seed=0, subset=None, registers=4):
-        self.dataset, self.n_tokens, self.seed, self.special = dataset, n_tokens, seed, 1 + registers
-        self.subset = None if subset is None else np.sort(np.asarray(subset))
-        self.there = np.array(dataset.numbers)  # a lost shard leaves the order of the others alone
-        self.windows = -(-dataset.n_shards // WINDOW)
-        self.epoch = None, None
-        if not any(len(self.kept(number)) for number in dataset.numbers):
-            raise ValueError(
-                f"{dataset.path} holds no image to train on (a tenth is held out, --subset keeps its ids only)"
-            )
-
-    def kept(self, number):
-        """Indices of the shard's images that are trained on."""
-        shard = self.dataset.shard(number)
-        keep = ~held_out(shard.ids) & (shard.shapes[:, 0] > 0)
-        if self.subset is not None:
-            keep &= is_in(shard.ids, self.subset)
-        return np.flatnonzero(keep)
-
-    def counts(self, most=64):
-        """What is trained on and what is not, in words; of many shards some `most`, evenly spread, are counted."""
-        numbers = self.dataset.numbers[:: -(-len(self.dataset.numbers) // most)]
-        found, names = np.zeros(4), ("to train on", "held out", "left out by --subset", "that cannot be used")
-        for number in numbers:
-            usable, kept = self.dataset.shard(number).shapes[:, 0] > 0, len(self.kept(number))
-            held = (held_out(self.dataset.shard(number).ids) & usable).sum()
-            found += kept, held, usable.sum() - held - kept, (~usable).sum()
-        times = len(self.dataset.numbers) / len(numbers)
-        about = "about " if times > 1 else ""
-        return "images: " + ", ".join(
-            f"{about}{n * times:.0f} {name}" for n, name in zip(found, names, strict=True) if n
-        )
-
-    def length(self, image):
-        """Tokens of an image (shard number, index), special ones included; of several, where index is an array."""
-        number, i = image
-        shapes = self.dataset.shard(number).shapes[i]
-        return self.special + shapes[..., 0].astype(np.int64) * shapes[..., 1]
-
-    def permuted(self, epoch):
-        """The numbers of the shards in the order of an epoch, which is kept: a permutation of 390,625 takes 10 ms."""
-        if self.epoch[0] != epoch:
-            self.epoch = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.dataset.n_shards)
-        return self.epoch[1]
-
-    def plan(self, position):
-        """The packs of a window, [[(shard number, index), ...], ...], and the images that it carries over."""
-        numbers = self.permuted(position.epoch)[position.window * WINDOW : (position.window + 1) * WINDOW]
-        numbers = numbers[is_in(numbers, self.there)].tolist()
-        carried = [(n, i) for n, i in position.carried if n in self.there]
-        first, parts = len(carried), [(n, np.array([i])) for n, i in carried] + [(n, self.kept(n)) for n in numbers]
-        if not parts:
-            return [], ()
-        random = np.random.default_rng([self.seed, position.epoch, position.window + 1])
-        count = sum(len(indices) for _, indices in parts)
-        order = np.concatenate([np.arange(first), first + random.permutation(count - first)]).astype(np.int64)
-        number = np.repeat([n for n, _ in parts], [len(indices) for _, indices in parts])[order]
-        index = np.concatenate([indices for _, indices in parts])[order]
-        length = np.concatenate([self.length(part) for part in parts])[order]
-        if length.max(initial=0) > self.n_tokens:
-            raise ValueError(f"--tokens {self.n_tokens} is less than an image of {length.max()} of {self.dataset.path}")
-        pack, room = first_fit(length.tolist(), self.n_tokens)
-        late = [p for p in range(len(room))[-OPEN_PACKS:] if room[p] > (1 - FULL) * self.n_tokens]
-        left = np.concatenate([np.flatnonzero(pack == p) for p in late]) if late else []
-        carried = tuple((int(number[j]), int(index[j])) for j in left)
-        by_pack = np.lexsort((length, pack))  # equally long images side by side: attention runs them as one batch
-        images = list(zip(number[by_pack].tolist(), index[by_pack].tolist(), strict=True))
-        ends = [0, *np.bincount(pack).cumsum().tolist()] if images else [0]
-        return [images[ends[p] : ends[p + 1]] for p in range(len(room)) if p not in late], carried
-
-    def packs(self, position):
-        """(pack, position after it), for ever."""
-        while True:
-            packs, carried = self.plan(position)
-            for n in range(position.pack, len(packs)):
-                yield packs[n], replace(position, pack=n + 1)
-            last = position.window + 1 >= self.windows
-            position = Position(position.epoch + last, 0 if last else position.window + 1, 0, carried)
+# ---- the loader ----
 
 
 def read_subset(path):
@@ -997,10 +865,10 @@ def read_subset(path):
     if not path:
         return None
     with reading(path):
-        ids = np.load(path)
+        ids = np.load(path, mmap_mode="r")  # ranks share its pages
         if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
             raise ValueError(f"holds {ids.dtype} {list(ids.shape)} and image ids are a row of integers")
-        return ids.astype(np.int64)
+        return ids.astype(np.int64, copy=False)
 
 
 def names_of(dataset, ids):
@@ -1012,9 +880,6 @@ def names_of(dataset, ids):
     return list(found)
 
 
-# ---- the loader ----
-
-
 def read_pack(dataset, entries, n_tokens, registers, on_corrupt="stop"):
     """The Batch of entries [(shard number, index)]; on_corrupt "skip" leaves damaged shards out and names them."""
     while True:
@@ -1023,7 +888,7 @@ def read_pack(dataset, entries, n_tokens, registers, on_corrupt="stop"):
             return replace(batch, mask_blocks=mask_blocks(batch.starts, n_tokens))
         except Damage as error:
             if on_corrupt == "stop":
-                raise ValueError(f"{dataset.path}, {error}; {repair(dataset.path)}") from error
+                raise error.at(dataset.path) from error
             entries = [entry for entry in entries if entry[0] != error.number]
             print(f"skipping damage: {error}", file=sys.stderr, flush=True)
             if not entries:
@@ -1068,14 +933,14 @@ def info(cache):
     print(f"{images} images of {cache.about['sources']} sources, {rows} patches, {skipped} skipped")
     noise = signal_to_noise(cache) if cache.about["patches"] else {}
     for space in cache.spaces:
-        text = f"{space.name}: {space.dim} channels, {space.registers} registers, "
-        text += f"patches as {cache.about['dtype']}" if cache.about["patches"] else "no patches"
-        if rows and cache.about["patches"]:
-            text += f", signal to rounding noise {noise[space.name]:.1f} dB"
-            if cache.about["dtype"] == "int8":
-                first = cache.shard(int(np.argmax(cache.counts > 0)))
-                text += f", {(np.abs(first.all(f'patch.{space.name}')) == 127).mean():.1e} clipped"
-        print(text)
+        print(f"{space.name}: {space.dim} channels, {space.registers} registers", end="")
+        print(f", patches as {cache.about['dtype']}" if cache.about["patches"] else ", no patches", end="")
+        if rows and noise:
+            print(f", signal to rounding noise {noise[space.name]:.1f} dB", end="")
+        if rows and noise and cache.about["dtype"] == "int8":
+            stored = cache.shard(int(np.argmax(cache.counts > 0))).all(f"patch.{space.name}")
+            print(f", {(np.abs(stored) == 127).mean():.1e} clipped", end="")
+        print()
 
 
 def describe(sources):
@@ -1086,63 +951,62 @@ def describe(sources):
     print(f"{sources.folder}: {size / 2**20:.1f} MiB, {size / len(rows):.0f} bytes an image")
 
 
-def main(argv=None):
+TOKENS = (int, 1, 65536)
+KEYWORDS = {  # of `cache`, which has their defaults, as flags: {name: (range, or words, what it means)}
+    "min_tokens": (TOKENS, "patches below which an image is enlarged"),
+    "max_tokens": (TOKENS, "patches above which an image is shrunk; of several, each image's is one of them by its id"),
+    "views": ((int, 1, 10**4), "views an image: the whole of it, then random crops"),
+    "dtype": (("int8", "bf16"), "how patch features are stored"),
+    "pixels": (
+        ("all", "none"),
+        "none: decoded from the images whenever they are read, so that a view costs its features",
+    ),
+    "patches": (("all", "none"), "none: summaries alone, for curation and to distil summaries"),
+    "seed": ((int, 0, 2**63 - 1), "of the calibration sample and the views"),
+    "shard_images": ((int, 1, 10**6), "sources in a shard"),
+    "calibrate": ((int, 1, 10**6), "images that PHI-S is fitted on"),
+    "max_skipped": ((float, 0, 1), "share of unusable images that stops caching"),
+}
+
+
+def parse(argv):
     parser = Parser(prog="data.py", description="The feature cache.")
     commands = parser.add_subparsers(dest="command", required=True)
     write = commands.add_parser("cache", help="run teachers over images and write a cache")
-    add = write.add_argument
-    places = {"nargs": "+", "required": True, "help": "folders of images or tars, tars, .txt lists of them, or URLs"}
-    add("--images", **places)
-    more = {"action": "append", "required": True, "metavar": "NAME=SPEC"}
+    index = commands.add_parser("index", help="make the table of sources, and say what is in it")
+    for command in (write, index):
+        text = "folders of images or tars, tars, .txt lists of them, or URLs"
+        command.add_argument("--images", nargs="+", required=True, help=text)
+    add, more = write.add_argument, {"action": "append", "required": True, "metavar": "NAME=SPEC"}
     add("--teacher", **more, help="weights file, or file.py:factory; repeatable")
     add("--out", required=True, help="folder or tensorstore URL of the cache; an unfinished one is continued")
-    add("--min-tokens", type=in_range(int, 1, 65536), default=1, help="patches below which an image is enlarged")
-    text = "patches above which an image is shrunk; of several, each image's is one of them by its id"
-    add("--max-tokens", type=in_range(int, 1, 65536), nargs="+", default=256, help=text)
-    add("--views", type=in_range(int, 1, 10**4), default=1, help="views an image: the whole of it, then random crops")
+    for name, (allowed, text) in KEYWORDS.items():
+        default = inspect.signature(cache).parameters[name].default
+        how = {"choices": allowed} if isinstance(allowed[0], str) else {"type": in_range(*allowed)}
+        how |= {"nargs": "+"} if name == "max_tokens" else {}
+        add("--" + name.replace("_", "-"), **how, default="all" if default is True else default, help=text)
     add("--subset", help=".npy of image ids to keep (curate.py writes one)")
-    add("--dtype", choices=("int8", "bf16"), default="int8", help="how patch features are stored")
-    text = "none: summaries alone, for curation and to distil summaries"
-    add("--patches", choices=("all", "none"), default="all", help=text)
-    text = "none: decoded again from the images whenever they are read, so that a view costs its features alone"
-    add("--pixels", choices=("all", "none"), default="all", help=text)
-    add("--seed", type=in_range(int, 0, 2**63 - 1), default=0, help="of the calibration sample and the views")
-    add("--shard-images", type=in_range(int, 1, 10**6), default=512, help="sources in a shard")
-    add(
-        "--shard-range",
-        default="0/1",
-        metavar="I/N",
-        help="write every N-th shard from the I-th: N writers share the work",
-    )
-    add("--calibrate", type=in_range(int, 1, 10**6), default=512, help="images that PHI-S is fitted on")
-    add("--max-skipped", type=in_range(float, 0, 1), default=0.05, help="share of unusable images that stops caching")
+    text = "write every N-th shard from the I-th: N writers share the work"
+    add("--shard-range", default="0/1", metavar="I/N", help=text)
     add("--device", default="auto", help="where teachers run: auto, cpu, cuda or cuda:N")
-    index = commands.add_parser("index", help="make the table of sources, and say what is in it")
-    index.add_argument("--images", **places)
     text = "processes that read headers; 0: threads"
     index.add_argument("--workers", type=in_range(int, 0, 1024), default=0, help=text)
     for name, text in (("info", "say what is in a cache"), ("verify", "check every byte of a cache")):
         commands.add_parser(name, help=text).add_argument("cache", help="its folder or URL")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse(argv)
     if args.command == "cache":
         i, _, n = args.shard_range.partition("/")
         i, n = (int(x) if x.isdecimal() else -1 for x in (i, n))
         if not 0 <= i < n:
             raise ValueError(f"--shard-range {args.shard_range} is not I/N with 0 <= I < N")
-        device = choose_device(args.device)
-        same = "min_tokens", "max_tokens", "views", "dtype", "seed", "shard_images", "calibrate", "max_skipped"
-        result = cache(
-            args.images,
-            load_teachers(args.teacher, args.images[0], device),
-            args.out,
-            subset=read_subset(args.subset),
-            pixels=args.pixels == "all",
-            patches=args.patches == "all",
-            shard_range=(i, n),
-            device=device,
-            **{name: value for name, value in vars(args).items() if name in same},
-        )
-        info(result)
+        device, said = choose_device(args.device), {name: getattr(args, name) for name in KEYWORDS}
+        said |= {"pixels": args.pixels == "all", "patches": args.patches == "all", "subset": read_subset(args.subset)}
+        teachers = load_teachers(args.teacher, args.images[0], device)
+        info(cache(args.images, teachers, args.out, shard_range=(i, n), device=device, **said))
     elif args.command == "index":
         describe(find_sources(args.images, args.workers, anew=True))
     elif args.command == "info":

@@ -1,0 +1,160 @@
+"""The order in which a dataset's images are seen: a seeded permutation of shards, windows of them, first-fit packs."""
+
+from bisect import bisect_right
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import numpy as np
+
+from common.sources import is_in
+
+WINDOW = 16  # shards shuffled together
+OPEN_PACKS = 4  # packs left for the next window to fill
+FULL = 0.97
+
+
+def held_out(ids):
+    """The fixed tenth of the images, by id, that is never trained on. Boolean, one an id."""
+    return np.asarray(ids) % 10 == 0
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where in the endless order of packs a run stands; `carried` images are still to be packed in this window."""
+
+    epoch: int = 0
+    window: int = 0
+    pack: int = 0
+    carried: tuple = ()
+
+
+class Order:
+    """The seeded global order of packs, the same for any number of ranks and workers, endless.
+
+        for each epoch: permute the shards; for each window of them: shuffle its images after those carried over,
+            first-fit them into packs of n_tokens; the newest few packs under 97% full are carried into the next window
+
+    Position is all it takes to go on from any pack: a window is planned anew from the seed and its carried images.
+    """
+
+    def __init__(self, dataset, n_tokens, seed=0, subset=None, registers=4):
+        self.dataset, self.n_tokens, self.seed, self.special = dataset, n_tokens, seed, 1 + registers
+        self.subset = None if subset is None else np.asarray(subset)
+        if subset is not None and (self.subset[1:] < self.subset[:-1]).any():  # curate.py writes them sorted
+            self.subset = np.sort(subset)
+        self.there = np.array(dataset.numbers)  # a lost shard leaves the order of the others alone
+        self.windows = -(-dataset.n_shards // WINDOW)
+        self.epoch = None, None
+        if not any(len(self.kept(number)) for number in dataset.numbers):
+            raise ValueError(
+                f"{dataset.path} holds no image to train on (a tenth is held out, --subset keeps its ids only)"
+            )
+
+    def kept(self, number):
+        """Indices of the shard's images that are trained on."""
+        shard = self.dataset.shard(number)
+        keep = ~held_out(shard.ids) & (shard.shapes[:, 0] > 0)
+        if self.subset is not None:
+            keep &= is_in(shard.ids, self.subset)
+        return np.flatnonzero(keep)
+
+    def counts(self, most=64):
+        """What is trained on and what is not, in words; of many shards some `most`, evenly spread, are counted."""
+        numbers = self.dataset.numbers[:: -(-len(self.dataset.numbers) // most)]
+        found, names = np.zeros(4), ("to train on", "held out", "left out by --subset", "that cannot be used")
+        for number in numbers:
+            usable, kept = self.dataset.shard(number).shapes[:, 0] > 0, len(self.kept(number))
+            held = (held_out(self.dataset.shard(number).ids) & usable).sum()
+            found += kept, held, usable.sum() - held - kept, (~usable).sum()
+        times = len(self.dataset.numbers) / len(numbers)
+        about = "about " if times > 1 else ""
+        return "images: " + ", ".join(
+            f"{about}{n * times:.0f} {name}" for n, name in zip(found, names, strict=True) if n
+        )
+
+    def length(self, image):
+        """Tokens of an image (shard number, index), special ones included; of several, where index is an array."""
+        number, i = image
+        shapes = self.dataset.shard(number).shapes[i]
+        return self.special + shapes[..., 0].astype(np.int64) * shapes[..., 1]
+
+    def permuted(self, epoch):
+        """The numbers of the shards in the order of an epoch, which is kept: a permutation of 390,625 takes 10 ms."""
+        if self.epoch[0] != epoch:
+            self.epoch = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.dataset.n_shards)
+        return self.epoch[1]
+
+    def plan(self, position):
+        """The packs of a window, [[(shard number, index), ...], ...], and the images that it carries over."""
+        numbers = self.permuted(position.epoch)[position.window * WINDOW : (position.window + 1) * WINDOW]
+        new = [(n, self.kept(n)) for n in numbers[is_in(numbers, self.there)].tolist()]
+        over = np.array(position.carried, np.int64).reshape(-1, 2)
+        over = over[is_in(over[:, 0], self.there)]
+        over_length = np.zeros(len(over), np.int64)
+        for n in np.unique(over[:, 0]).tolist():
+            over_length[over[:, 0] == n] = self.length((n, over[over[:, 0] == n, 1]))
+        number = np.concatenate([over[:, 0], *(np.full(len(index), n) for n, index in new)])
+        index = np.concatenate([over[:, 1], *(index for _, index in new)])
+        length = np.concatenate([over_length, *(self.length(part) for part in new)])
+        random = np.random.default_rng([self.seed, position.epoch, position.window + 1])
+        order = np.concatenate([np.arange(len(over)), len(over) + random.permutation(len(number) - len(over))])
+        number, index, length = (column[order] for column in (number, index, length))
+        if length.max(initial=0) > self.n_tokens:
+            raise ValueError(f"--tokens {self.n_tokens} is less than an image of {length.max()} of {self.dataset.path}")
+        pack, room = first_fit(length.tolist(), self.n_tokens)
+        late = [p for p in range(len(room))[-OPEN_PACKS:] if room[p] > (1 - FULL) * self.n_tokens]
+        left = np.concatenate([np.flatnonzero(pack == p) for p in late]) if late else []
+        carried = tuple((int(number[j]), int(index[j])) for j in left)
+        by_pack = np.lexsort((length, pack))  # equally long images side by side: attention runs them as one batch
+        images = list(zip(number[by_pack].tolist(), index[by_pack].tolist(), strict=True))
+        ends = [0, *np.bincount(pack).cumsum().tolist()] if images else [0]
+        return [images[ends[p] : ends[p + 1]] for p in range(len(room)) if p not in late], carried
+
+    def packs(self, position):
+        """(pack, position after it), for ever."""
+        while True:
+            packs, carried = self.plan(position)
+            for n in range(position.pack, len(packs)):
+                yield packs[n], replace(position, pack=n + 1)
+            last = position.window + 1 >= self.windows
+            position = Position(position.epoch + last, 0 if last else position.window + 1, 0, carried)
+
+
+def first_fit(lengths, n_tokens):
+    """First fit: every image into the first pack that has room. (Each image's pack, int64; the room left in each pack.)
+
+    lengths: a list of ints from 1 to n_tokens. The images that the newest pack takes one after another are found by
+    bisection of their summed lengths, up to one that an earlier pack may have room for: `most` is at least the largest
+    room in the `earlier` packs, those that could still take the shortest image.
+    """
+    ends, n, least = list(accumulate(lengths)), len(lengths), min(lengths, default=0)
+    pack_of, room, earlier, most = np.empty(n, np.int64), [], [], 0
+    j, newest, left = 0, -1, 0
+    while j < n:
+        begin = ends[j] - lengths[j]
+        stop = bisect_right(ends, begin + left, j)
+        turn = n
+        if most >= least:
+            turn = next((k for k in range(j, min(stop + 1, n)) if lengths[k] <= most), n)
+        if (stop := min(stop, turn)) > j:
+            pack_of[j:stop] = newest
+            left -= ends[stop - 1] - begin
+            j = stop
+        if j == turn < n:
+            found = next((k for k, p in enumerate(earlier) if room[p] >= lengths[j]), None)
+            if found is None:
+                most = max([room[p] for p in earlier], default=0)  # some were filled since
+                continue
+            pack_of[j] = p = earlier[found]
+            room[p] -= lengths[j]
+            if room[p] < least:
+                del earlier[found]
+            j += 1
+        elif j < n:
+            if newest >= 0:
+                room.append(left)
+                if left >= least:
+                    earlier.append(newest)
+                    most = max(most, left)
+            newest, left = newest + 1, n_tokens
+    return pack_of, room + [left] * (newest >= 0)
