@@ -11,7 +11,8 @@ import evaluate
 import kernels.moe
 import toy
 from amoe import autocast
-from common.commands import Parser, in_range, locked, reading, run_command
+from common.checkpoints import checkpoints, newest_checkpoint, save
+from common.commands import Parser, in_range, locked, run_command
 from common.log import Interval, Log, first_line
 from common.muon import Muon
 from common.pictures import curves, draw
@@ -30,12 +31,10 @@ import contextlib
 import importlib.util
 import json
 import math
-import re
 import signal
 import sys
 import time
 import warnings
-import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -403,50 +402,6 @@ def to_device(batch, process, compiled, teachers, spaces):
 
 
 # ---- checkpoints ----
-
-
-def checkpoints(folder):
-    """The folder's checkpoints, oldest first."""
-    found = [p for p in Path(folder).glob("step-*.pt") if re.fullmatch(r"step-\d{6,}\.pt", p.name)]
-    return sorted(found, key=lambda p: int(p.stem[5:]))
-
-
-def save(folder, state, keep):
-    """Write step-XXXXXX.pt so that it is whole or not there at all, then drop all older ones but the newest `keep`.
-
-    One of a later step stays: a run that passed over it, for it was damaged, will write it anew.
-    """
-    path = Path(folder) / f"step-{state['step']:06d}.pt"
-    write_atomically(path, lambda file: torch.save(state, file))
-    found = checkpoints(folder)
-    for old in found[: found.index(path) + 1][:-keep]:
-        old.unlink()
-
-
-def read_checkpoint(path):
-    """What `save` wrote; ValueError where a bit of it has changed (torch's file is a zip: a CRC-32 of every tensor)."""
-    with reading(path):
-        with zipfile.ZipFile(path) as file:
-            if bad := file.testzip():
-                raise ValueError(f"its bytes are not those that were written, in {bad}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or not {"flags", "world", "data", "elapsed"} <= set(state):
-            raise ValueError("no checkpoint of this train.py")
-        return state
-
-
-def newest_checkpoint(folder, quiet):
-    """(path, state) of the newest checkpoint, (None, None) without one; a damaged one is named and passed over."""
-    found = checkpoints(folder)
-    for path in reversed(found):
-        try:
-            return path, read_checkpoint(path)
-        except ValueError as error:
-            if path == found[0]:
-                raise ValueError(f"--resume: {error}, and there is no older one: --overwrite begins anew") from error
-            if not quiet:
-                print(f"{error}; the checkpoint before it is taken", file=sys.stderr, flush=True)
-    return None, None
 
 
 def state_of(run):

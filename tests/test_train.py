@@ -22,6 +22,7 @@ import evaluate
 import teachers
 import train
 from benchmarks.speed import random_state
+from common.checkpoints import read_checkpoint
 from common.process import Process
 from common.sources import find_sources
 from images import Images
@@ -550,7 +551,7 @@ def test_every_flipped_bit_of_a_checkpoint_is_refused_or_changes_nothing(tmp_pat
         spoilt[at] ^= 1 << at % 8
         path.write_bytes(spoilt)
         try:
-            found = train.read_checkpoint(path)
+            found = read_checkpoint(path)
         except ValueError as error:
             assert path.name in str(error) and "\n" not in str(error)
             refused += 1
