@@ -1,14 +1,15 @@
 """What each part of the method is worth: runs of train.py that differ in one flag, paired by seed.
 
-    python -m benchmarks.claims --work DIR [--seeds 5] [--only "MoE ..."]
+    python -m benchmarks.claims --work DIR [--seeds 0 1 2 3 4] [--only ARKD MoE] [--out FILE]
 
 writes claims.json beside this file as runs end, and goes on from it. Runs are short, so that all can be had on a CPU:
 `SHORT` says how. They are compared on held-out images, by the toy's own scores and by how much of the teachers'
-geometry the student keeps; no arm was tuned. `python -m benchmarks.tables` makes the tables of docs/evidence.md.
+geometry the student keeps; no arm was tuned. `python -m benchmarks.tables` makes the table of docs/evidence.md.
 """
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
 
@@ -108,7 +109,7 @@ def run(work, arm, seed):
     """One run of train.py and what came of it."""
     words, name = flags_of(arm)
     world, cache = make_toy(work, name)
-    out = work / "run"
+    out = work / f"run-{os.getpid()}"
     out.mkdir(parents=True, exist_ok=True)
     (out / "toy").unlink(missing_ok=True)
     (out / "toy").symlink_to((work / name).resolve())
@@ -124,21 +125,49 @@ def run(work, arm, seed):
     return result | {"losses": losses, "load_spread": float(np.mean(load)), "cpu_seconds": seconds, "curve": curve}
 
 
+def compared(found):
+    """{arm: {measure: (mean difference from the run as it is, half of its 95% interval, p of the paired t-test)}}.
+
+    found: claims.json. Seeds are paired; arms of fewer than two seeds in common are left out. A measure that both
+    teachers have is their mean.
+    """
+    result, base = {}, found["as it is"]
+    for arm, runs in found.items():
+        seeds = [seed for seed in runs if seed in base]
+        if arm == "as it is" or len(seeds) < 2:
+            continue
+        result[arm] = {"n": len(seeds)}
+        for measure in MEASURES:
+            a, b = (np.array([value(part[seed], measure) for seed in seeds]) for part in (runs, base))
+            test = scipy.stats.ttest_rel(a, b)
+            low, high = test.confidence_interval(0.95)
+            result[arm][measure] = float((a - b).mean()), float(high - low) / 2, float(test.pvalue)
+    return result
+
+
+MEASURES = ("zeroshot", "knn", "miou", "distances", "cka", "neighbours", "patch_cosine")
+
+
+def value(result, measure):
+    """A measure of a run; the mean over teachers of one that is each teacher's."""
+    return result[measure] if measure in result else (result[f"text_{measure}"] + result[f"dense_{measure}"]) / 2
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work", required=True, type=Path, help="folder for the toy and the runs")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--only", default="", help="the claim, all of them by default")
+    parser.add_argument("--seeds", type=int, nargs="+", default=range(5))
+    parser.add_argument("--only", nargs="+", default=ARMS, help="claims, all of them by default")
+    parser.add_argument("--out", type=Path, default=HERE / "claims.json", help="one a process, where several run")
     args = parser.parse_args()
-    path = HERE / "claims.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
-    for seed in range(args.seeds):
-        for claim, arms in ARMS.items():
-            for name, arm in arms.items() if args.only in ("", claim) else ():
-                key = f"{claim}: {name}" if claim else name
-                if str(seed) not in found.setdefault(key, {}):
-                    found[key][str(seed)] = run(args.work, arm, seed)
-                    path.write_text(json.dumps(found, indent=1) + "\n")
+    found = json.loads(args.out.read_text()) if args.out.exists() else {}
+    for seed in args.seeds:
+        for claim in ("", *(c for c in args.only if c)):
+            for name, arm in ARMS[claim].items():
+                seeds = found.setdefault(f"{claim}: {name}" if claim else name, {})
+                if str(seed) not in seeds:
+                    seeds[str(seed)] = run(args.work, arm, seed)
+                    args.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

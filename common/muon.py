@@ -38,7 +38,9 @@ class Muon(torch.optim.AdamW):
                     continue
                 grad = torch.where(good.bool(), p.grad, 0)
                 state = self.state[p]
-                momentum = state.setdefault("momentum", torch.zeros_like(p))
+                if not state:
+                    state |= {"momentum": torch.zeros_like(p), "step": torch.tensor(0.0)}  # AdamW reads back a "step"
+                momentum = state["momentum"]
                 momentum.lerp_(grad, 0.05 * good)
                 step = orthogonalise(grad.lerp(momentum, 0.95)) * (0.2 * max(p.shape[-2:]) ** 0.5)
                 p.mul_(1 - group["lr"] * group["weight_decay"] * good).sub_(step * good, alpha=group["lr"])
