@@ -23,7 +23,6 @@ from images import Images, resized
 from teachers import embed_text, load_teachers, make_targets, run_teachers
 
 # isort: split
-import argparse
 import functools
 import itertools
 import json
@@ -75,9 +74,8 @@ def of_targets(spaces, teachers=(), device="cpu"):
 
     def answer(batch):
         found = batch.targets or make_targets(teachers, spaces, batch.to(device))
-        given = {s.name: found[s.name] for s in spaces}  # without patches where a cache holds summaries alone
-        patches = {s.name: {"patch": s.own(given[s.name]["patch"])} for s in spaces if "patch" in given[s.name]}
-        return {name: kinds | patches.get(name, {}) for name, kinds in given.items()}
+        both = ((space, found[space.name]) for space in spaces)  # a cache may hold summaries alone
+        return {s.name: f | {"patch": s.own(f["patch"])} if "patch" in f else f for s, f in both}
 
     return answer
 
@@ -95,26 +93,26 @@ def split(dataset, most=None):
             if shard.shapes[i].prod():
                 parts[int(out)].append((number, i))
         if most is not None and len(parts[1]) >= most:
-            return tuple(sorted(part) for part in (parts[0], parts[1][:most]))
-    return tuple(sorted(part) for part in parts)
+            break
+    return sorted(parts[0]), sorted(parts[1][:most])
 
 
-def stream(model, dataset, entries, n_tokens=4096, stored=False, progress=None):
+def stream(model, dataset, entries, n_tokens=4096, stored=False, progress=None, heads=None):
     """(entry, (h, w), {head: {"summary": [C], "patch": [n, C]}}) of image after image, float32 on the CPU.
 
     The next pack is read while the model sees this one. `stored`: read a cache's targets too. `progress`: a label for
-    a bar. An image whose header promised more than its content held is left out.
+    a bar. `heads`: see `chosen`, by default all. An image whose header promised more than it held is left out.
     """
     registers = getattr(model, "registers", 4)
     lengths = [1 + registers + int(dataset.shard(number).shapes[i].prod()) for number, i in entries]
     parts = [entries[part] for part in split_by_tokens(lengths, n_tokens)]
+    read = functools.partial(dataset.read, registers=registers, with_targets=stored)
     bar = tqdm(total=len(entries), unit="image", desc=progress, disable=progress is None, leave=False)
-    with ThreadPoolExecutor(1) as reader:
-        ahead = [reader.submit(dataset.read, part, registers=registers, with_targets=stored) for part in parts[:1]]
+    with bar, ThreadPoolExecutor(1) as reader:
+        ahead = [reader.submit(read, part) for part in parts[:1]]
         for n, part in enumerate(parts):
             batch = ahead.pop().result()
-            if n + 1 < len(parts):
-                ahead.append(reader.submit(dataset.read, parts[n + 1], registers=registers, with_targets=stored))
+            ahead += [reader.submit(read, following) for following in parts[n + 1 : n + 2]]
             features = {
                 head: {kind: f[kind].float().cpu() for kind in ("summary", "patch") if kind in f}
                 for head, f in model(batch).items()
@@ -122,30 +120,45 @@ def stream(model, dataset, entries, n_tokens=4096, stored=False, progress=None):
             there = iter(part)
             for i, image_id in enumerate(batch.ids.tolist()):
                 entry = next(e for e in there if dataset.shard(e[0]).ids[e[1]] == image_id)
-                rows = batch.patch_rows(i)
-                shape = tuple(batch.shapes[i].tolist())
-                at = {"summary": i, "patch": rows}
+                at = {"summary": i, "patch": batch.patch_rows(i)}
                 said = {h: {kind: x[at[kind]] for kind, x in f.items()} for h, f in features.items()}
                 for head, f in said.items():
                     if not all(torch.isfinite(x).all() for x in f.values()):
                         who, image = getattr(model, "name", "the model"), dataset.meta(entry)["source"]
                         raise ValueError(f"{who}, head '{head}': features of {image} that are not finite")
-                yield entry, shape, said
+                yield entry, tuple(batch.shapes[i].tolist()), {h: chosen(said, h) for h in heads or said}
             bar.update(len(part))
-    bar.close()
 
 
-def gather(streamed, kept=None):
+def chosen(features, head):
+    """The features of one head, or of an ensemble "a+b".
+
+    Summaries of an ensemble are concatenated unit vectors, so that its cosine is the mean of its heads' cosines; its
+    patches are concatenated as they are, for a linear probe standardises every channel.
+    """
+    names = head.split("+")
+    if len(names) == 1:
+        return features[head]
+    summary = torch.cat([F.normalize(features[name]["summary"], dim=-1) for name in names], dim=-1)
+    return {"summary": summary, "patch": torch.cat([features[name]["patch"] for name in names], dim=-1)}
+
+
+def gather(streamed, kept=None, kinds=None):
     """A stream as {head: {"summary": [N, C], "patch": list of [n, C]}}; the list `kept` gains the entries there are."""
     out = {}
     for entry, _, features in streamed:
         if kept is not None:
             kept.append(entry)
         for head, f in features.items():
-            kinds = out.setdefault(head, {kind: [] for kind in f})
-            for kind in kinds:
-                kinds[kind].append(f[kind].clone())  # not a view that keeps its pack alive
+            for kind in kinds or f:  # clones are no views that keep a pack alive
+                out.setdefault(head, {}).setdefault(kind, []).append(f[kind].clone())
     return {head: f | {"summary": torch.stack(f["summary"])} for head, f in out.items()}
+
+
+def summaries(model, dataset, entries, heads, label=None, stored=False):
+    """({head: [N, C]}, the entries that there are), heads by default all."""
+    kept, streamed = [], stream(model, dataset, entries, stored=stored, progress=label, heads=heads)
+    return {head: f["summary"] for head, f in gather(streamed, kept, ["summary"]).items()}, kept
 
 
 # ---- measures ----
@@ -177,40 +190,37 @@ def zeroshot(image_NC, text_KC, truth_N, published=False):
 
 def wins(score_NK, truth_N, published=False):
     """Share of rows whose true column beats every other; a tie is a loss, as published the first of equals wins."""
-    if published:
-        return float((score_NK.argmax(1) == truth_N).double().mean())
-    true = score_NK.gather(1, truth_N[:, None])
-    others = score_NK.scatter(1, truth_N[:, None], -torch.inf).amax(1, keepdim=True)
-    return float((true > others).double().mean())
+    best = score_NK >= score_NK.gather(1, truth_N[:, None])
+    return float((score_NK.argmax(1) == truth_N if published else best.sum(1) == 1).double().mean())
 
 
-def recall(query_QC, gallery_NC, truth_Q, labels_N=None, at=(1, 5, 10)):
+def recall(query_QC, gallery_NC, truth_Q, labels_N=None, at=(1, 5, 10), ties="lose", published=False):
     """{k: share of queries with one of their own among the k nearest of the gallery by cosine}.
 
-    A gallery row is a query's own where its label (by default its index) is the query's truth. Ties rank before it.
+    A gallery row is a query's own where its label (by default its index) is the query's truth. Its equals rank before
+    it; after it where ties "win"; as topk happens to order them with "topk".
     """
-    gallery_NC = unit(gallery_NC)
+    gallery_NC = unit(gallery_NC, published)
     labels_N = torch.arange(len(gallery_NC)) if labels_N is None else labels_N
     hits = dict.fromkeys(at, 0)
     for query, truth in zip(query_QC.split(1024), truth_Q.split(1024), strict=True):  # never Q x N
-        score = unit(query) @ gallery_NC.T
+        score = unit(query, published) @ gallery_NC.T
         own = labels_N == truth[:, None]
         best = score.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
-        rank = ((score >= best) & ~own).sum(1)
+        rank = (((score > best) if ties == "win" else (score >= best)) & ~own).sum(1)
+        if ties == "topk":
+            near = own.gather(1, score.topk(min(max(at), len(labels_N)), dim=1).indices)
+            rank = torch.where(near.any(1), near.int().argmax(1), max(at))
         hits = {n: hit + int((rank < n).sum()) for n, hit in hits.items()}
     return {n: hit / len(query_QC) for n, hit in hits.items()}
 
 
-def published_recall(image_NC, text_KC, image_K, at=(1, 5, 10)):
-    """Both recalls as SigLino's evaluation has them: image_K[k] is the one image of text k, whatever its words.
-
-    From text to image a tie is a win; from image to text it goes as topk orders equals.
-    """
-    score_NK = unit(image_NC, published=True) @ unit(text_KC, published=True).T
-    rank_K = (score_NK > score_NK[image_K, torch.arange(len(image_K))]).sum(0)
-    hit = image_K[score_NK.topk(min(max(at), len(image_K)), dim=1).indices] == torch.arange(len(score_NK))[:, None]
-    found = {f"text_recall_at_{k}": float(hit[:, :k].any(1).double().mean()) for k in at}
-    return found | {f"image_recall_at_{k}": float((rank_K < k).double().mean()) for k in at}
+def caption_recalls(image_NC, text_KC, truth_N, published=False):
+    """Both ways, text truth_N[n] being image n's. As SigLino's evaluation has it: bfloat16, and ties for the model."""
+    ways = ("topk", "win") if published else ("lose", "lose")
+    found = recall(image_NC, text_KC, truth_N, ties=ways[0], published=published)
+    back = recall(text_KC, image_NC, torch.arange(len(text_KC)), truth_N, ties=ways[1], published=published)
+    return {f"text_recall_at_{k}": v for k, v in found.items()} | {f"image_recall_at_{k}": v for k, v in back.items()}
 
 
 def patch_labels(mask_HW, h, w, classes, void=VOID):
@@ -249,30 +259,30 @@ def linear_probe(x_NC, share_NK, iterations=40, decay=1e-4):
 
 
 def confusion(probe, patch_NC, shape, mask_HW, classes, void=VOID):
-    """Pixels by [true class, guessed class], the probe's logits upsampled bilinearly to the mask."""
-    logits = F.linear(finite(patch_NC), *probe).T.reshape(1, classes, *shape)
+    """Pixels by [true class, guessed class]; logits in the probe's dtype, upsampled bilinearly to the mask."""
+    logits = F.linear(finite(patch_NC).to(probe[0].dtype), *probe).T.reshape(1, classes, *shape)
     guess = F.interpolate(logits, mask_HW.shape, mode="bilinear", align_corners=False)[0].argmax(0)
     known = (mask_HW != void) & (mask_HW < classes)
     pair = mask_HW[known].long() * classes + guess[known]
     return torch.bincount(pair, minlength=classes**2).view(classes, classes)
 
 
-def class_ious(confusion_KK):
-    """Intersection over union [K] float64 of each class; NaN where a class does not occur."""
+def class_ious(confusion_KK, published_void=None):
+    """Intersection over union [K] float64 of each class; NaN where a class does not occur.
+
+    As SigLino's evaluation has it, given its void class: pixels guessed to be void are dropped, and a class that does
+    not occur but is guessed counts 0.
+    """
+    published = published_void is not None
+    if published:
+        confusion_KK = confusion_KK * (torch.arange(len(confusion_KK)) != published_void)
     union = confusion_KK.sum(0) + confusion_KK.sum(1) - confusion_KK.diag()
-    return (confusion_KK.diag() / union).double().where(confusion_KK.sum(1) > 0, torch.nan)
+    return (confusion_KK.diag() / union).double().where((union if published else confusion_KK.sum(1)) > 0, torch.nan)
 
 
-def mean_iou(confusion_KK):
+def mean_iou(confusion_KK, published_void=None):
     """Mean intersection over union of the classes that occur."""
-    return float(class_ious(confusion_KK).nanmean())
-
-
-def published_miou(confusion_KK, void):
-    """As SigLino's evaluation has it: pixels guessed to be void are dropped, classes that are only guessed count 0."""
-    kept = confusion_KK.index_fill(1, torch.tensor([void]), 0) if void < len(confusion_KK) else confusion_KK
-    union = kept.sum(0) + kept.sum(1) - kept.diag()
-    return float((kept.diag() / union).double()[union > 0].mean())
+    return float(class_ious(confusion_KK, published_void).nanmean())
 
 
 def cosine(a, b, mean):
@@ -313,32 +323,30 @@ def imitation_scores(dataset, spaces, models, texts, most=2000, neighbours=True,
         who: gather(stream(m, dataset, held, stored=who == "teacher", progress=who if progress else None), kept[who])
         for who, m in models.items()
     }
-    held, result = kept["teacher"], {who: {} for who in models}
+    held = kept["teacher"]
+    result, captions = {who: {} for who in models}, [dataset.meta(entry)["caption"] for entry in held]
+    asked = [n for n, caption in enumerate(captions) if caption]
+    truth, gallery = distinct(captions[n] for n in asked)
     if neighbours:
         add_knn(result, dataset, models, trained[:: max(1, len(trained) // most)], held, features)
     for space in spaces:
-        want = features["teacher"][space.name]
-        mean = (space.stored or space.phi_s).mean.cpu()
+        text, want = texts(space.name, held), features["teacher"][space.name]
+        means = {"summary": space.summary_mean, "patch": (space.stored or space.phi_s).mean.cpu()}
         for who, f in features.items():
-            if who != "teacher":
-                got = f[space.name]
-                result[who][f"{space.name}_summary_cosine"] = cosine(
-                    got["summary"], want["summary"], space.summary_mean
-                )
-                if "patch" in want:
-                    patch = cosine(torch.cat(got["patch"]), torch.cat(want["patch"]), mean)
-                    result[who][f"{space.name}_patch_cosine"] = patch
-        text = texts(space.name, held)
-        if text is not None:
-            gallery = {}  # distinct captions
-            captions = [dataset.meta(entry)["caption"] for entry in held]
-            asked = [n for n, caption in enumerate(captions) if caption]
-            truth = torch.tensor([gallery.setdefault(captions[n], len(gallery)) for n in asked])
-            first = [captions.index(caption) for caption in gallery]
-            for who, f in features.items() if asked else ():
-                recalls = recall(f[space.name]["summary"][asked], text[first], truth)
-                result[who] |= {f"{space.name}_recall_at_{k}": v for k, v in recalls.items()}
+            got = f[space.name]
+            for kind in () if who == "teacher" else want:
+                pair = (torch.cat(x[kind]) if kind == "patch" else x[kind] for x in (got, want))
+                result[who][f"{space.name}_{kind}_cosine"] = cosine(*pair, means[kind])
+            if asked and text is not None:
+                found = recall(got["summary"][asked], text[[captions.index(caption) for caption in gallery]], truth)
+                result[who] |= {f"{space.name}_recall_at_{k}": v for k, v in found.items()}
     return result
+
+
+def distinct(names):
+    """(each name's number [N], the distinct names), numbered as they first occur."""
+    numbers = {}
+    return torch.tensor([numbers.setdefault(name, len(numbers)) for name in names]), list(numbers)
 
 
 def add_knn(result, dataset, models, bank, held, features):
@@ -385,17 +393,17 @@ class PublishedImages(Images):
         """(h, w) in patches; between 128 x 128 pixels and the budget an image keeps its size, to the nearest patch."""
         if self.square:
             return (math.isqrt(self.max_tokens),) * 2
-        n, most = round(height / PATCH) * round(width / PATCH), PATCH**2 * self.max_tokens
-        scale = (most if n > self.max_tokens else 128**2) / (height * width)
-        to_whole = math.floor if n > self.max_tokens else math.ceil if n < 64 else None
-        sides = (side * scale**0.5 / PATCH if to_whole else side / PATCH for side in (height, width))
-        return tuple(max(1, (to_whole or round)(side)) for side in sides)
+        n, whole, area = round(height / PATCH) * round(width / PATCH), round, height * width
+        if n > self.max_tokens:
+            whole, area = math.floor, PATCH**2 * self.max_tokens
+        elif n < 64:
+            whole, area = math.ceil, 128**2
+        return tuple(max(1, whole(side * (area / (height * width)) ** 0.5 / PATCH)) for side in (height, width))
 
     def decode(self, view):
         def use(image):
             height, width, orientation = upright(image)
-            box = 0.0, 0.0, 1.0, 1.0
-            return torch.from_numpy(resized(image, *self.sizes(height, width), orientation, box, False, False))
+            return torch.from_numpy(resized(image, *self.sizes(height, width), orientation, (0, 0, 1, 1), False, False))
 
         try:
             return to_rows(with_image(view.source, use))
@@ -403,40 +411,31 @@ class PublishedImages(Images):
             return str(error)
 
 
-def images_of(path, args, budget):
-    """The Images of a folder, or of several, at a token budget, the same for all models: bad files are named once."""
-    paths = list(map(str, path if isinstance(path, list) else [path]))
+def folder(paths, args, budget, part=None):
+    """(the Images of a folder, or of several; those "trained" on, or "held" out, or all, as [(shard number, index)]).
+
+    One dataset for all models, so that bad files are named once. --held-out is for all.
+    """
+    paths = list(map(str, paths if isinstance(paths, list) else [paths]))
     if (*paths, budget) not in args.opened:
         sizes = {"min_tokens": budget if args.enlarge else args.min_tokens, "max_tokens": budget}
         kind = PublishedImages if args.published else Images
         dataset = kind(find_sources(paths), " ".join(paths), **sizes, draft=False, max_skipped=args.max_skipped)
         dataset.square = args.measure == "segment"
-        args.opened[*paths, budget] = dataset
-    return args.opened[*paths, budget]
+        args.opened[*paths, budget] = dataset, *split(dataset)
+    dataset, trained, held = args.opened[*paths, budget]
+    parts = {"trained": trained, "held": held, None: held if getattr(args, "held_out", False) else trained + held}
+    if not parts[part]:
+        said = f"{len(trained)} to learn from and {len(held)} to test on{'' if part is None else ': give --test'}"
+        raise ValueError(f"{dataset.path} holds no image that can be used here: {said}")
+    return dataset, sorted(parts[part])
 
 
-def folder(path, args, budget):
-    """(the Images of a folder, all of them that can be used as [(shard number, index)])."""
-    dataset = images_of(path, args, budget)
-    trained, held = split(dataset)
-    entries = held if getattr(args, "held_out", False) else sorted([*trained, *held])
-    if not entries:
-        n = len(trained) + len(held)
-        raise ValueError(f"{dataset.path} holds no image that can be used here: {n} can be decoded")
-    return dataset, entries
-
-
-def two_folders(args, budget):
-    """((dataset, entries) to learn from, (dataset, entries) to be tested on): --test, or a tenth of --train by id."""
-    if args.test:
-        return folder(args.train, args, budget), folder(args.test, args, budget)
-    dataset = images_of(args.train, args, budget)
-    trained, held = split(dataset)
-    if not trained or not held:
-        raise ValueError(
-            f"{dataset.path} has {len(trained)} images to learn from and {len(held)} to test on: give --test"
-        )
-    return (dataset, trained), (dataset, held)
+def two_folders(train, test, args, budget):
+    """((dataset, entries) to learn from, (dataset, entries) to be tested on): test, or a tenth of train by id."""
+    if test:
+        return folder(train, args, budget), folder(test, args, budget)
+    return folder(train, args, budget, "trained"), folder(train, args, budget, "held")
 
 
 def category(dataset, entry):
@@ -448,29 +447,6 @@ def category(dataset, entry):
     return name
 
 
-def chosen(features, head):
-    """The features of one head, or of an ensemble "a+b".
-
-    Summaries of an ensemble are concatenated unit vectors, so that its cosine is the mean of its heads' cosines; its
-    patches are concatenated as they are, for a linear probe standardises every channel.
-    """
-    names = head.split("+")
-    if len(names) == 1:
-        return features[head]
-    summary = torch.cat([F.normalize(features[name]["summary"], dim=-1) for name in names], dim=-1)
-    return {"summary": summary, "patch": torch.cat([features[name]["patch"] for name in names], dim=-1)}
-
-
-def summaries(model, dataset, entries, heads, label=None, stored=False):
-    """({head: [N, C]}, the entries that there are), heads by default all."""
-    kept, found = [], {}
-    for entry, _, features in stream(model, dataset, entries, stored=stored, progress=label):
-        kept.append(entry)
-        for head in heads or features:
-            found.setdefault(head, []).append(chosen(features, head)["summary"].clone())
-    return {head: torch.stack(rows) for head, rows in found.items()}, kept
-
-
 def class_numbers(*parts):
     """Numbers of the classes of images, a tensor a part; parts: (dataset, entries)."""
     names = [[category(dataset, entry) for entry in entries] for dataset, entries in parts]
@@ -479,7 +455,8 @@ def class_numbers(*parts):
 
 
 def measure_knn(args, model, budget):
-    (bank, trained), (test, held) = two_folders(args, budget)
+    """k nearest neighbours, a folder a class"""
+    (bank, trained), (test, held) = two_folders(args.train, args.test, args, budget)
     known, trained = summaries(model, bank, trained, args.head, f"{budget}: bank")
     asked, held = summaries(model, test, held, args.head, f"{budget}: queries")
     labels, truth = class_numbers((bank, trained), (test, held))
@@ -490,10 +467,8 @@ def measure_knn(args, model, budget):
 def check_widths(images, text_C, name):
     for head, x_NC in images.items():
         if x_NC.shape[1] != len(text_C):
-            raise ValueError(
-                f"head '{head}' has {x_NC.shape[1]} channels and text of teacher '{name}' {len(text_C)} channels: "
-                "text is held against the head of its own teacher"
-            )
+            widths = f"head '{head}' has {x_NC.shape[1]} channels and text of teacher '{name}' {len(text_C)} channels"
+            raise ValueError(f"{widths}: text is held against the head of its own teacher")
 
 
 def read_words(args):
@@ -512,6 +487,7 @@ def read_words(args):
 
 
 def measure_zeroshot(args, model, budget):
+    """Images against their class's name, a folder a class"""
     dataset, entries = folder(args.images, args, budget)
     encode, heads = args.encode_text, args.head or [args.text_head]
     spoken, templates = read_words(args)
@@ -528,25 +504,18 @@ def measure_zeroshot(args, model, budget):
 
 
 def measure_retrieval(args, model, budget):
+    """Image to caption and caption to image"""
     dataset, entries = folder(args.images, args, budget)
     entries = [e for e in entries if dataset.meta(e)["caption"]]
     if not entries:
         raise ValueError(f"{dataset.path} has no captions: it needs captions.json, or a .txt beside each image")
     asked, kept = summaries(model, dataset, entries, args.head or [args.text_head], f"{budget}: images")
-    captions = {}  # an image's caption may be another's too: both are then right
-    truth = torch.tensor([captions.setdefault(dataset.meta(e)["caption"], len(captions)) for e in kept])
-    text = args.encode_text(list(captions))
+    # An image's caption may be another's too: both are then right; as published, its own image alone is
+    truth, captions = distinct((dataset.meta(e)["caption"], args.published and e) for e in kept)
+    text = args.encode_text([caption for caption, _ in captions])
     check_widths(asked, text[0], args.text_head)
-    out = {}
-    for head, x in asked.items():
-        if args.published:  # every text is its own image's only, as often as it occurs
-            out[head] = published_recall(x, text[truth], torch.arange(len(x))) | {"images": len(x), "captions": len(x)}
-            continue
-        found = {f"text_recall_at_{k}": v for k, v in recall(x, text, truth).items()}
-        back = recall(text, x, torch.arange(len(text)), truth)
-        out[head] = found | {f"image_recall_at_{k}": v for k, v in back.items()}
-        out[head] |= {"images": len(kept), "captions": len(captions)}
-    return out
+    count = {"images": len(kept), "captions": len(captions)}
+    return {head: caption_recalls(x, text, truth, args.published) | count for head, x in asked.items()}
 
 
 def read_mask(root, dataset, entry, side=None):
@@ -560,58 +529,56 @@ def read_mask(root, dataset, entry, side=None):
 
 
 def fit_probes(args, train, classes, n_patches):
-    """[{head: (weight, bias)}]: linear probes of at most --probe-patches of the n_patches that train() has."""
+    """Yields {head: (weight, bias)}: linear probes of at most --probe-patches of the n_patches that train() has."""
     random = torch.Generator().manual_seed(0)
     rows, labels = {}, []
     for mask, shape, features in train():
         share = patch_labels(mask, *shape, classes, args.void)
-        drawn = torch.rand(len(share), generator=random) < args.probe_patches / n_patches
-        known = (share.sum(1) > 0) & drawn
+        known = (share.sum(1) > 0) & (torch.rand(len(share), generator=random) < args.probe_patches / n_patches)
         labels.append(share[known])
-        for head in args.head or features:
-            rows.setdefault(head, []).append(chosen(features, head)["patch"][known])
+        for head, f in features.items():
+            rows.setdefault(head, []).append(f["patch"][known])
     if not any(map(len, labels)):
         raise ValueError(f"{args.train}/masks say nothing: every pixel is --void {args.void}")
-    return [{head: linear_probe(torch.cat(x), torch.cat(labels)) for head, x in rows.items()}]
+    yield {head: linear_probe(torch.cat(x), torch.cat(labels)) for head, x in rows.items()}
 
 
 def published_probes(args, train, classes):
-    """{head: (weight, bias)} after each of ten epochs, as SigLino's evaluation trains them: bfloat16, AdamW, 16 images
-    a step, the cross-entropy of every pixel that is not void."""
+    """Yields {head: (weight, bias)} after each of ten epochs, as SigLino's evaluation trains them: bfloat16, AdamW, 16
+    images a step, the cross-entropy of every pixel that is not void."""
     torch.manual_seed(0)
     layers = {}
     for _ in range(10):
         images = train()
         while part := list(itertools.islice(images, 16)):
-            mask_BSS = torch.stack([mask for mask, _, _ in part])
-            for head in args.head or part[0][2]:
-                x_BNC = torch.stack([chosen(features, head)["patch"] for _, _, features in part]).bfloat16()
+            masks, shapes, features = zip(*part, strict=True)
+            for head in features[0]:
+                x_BNC = torch.stack([f[head]["patch"] for f in features]).bfloat16()
                 if head not in layers:
                     layer = torch.nn.Linear(x_BNC.shape[-1], classes).bfloat16()
                     layers[head] = layer, torch.optim.AdamW(layer.parameters(), lr=args.lr, weight_decay=1e-3)
                 layer, optimizer = layers[head]
-                logits = layer(x_BNC).transpose(1, 2).unflatten(2, part[0][1])
-                logits = F.interpolate(logits, mask_BSS.shape[1:], mode="bilinear", align_corners=False)
-                F.cross_entropy(logits, mask_BSS, ignore_index=args.void).backward()
+                logits = layer(x_BNC).transpose(1, 2).unflatten(2, shapes[0])
+                logits = F.interpolate(logits, masks[0].shape, mode="bilinear", align_corners=False)
+                F.cross_entropy(logits, torch.stack(masks), ignore_index=args.void).backward()
                 optimizer.step()
                 optimizer.zero_grad()
         yield {head: (layer.weight.detach(), layer.bias.detach()) for head, (layer, _) in layers.items()}
 
 
 def measure_segment(args, model, budget):
-    """--train and --test are folders of images/ and of masks/ of the same names (.png, a class index a pixel).
+    """A linear head on frozen patches; folders with images/ and masks/
 
-    As published the best epoch counts, by the test set.
+    Masks bear their images' names (.png, a class index a pixel). As published the best epoch counts, by the test set.
     """
     roots = [Path(root) for root in (args.train, args.test or args.train)]
-    inner = argparse.Namespace(**vars(args))
-    inner.train, inner.test = roots[0] / "images", args.test and roots[1] / "images"
-    (bank, trained), (test, held) = two_folders(inner, budget)
+    images = roots[0] / "images", args.test and roots[1] / "images"
+    (bank, trained), (test, held) = two_folders(*images, args, budget)
 
     def seen(root, dataset, entries, label):
         """(mask, (h, w), features) of image after image."""
-        for entry, shape, features in stream(model, dataset, entries, progress=f"{budget}: {label}"):
-            yield read_mask(root, dataset, entry, 16 * shape[0] if args.published else None), shape, features
+        for entry, shape, f in stream(model, dataset, entries, progress=f"{budget}: {label}", heads=args.head):
+            yield read_mask(root, dataset, entry, 16 * shape[0] if args.published else None), shape, f
 
     def train():
         order = torch.randperm(len(trained)).tolist() if args.published else range(len(trained))
@@ -620,43 +587,43 @@ def measure_segment(args, model, budget):
     largest = lambda mask: int(mask.where(mask != args.void, 0).max())  # noqa: E731
     classes = 1 + max(largest(read_mask(roots[0], bank, entry)) for entry in trained)
     n_patches = sum(int(bank.shard(number).shapes[i].prod()) for number, i in trained)
-    best, score = {}, published_miou if args.published else lambda c, void: mean_iou(c)
-    for probes in (
-        published_probes(args, train, classes) if args.published else fit_probes(args, train, classes, n_patches)
-    ):
-        pixels, images = dict.fromkeys(probes, 0), 0
+    fits = published_probes(args, train, classes) if args.published else fit_probes(args, train, classes, n_patches)
+    best = {}
+    for probes in fits:
+        pixels, count = dict.fromkeys(probes, 0), 0
         for truth, shape, features in seen(roots[1], test, held, "to be tested on"):
-            images += 1
+            count += 1
             for head, probe in probes.items():
-                patch = chosen(features, head)["patch"].to(probe[0].dtype)
-                pixels[head] = pixels[head] + confusion(probe, patch, shape, truth, classes, args.void)
+                seen_as = confusion(probe, features[head]["patch"], shape, truth, classes, args.void)
+                pixels[head] = pixels[head] + seen_as
         for head, c in pixels.items():
-            found = {"miou": score(c, args.void), "pixel_accuracy": float(c.diag().sum() / c.sum()), "images": images}
-            found["iou_by_class"] = {k: iou for k, iou in enumerate(class_ious(c).tolist()) if iou == iou}
+            ious = class_ious(c, args.void if args.published else None)
+            found = {"miou": float(ious.nanmean()), "pixel_accuracy": float(c.diag().sum() / c.sum()), "images": count}
+            found["iou_by_class"] = {k: iou for k, iou in enumerate(ious.tolist()) if iou == iou}
             best[head] = max(best.get(head, found), found, key=lambda figures: figures["miou"])
     return best
 
 
 def measure_pca(args, model, budget):
+    """A sheet of the patches' principal components"""
     dataset, entries = folder(args.images, args, budget)
     entries = entries[:: max(1, len(entries) // args.count)][: args.count]
     features = gather(stream(model, dataset, entries))
     batch = dataset.read(entries)
-    columns = [
-        (head, f["patch"], f["patch"])
-        for head, f in features.items()
-        if not args.head or head.split(": ")[-1] in args.head
-    ]
+    asked = [head for head in features if not args.head or head.split(": ")[-1] in args.head]
+    columns = [(head, features[head]["patch"], features[head]["patch"]) for head in asked]
     path = Path(args.out).with_suffix(".png")
     if len(args.max_tokens) > 1:
         path = path.with_stem(f"{path.stem}-{budget}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     pca_sheet(batch.images(), batch.shapes.tolist(), columns).save(path)
     return {"all": {"images": batch.n_images, "sheet": str(path)}}
 
 
 def measure_speed(args, model, budget, repeats=10):
-    """Square images at the budget, packed; bfloat16 on CUDA. The first two packs warm up; a minute is enough."""
+    """Images/s and tokens/s by resolution
+
+    Square images at the budget, packed; bfloat16 on CUDA. The first two packs warm up; a minute is enough.
+    """
     side = int(budget**0.5)
     images = max(1, args.tokens // (side * side + 5))
     random = torch.Generator().manual_seed(0)
@@ -675,88 +642,78 @@ def measure_speed(args, model, budget, repeats=10):
     return {"all": figures | {"pixels": 16 * side, "pack_tokens": batch.n_tokens}}
 
 
-MEASURES = {
-    "knn": (measure_knn, "k nearest neighbours, a folder a class"),
-    "zeroshot": (measure_zeroshot, "images against their class's name, a folder a class"),
-    "retrieval": (measure_retrieval, "image to caption and caption to image"),
-    "segment": (measure_segment, "a linear head on frozen patches; folders with images/ and masks/"),
-    "pca": (measure_pca, "a sheet of the patches' principal components"),
-    "speed": (measure_speed, "images/s and tokens/s by resolution"),
-}
+MEASURES = measure_knn, measure_zeroshot, measure_retrieval, measure_segment, measure_pca, measure_speed
+MEASURES = {measure.__name__.removeprefix("measure_"): measure for measure in MEASURES}
 
 
 # ---- command line ----
 
-PROTOCOLS = "published: as SigLino's own evaluation does it, its sizes of images included"
+
+def number(kind, low, high, default=None):
+    return {"type": in_range(kind, low, high), "default": default}
+
+
+MODELS = f"a run or its student/, a SigLino checkpoint, NAME=SPEC of a teacher, or untrained, {', '.join(amoe.CONFIGS)}"
+NEEDED, SEVERAL, SET = {"required": True}, {"nargs": "+"}, {"action": "store_true"}
+PROTOCOLS = {"choices": ("strict", "published"), "default": "strict"}
+TEST = "those to be tested on, else every tenth of --train, by its name's hash"
+FLAGS = (  # (the measures that have it, its name, how it is read, its help)
+    ("all", "--model", NEEDED | SEVERAL, f"what to measure, several in one table: {MODELS}"),
+    ("all", "--top-k", number(int, 1, 1024, 6), "experts a token of a SigLino checkpoint (0.15B: 2)"),
+    ("all", "--max-tokens", number(int, 1, 65536, [256]) | SEVERAL, "token budgets; the table has a line for each"),
+    ("all", "--head", SEVERAL, "heads by name, else all, 'amoe' being the trunk; a+b is an ensemble"),
+    ("all", "--device", {"default": "auto"}, "where the model runs: auto, cpu, cuda or cuda:N"),
+    ("speed", "--tokens", number(int, 1, 2**20, 16384), "tokens in a pack, at most"),
+    ("images", "--min-tokens", number(int, 1, 65536, 1), "patches below which an image is enlarged"),
+    ("images", "--enlarge", SET, "bring smaller images to the budget too"),
+    ("images", "--max-skipped", number(float, 0, 1, 0.05), "share of unusable images that stops it"),
+    ("scores", "--protocol", PROTOCOLS, "published: as SigLino's own evaluation does it, its sizes of images included"),
+    ("knn", "--train", NEEDED | SEVERAL, "images to learn from"),
+    ("segment", "--train", NEEDED, "images to learn from"),
+    ("knn", "--test", SEVERAL, TEST),
+    ("segment", "--test", {}, TEST),
+    ("zeroshot retrieval pca", "--images", NEEDED | SEVERAL, "folders of images or tars, tars, lists of them"),
+    ("zeroshot retrieval pca", "--held-out", SET, "only the tenth of them that training leaves out"),
+    ("zeroshot retrieval", "--text", {"metavar": "NAME=SPEC"}, "teacher that embeds text, for the head of its name"),
+    ("knn", "--k", number(int, 1, 10**6, 20), "neighbours that vote"),
+    ("knn", "--temperature", number(float, 1e-4, 1e4, 0.07), "a vote weighs exp(cosine / temperature)"),
+    ("zeroshot", "--classes", {}, "JSON of {folder: how to say it}"),
+    ("zeroshot", "--templates", {}, "text file, a template a line, {} standing for the class"),
+    ("segment", "--void", number(int, 0, 65535, VOID), "mask value of no class (ADE20k: 0)"),
+    ("segment", "--lr", number(float, 0, 10, 1e-3), "of the published protocol's linear head"),
+    ("segment", "--probe-patches", number(int, 1, 10**9, 200_000), "patches that the linear head learns from, at most"),
+    ("pca", "--count", number(int, 1, 1000, 8), "images on the sheet"),
+)
 
 
 def parse(argv):
     parser = Parser(prog="evaluate.py", description=__doc__.split("\n")[0])
     measures = parser.add_subparsers(dest="measure", required=True)
-    for name, (_, text) in MEASURES.items():
-        add = measures.add_parser(name, help=text, description=text).add_argument
-        kinds = ("a run or its student/, a SigLino checkpoint, NAME=SPEC of a teacher, or untrained", *amoe.CONFIGS)
-        models = ", ".join(kinds)
-        add("--model", required=True, nargs="+", help=f"what to measure, several in one table: {models}")
-        add(
-            "--top-k", type=in_range(int, 1, 1024), default=6, help="experts a token of a SigLino checkpoint (0.15B: 2)"
-        )
-        budgets = {"type": in_range(int, 1, 65536), "nargs": "+", "default": [256]}
-        add("--max-tokens", **budgets, help="token budgets; the table has a line for each")
-        add("--head", nargs="+", help="heads by name, else all, 'amoe' being the trunk; a+b is an ensemble")
-        add("--device", default="auto", help="where the model runs: auto, cpu, cuda or cuda:N")
-        add("--out", default=f"runs/evaluate/{name}.json", help="the result, as JSON")
-        if name == "speed":
-            add("--tokens", type=in_range(int, 1, 2**20), default=16384, help="tokens in a pack, at most")
-            continue
-        add("--min-tokens", type=in_range(int, 1, 65536), default=1, help="patches below which an image is enlarged")
-        add("--enlarge", action="store_true", help="bring smaller images to the budget too")
-        add("--max-skipped", type=in_range(float, 0, 1), default=0.05, help="share of unusable images that stops it")
-        if name != "pca":
-            add("--protocol", choices=("strict", "published"), default="strict", help=PROTOCOLS)
-        if name in ("knn", "segment"):
-            several = {"nargs": "+" if name == "knn" else None}
-            add("--train", required=True, **several, help="images to learn from")
-            add("--test", **several, help="those to be tested on, else every tenth of --train, by its name's hash")
-        else:
-            add("--images", required=True, nargs="+", help="folders of images or tars, tars, lists of them")
-            add("--held-out", action="store_true", help="only the tenth of them that training leaves out")
-        if name in ("zeroshot", "retrieval"):
-            add("--text", metavar="NAME=SPEC", help="teacher that embeds text, for the student's head of that name")
-        if name == "knn":
-            add("--k", type=in_range(int, 1, 10**6), default=20, help="neighbours that vote")
-            heat = {"type": in_range(float, 1e-4, 1e4), "default": 0.07}
-            add("--temperature", **heat, help="a vote weighs exp(cosine / temperature)")
-        elif name == "zeroshot":
-            add("--classes", help="JSON of {folder: how to say it}")
-            add("--templates", help="text file, a template a line, {} standing for the class")
-        elif name == "segment":
-            add("--void", type=in_range(int, 0, 65535), default=VOID, help="mask value of no class (ADE20k: 0)")
-            add("--lr", type=in_range(float, 0, 10), default=1e-3, help="of the published protocol's linear head")
-            patches = {"type": in_range(int, 1, 10**9), "default": 200_000}
-            add("--probe-patches", **patches, help="patches that the linear head learns from, at most")
-        elif name == "pca":
-            add("--count", type=in_range(int, 1, 1000), default=8, help="images on the sheet")
+    for name, measure in MEASURES.items():
+        text = measure.__doc__.split("\n")[0]
+        words = measures.add_parser(name, help=text, description=text)
+        groups = {"all": True, "images": name != "speed", "scores": name not in ("pca", "speed")}
+        for having, flag, how, said in FLAGS:
+            if groups.get(having, name in having.split()):
+                words.add_argument(flag, help=said, **how)
+        words.add_argument("--out", default=f"runs/evaluate/{name}.json", help="the result, as JSON")
     args = parser.parse_args(argv)
     args.device = choose_device(args.device)
     args.published, args.opened = getattr(args, "protocol", "strict") == "published", {}
+    first = getattr(args, "images", None) or getattr(args, "train", None) or "."
+    args.folder = first[0] if isinstance(first, list) else first
     return args
 
 
 def open_model(name, args):
     """(the model that a --model names, the teacher that it is or None)."""
     if "=" in name and not Path(name).exists():
-        [teacher] = load_teachers([name], images_folder(args), args.device)
+        [teacher] = load_teachers([name], args.folder, args.device)
         return of_teacher(teacher, args.device), teacher
     if name in amoe.CONFIGS:
         torch.manual_seed(0)
         return of_student(amoe.AMoE(amoe.CONFIGS[name], []).eval().to(args.device)), None
     return of_student(amoe.load(name, args.top_k).to(args.device)), None
-
-
-def images_folder(args):
-    path = getattr(args, "images", None) or getattr(args, "train", None) or "."
-    return path[0] if isinstance(path, list) else path
 
 
 def set_text(args, teacher):
@@ -768,28 +725,25 @@ def set_text(args, teacher):
     args.encode_text, args.text_head = functools.partial(embed_text, teacher), teacher.name
 
 
-def side_by_side(models):
-    """One model that answers with the heads of all, {label: model}, each named by its label too."""
-    return lambda batch: {f"{label}: {head}": f for label, m in models.items() for head, f in m(batch).items()}
-
-
 def main(argv=None):
     args = parse(argv)
-    said = {key: value for key, value in vars(args).items() if key not in ("measure", "opened")}
+    said = {key: value for key, value in vars(args).items() if key not in ("measure", "opened", "folder")}
     began, scores = time.perf_counter(), []
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)  # before hours of work for it
     opened = {name: open_model(name, args) for name in args.model}
-    text = getattr(args, "text", None) and load_teachers([args.text], images_folder(args), args.device)[0]
+    text = getattr(args, "text", None) and load_teachers([args.text], args.folder, args.device)[0]
     for name, (model, _) in opened.items():
         for head in itertools.chain.from_iterable(h.split("+") for h in args.head or ([text.name] if text else ())):
             if head not in model.heads:
                 raise ValueError(f"--head {head}: {name} has the heads {', '.join(model.heads)}")
-    if args.measure == "pca" and len(opened) > 1:
-        opened = {"all": (side_by_side({Path(name).name: model for name, (model, _) in opened.items()}), None)}
+    if args.measure == "pca" and len(opened) > 1:  # one sheet for all
+        models = {Path(name).name: model for name, (model, _) in opened.items()}
+        beside = lambda batch: {f"{label}: {head}": f for label, m in models.items() for head, f in m(batch).items()}  # noqa: E731
+        opened = {"all": (beside, None)}
     for budget, (name, (model, teacher)) in itertools.product(args.max_tokens, opened.items()):
         if args.measure in ("zeroshot", "retrieval"):
             set_text(args, text or teacher)
-        for head, figures in MEASURES[args.measure][0](args, model, budget).items():
+        for head, figures in MEASURES[args.measure](args, model, budget).items():
             scores.append({"model": name, "max_tokens": budget, "head": head, **figures})
     columns = [c for c in scores[0] if c != "iou_by_class" and (c != "model" or len(opened) > 1)]
     table = [columns, *([f"{s[c]:.3f}" if isinstance(s[c], float) else str(s[c]) for c in columns] for s in scores)]

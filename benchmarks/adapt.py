@@ -1,8 +1,8 @@
 """Measures what a student gains on a new domain, and forgets of the old: `python -m benchmarks.adapt RUN [WORK]`.
 
 RUN is a toy run (`python train.py`). The new domain is another toy world under other light: its images inverted, red,
-green and blue exchanged. Of its training images 500 are trained on, its held-out tenth is scored. Writes adapt.json,
-which docs/continue.md has its table from; runs that are there are not trained again.
+green and blue exchanged. Of its training images 500 are trained on, drawn by the seed, its held-out tenth is scored.
+Writes adapt.json, which docs/continue.md has its table from; runs that are there are not trained again.
 """
 
 import amoe
@@ -19,18 +19,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-STEPS = 120
-CASES = {  # name: (begins with the toy's student, peak learning rate)
-    "--init, --lr 6e-3": (True, 6e-3),
-    "--init, --lr 2e-3": (True, 2e-3),
-    "--init, --lr 6e-4": (True, 6e-4),
-    "--init, --lr 2e-4": (True, 2e-4),
-    "from scratch, --lr 6e-3": (False, 6e-3),
-}
+SEEDS = 3
+CASES = [  # (begins with the toy's student, peak learning rate, steps)
+    *((True, lr, 60) for lr in (6e-3, 2e-3, 6e-4, 2e-4)),
+    (True, 6e-3, 180),
+    (False, 6e-3, 60),
+]
 
 
 def new_domain(folder):
-    """(the world, its cache, the file of ids to train on) under other light."""
+    """(the world, its cache) under other light."""
     world = toy.World(folder / "world", 2000, seed=1)
     world.write()
     pictures = folder / "images"
@@ -40,35 +38,40 @@ def new_domain(folder):
         Image.fromarray(255 - pixels[:, :, [1, 2, 0]]).save(pictures / world.name(i), compress_level=1)
     (pictures / "captions.json").write_bytes((world.folder / "images" / "captions.json").read_bytes())
     data.cache(pictures, [toy.TextOracle(world), toy.DenseOracle(world)], folder / "cache", max_tokens=64)
-    cache = data.Cache(folder / "cache")
-    trained, _ = evaluate.split(cache)
-    ids = sorted(int(cache.shard(number).ids[i]) for number, i in trained[:: len(trained) // 500][:500])
-    np.save(folder / "subset.npy", np.array(ids))
-    return world, cache, folder / "subset.npy"
+    return world, data.Cache(folder / "cache")
+
+
+def go_on(run, cache, folder, seed, begun, lr, steps):
+    """Trains on 500 images, with the weights of `run` or from scratch; answers the run's folder."""
+    out = folder / f"{'init' if begun else 'scratch'}-{lr:g}-{steps}-{seed}"
+    if not (out / "student" / "config.json").exists():
+        trained, _ = evaluate.split(cache)
+        ids = [int(cache.shard(number).ids[i]) for number, i in trained]
+        np.save(folder / "subset.npy", np.sort(np.random.default_rng(seed).choice(ids, 500, replace=False)))
+        words = ["--cache", cache.path, "--subset", folder / "subset.npy", "--out", out, "--steps", steps, "--lr", lr]
+        words += ["--warmup", 10, "--seed", seed, "--threads", 1, "--no-evaluate", "--overwrite"]
+        words += ["--init", run] if begun else []
+        train.main([str(word) for word in words])
+    return out
 
 
 def main(run, folder):
     folder.mkdir(parents=True, exist_ok=True)
-    old_world = toy.World(run / "toy", train.Flags.toy_images)
-    old = data.Cache(run / "toy" / "cache")
-    new_world, new, subset = new_domain(folder)
+    worlds = {"new": new_domain(folder)}
+    worlds["old"] = toy.World(run / "toy", train.Flags.toy_images), data.Cache(run / "toy" / "cache")
 
     def scored(path):
         model = {"student": evaluate.of_student(amoe.load(path))}
-        worlds = {"new": (new_world, new), "old": (old_world, old)}
         return {name: toy.scores(*world, model)["student"] for name, world in worlds.items()}
 
-    found = {"before": scored(run)}
-    for name, (begun, lr) in CASES.items():
-        out = folder / f"{'init' if begun else 'scratch'}-{lr:g}"
-        words = ["--cache", new.path, "--subset", subset, "--out", out, "--steps", STEPS, "--lr", lr, "--no-evaluate"]
-        if not (out / "student" / "config.json").exists():
-            train.main([str(word) for word in [*words, "--overwrite", *(["--init", run] if begun else [])]])
-        found[name] = scored(out)
-        print(name, found[name], flush=True)
-    held = {name: len(evaluate.split(cache)[1]) for name, cache in (("new", new), ("old", old))}
-    result = {"steps": STEPS, "images": 500, "held_out": held, "scores": found}
-    Path(__file__).with_name("adapt.json").write_text(json.dumps(result, indent=1) + "\n")
+    held = {name: len(evaluate.split(cache)[1]) for name, (_, cache) in worlds.items()}
+    result = {"images": 500, "held_out": held, "before": scored(run), "runs": []}
+    for seed in range(SEEDS):
+        for begun, lr, steps in CASES:
+            scores = scored(go_on(run, worlds["new"][1], folder, seed, begun, lr, steps))
+            result["runs"].append({"seed": seed, "init": begun, "lr": lr, "steps": steps, "scores": scores})
+            print(result["runs"][-1], flush=True)
+            Path(__file__).with_name("adapt.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

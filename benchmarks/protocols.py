@@ -59,35 +59,21 @@ def folds_knn(dataset, items, published, folds=10):
 
 
 def retrieval_rows(photos, native, resized, table):
-    """Recall at 10 both ways, each difference added: (sizes, bfloat16 and ties, captions each for itself)."""
+    """Recall at 10 both ways, each difference added: sizes, captions each for itself, bfloat16 and ties."""
     order = {entry["file"]: n for n, entry in enumerate(json.loads((Path(photos) / "captions.json").read_text()))}
 
-    def parts(dataset, items):
+    def recalls(dataset, items, alone, published=False):
         meta = [dataset.meta(e) for e, _, _ in items]
-        text = table[[order[m["source"]] for m in meta]]
-        return torch.stack([f["summary"] for _, _, f in items]), text, [m["caption"] for m in meta]
-
-    def strict(x, text, captions):
-        index = {}
-        truth = torch.tensor([index.setdefault(c, len(index)) for c in captions])
-        own = text[[captions.index(c) for c in index]]
-        back = evaluate.recall(own, x, torch.arange(len(own)), truth)
-        return {"image to text": evaluate.recall(x, own, truth)[10], "text to image": back[10]}
-
-    def separate(x, text, _):
-        every = torch.arange(len(x))
-        found = evaluate.recall(x, text, every)[10], evaluate.recall(text, x, every)[10]
-        return dict(zip(("image to text", "text to image"), found, strict=True))
-
-    def published(x, text, _):
-        found = evaluate.published_recall(x, text, torch.arange(len(x)))
+        truth, captions = evaluate.distinct((m["caption"], alone and n) for n, m in enumerate(meta))
+        text = table[[order[meta[truth.tolist().index(k)]["source"]] for k in range(len(captions))]]
+        found = evaluate.caption_recalls(torch.stack([f["summary"] for _, _, f in items]), text, truth, published)
         return {"image to text": found["text_recall_at_10"], "text to image": found["image_recall_at_10"]}
 
     return {
-        "strict": strict(*parts(*native)),
-        "+ its sizes of images": strict(*parts(*resized)),
-        "+ every caption its own image's alone": separate(*parts(*resized)),
-        "+ bfloat16, ties for the model: published": published(*parts(*resized)),
+        "strict": recalls(*native, False),
+        "+ its sizes of images": recalls(*resized, False),
+        "+ every caption its own image's alone": recalls(*resized, True),
+        "+ bfloat16, ties for the model: published": recalls(*resized, True, published=True),
     }
 
 
@@ -108,10 +94,9 @@ def segmentation_rows(photos, native, square, rates):
         ]
         return [r for r, o in zip(rows, out, strict=True) if not o], [r for r, o in zip(rows, out, strict=True) if o]
 
-    def score(probe, test, miou=lambda c, void: evaluate.mean_iou(c)):
-        dtype = probe[0].dtype
-        pixels = (evaluate.confusion(probe, f["t"]["patch"].to(dtype), shape, m, 2) for m, shape, f in test)
-        return miou(sum(pixels), 255)
+    def score(probe, test, void=None):
+        pixels = sum(evaluate.confusion(probe, f["t"]["patch"], shape, m, 2) for m, shape, f in test)
+        return evaluate.mean_iou(pixels, void)
 
     args = argparse.Namespace(head=["t"], void=255, probe_patches=200_000)
     rows = {}
@@ -123,9 +108,7 @@ def segmentation_rows(photos, native, square, rates):
     for rate in rates:
         args.lr = rate
         shuffled = lambda: (train[i] for i in torch.randperm(len(train)))  # noqa: E731
-        epochs[rate] = [
-            score(p["t"], test, evaluate.published_miou) for p in evaluate.published_probes(args, shuffled, 2)
-        ]
+        epochs[rate] = [score(p["t"], test, args.void) for p in evaluate.published_probes(args, shuffled, 2)]
     rows["+ its head: bfloat16, AdamW 1e-3, the tenth epoch"] = epochs[1e-3][-1]
     rows["+ the best epoch on the test set: published"] = max(epochs[1e-3])
     rows["+ the best of eight rates on the test set (its search_lr.sh)"] = max(map(max, epochs.values()))

@@ -182,7 +182,15 @@ def test_published_recall_is_the_authors():
         ranks = [1 + int((similarity[:, t] > similarity[image[t], t]).sum()) for t in range(200)]
         want[f"image_recall_at_{k}"] = pytest.approx(np.mean([rank <= k for rank in ranks]))
         want[f"text_recall_at_{k}"] = pytest.approx(np.mean([bool({*top[i][:k]} & {*of_image[i]}) for i in of_image]))
-    assert evaluate.published_recall(images, text, image) == want
+    ranked = {"ties": "win", "published": True}
+    got = {f"image_recall_at_{k}": v for k, v in evaluate.recall(text, images, image, **ranked).items()}
+    ranked["ties"] = "topk"
+    found = evaluate.recall(images, text, torch.arange(120), image, **ranked)
+    assert got | {f"text_recall_at_{k}": v for k, v in found.items()} == want
+    own = torch.arange(120)
+    want = evaluate.recall(images, text[:120], own, **ranked)  # a caption an image: what --protocol published asks
+    both = evaluate.caption_recalls(images, text[:120], own, published=True)
+    assert {k: both[f"text_recall_at_{k}"] for k in want} == want
 
 
 def authors_size(height, width, most=256 * 256, least=128 * 128):
@@ -256,10 +264,9 @@ def test_published_segmentation_is_the_authors(void):
     for probes, expected in zip(evaluate.published_probes(args, train_set, classes), want, strict=True):
         (weight, bias) = probes["t"]
         pixels = sum(
-            evaluate.confusion((weight, bias), f["t"]["patch"].bfloat16(), shape, m, classes, void)
-            for m, shape, f in items[32:]
+            evaluate.confusion((weight, bias), f["t"]["patch"], shape, m, classes, void) for m, shape, f in items[32:]
         )
-        assert evaluate.published_miou(pixels, void) == pytest.approx(expected, abs=0.02)
+        assert evaluate.mean_iou(pixels, void) == pytest.approx(expected, abs=0.02)
     assert max(want) > 0.4
 
 
