@@ -309,9 +309,8 @@ class MoE(Float32Buffers):
         expert_TK, weight_TK = self.router(x_TD, self.expert_bias)
         w = self.experts
         out = moe(x_TD, expert_TK, weight_TK, w.w1, w.w2, w.w3, self.impl)
-        counted_N = counted_T[:, None].expand_as(expert_TK).flatten().float()
-        load_E = torch.zeros_like(self.expert_bias).index_add(0, expert_TK.flatten(), counted_N)
-        return out, load_E
+        chosen_TKE = expert_TK[..., None] == torch.arange(len(self.expert_bias), device=x_TD.device)
+        return out, (chosen_TKE & counted_T[:, None, None]).sum((0, 1)).to(self.expert_bias.dtype)
 
     def balance(self, load_E, rate):
         """After an optimizer step: push the next routing towards the experts that were given less than the mean."""
@@ -530,11 +529,12 @@ class MapPool(nn.Module):
         T, C = x_TC.shape
         a = self.attention
         query, key, value = a.in_proj_weight.chunk(3)
-        bias_q, bias_k, bias_v = a.in_proj_bias.chunk(3)
+        bias_q, _, bias_v = a.in_proj_bias.chunk(3)
         q_Hd = F.linear(self.probe[0, 0], query, bias_q).view(self.heads, -1)
-        k_THd = F.linear(x_TC, key, bias_k).view(T, self.heads, -1)
+        # One query for all: q (K x) = (q K) x, a matrix [H, C] in the place of [C, C]. A softmax sees no bias of keys.
+        key_HC = torch.einsum("hd,hdc->hc", q_Hd, key.view(self.heads, -1, C))
+        score_TH = F.linear(x_TC, key_HC).float() / math.sqrt(q_Hd.shape[1])
         v_THd = F.linear(x_TC, value, bias_v).view(T, self.heads, -1)
-        score_TH = torch.einsum("thd,hd->th", k_THd, q_Hd).float() / math.sqrt(q_Hd.shape[1])
         index_TH = image_T.long()[:, None].expand_as(score_TH)
         top = score_TH.new_full((n_images + 1, self.heads), -math.inf).scatter_reduce(
             0, index_TH, score_TH.detach(), "amax"

@@ -26,20 +26,20 @@ IMPLS = ("ref", "grouped", "triton")
 
 
 def by_expert(expert_TK, n_experts):
-    """The rows' order by expert (int64 [N], places in the flattened expert_TK) and the experts' counts (int64 [E])."""
+    """The rows' order by expert (int64 [N], places in the flattened expert_TK) and where each one's end (int64 [E])."""
     # A stable sort keeps a token's rows in order inside an expert, so sums do not depend on the sort algorithm.
-    order_N = expert_TK.flatten().argsort(stable=True)
-    # Not bincount, whose size a compiler cannot know.
-    count_E = torch.zeros(n_experts, dtype=torch.int64, device=expert_TK.device)
-    count_E.scatter_add_(0, expert_TK.flatten(), torch.ones_like(order_N))
-    return order_N, count_E
+    # int16: a GPU sorts by 8 bits a pass
+    sorted_N, order_N = expert_TK.flatten().to(torch.int16).sort(stable=True)
+    # Not bincount, whose size a compiler cannot know, nor adding up ones, for which 28 experts' addresses are too few.
+    expert_E = torch.arange(n_experts, dtype=torch.int16, device=order_N.device)
+    return order_N, torch.searchsorted(sorted_N, expert_E, right=True)
 
 
 def moe_ref(x_TD, expert_TK, weight_TK, w1_EFD, w2_EDF, w3_EFD):
     """One expert after the other, on its rows. One without rows stays in the graph."""
-    order_N, count_E = by_expert(expert_TK, len(w1_EFD))
+    order_N, end_E = by_expert(expert_TK, len(w1_EFD))
     token_N = order_N // expert_TK.shape[1]
-    groups = x_TD.index_select(0, token_N).split(count_E.tolist())
+    groups = x_TD.index_select(0, token_N).split(end_E.diff(prepend=end_E.new_zeros(1)).tolist())
     y_ND = torch.cat(
         [
             F.linear(F.silu(F.linear(x, w1)) * F.linear(x, w3), w2)
@@ -75,9 +75,9 @@ def moe_grouped(x_TD, expert_TK, weight_TK, w1_EFD, w2_EDF, w3_EFD):
     w1 and w3 are one product, so that the gathered rows are read once and their gradient is written once.
     """
     K = expert_TK.shape[1]
-    order_N, count_E = by_expert(expert_TK, len(w1_EFD))
+    order_N, end_E = by_expert(expert_TK, len(w1_EFD))
     inverse_N = torch.empty_like(order_N).scatter(0, order_N, torch.arange(len(order_N), device=order_N.device))
-    end_E = count_E.cumsum(0).int()
+    end_E = end_E.int()
     x_ND = Rows.apply(x_TD.bfloat16(), order_N // K, inverse_N, K)
     w13 = torch.cat([w1_EFD, w3_EFD], dim=1).bfloat16()
     h1_NF, h3_NF = F.grouped_mm(x_ND, w13.mT, offs=end_E).chunk(2, dim=1)
@@ -98,11 +98,21 @@ def moe_grouped(x_TD, expert_TK, weight_TK, w1_EFD, w2_EDF, w3_EFD):
 if triton is not None:
 
     @triton.jit
-    def tile_rows(tile_expert_ptr, tile_row_ptr, end_ptr, tile, BLOCK_N: tl.constexpr):
+    def tile_rows(tile_ptr, tile, BLOCK_N: tl.constexpr):
         """A tile's expert, its rows and which of them are the expert's."""
-        expert = tl.load(tile_expert_ptr + tile).to(tl.int64)
-        row = tl.load(tile_row_ptr + tile) + tl.arange(0, BLOCK_N)
-        return expert, row, row < tl.load(end_ptr + expert)
+        row = tl.load(tile_ptr + 3 * tile + 1) + tl.arange(0, BLOCK_N)
+        return tl.load(tile_ptr + 3 * tile), row, row < tl.load(tile_ptr + 3 * tile + 2)
+
+    @triton.jit
+    def add_product(out, a_ptr, row, real, w_ptr, column, stride_inner, stride_column, INNER, COLUMNS, BLOCK_K):
+        """out + a[row] @ w, for rows of width INNER and a matrix of COLUMNS columns."""
+        for k in range(0, INNER, BLOCK_K):
+            i = k + tl.arange(0, BLOCK_K)
+            a_mask, w_mask = real[:, None] & (i < INNER)[None, :], (i < INNER)[:, None] & (column < COLUMNS)[None, :]
+            a = tl.load(a_ptr + row[:, None] * INNER + i[None, :], mask=a_mask, other=0.0)
+            w_at = i[:, None] * stride_inner + column[None, :] * stride_column
+            out = tl.dot(a, tl.load(w_ptr + w_at, mask=w_mask, other=0.0), out, input_precision="ieee")
+        return out
 
     @triton.jit
     def up_kernel(
@@ -113,9 +123,7 @@ if triton is not None:
         h3_ptr,
         hidden_ptr,
         order_ptr,
-        tile_expert_ptr,
-        tile_row_ptr,
-        end_ptr,
+        tile_ptr,
         E,
         D,
         F,
@@ -127,9 +135,9 @@ if triton is not None:
         # The column varies fastest: neighbouring programs read the same rows of x, which stay in L2.
         columns = tl.cdiv(F, BLOCK)
         tile, f = tl.program_id(0) // columns, tl.program_id(0) % columns * BLOCK + tl.arange(0, BLOCK)
-        if tl.load(tile_expert_ptr + tile) == E:
+        expert, row, real = tile_rows(tile_ptr, tile, BLOCK_N)
+        if expert == E:
             return
-        expert, row, real = tile_rows(tile_expert_ptr, tile_row_ptr, end_ptr, tile, BLOCK_N)
         token = tl.load(order_ptr + row, mask=real, other=0) // K
         h1 = tl.zeros((BLOCK_N, BLOCK), dtype=tl.float32)
         h3 = tl.zeros((BLOCK_N, BLOCK), dtype=tl.float32)
@@ -156,9 +164,7 @@ if triton is not None:
         weighted_ptr,  # weight * silu(h1) * h3, for dw2
         dweight_ptr,  # a column block's part each, at (token, k)
         order_ptr,
-        tile_expert_ptr,
-        tile_row_ptr,
-        end_ptr,
+        tile_ptr,
         E,
         D,
         F,
@@ -171,17 +177,12 @@ if triton is not None:
         columns = tl.cdiv(F, BLOCK)
         tile, column = tl.program_id(0) // columns, tl.program_id(0) % columns
         f = column * BLOCK + tl.arange(0, BLOCK)
-        if tl.load(tile_expert_ptr + tile) == E:
+        expert, row, real = tile_rows(tile_ptr, tile, BLOCK_N)
+        if expert == E:
             return
-        expert, row, real = tile_rows(tile_expert_ptr, tile_row_ptr, end_ptr, tile, BLOCK_N)
         place = tl.load(order_ptr + row, mask=real, other=0)
         g = tl.zeros((BLOCK_N, BLOCK), dtype=tl.float32)  # dy w2, the gradient of the hidden row before its weight
-        for k in range(0, D, BLOCK_K):
-            d = k + tl.arange(0, BLOCK_K)
-            at = (place // K)[:, None] * D + d[None, :]
-            dy = tl.load(dy_ptr + at, mask=real[:, None] & (d < D)[None, :], other=0.0)
-            at, mask = expert * D * F + d[:, None] * F + f[None, :], (d < D)[:, None] & (f < F)[None, :]
-            g = tl.dot(dy, tl.load(w2_ptr + at, mask=mask, other=0.0), g, input_precision="ieee")
+        g = add_product(g, dy_ptr, place // K, real, w2_ptr + expert * D * F, f, F, 1, D, F, BLOCK_K)
         at, mask = row[:, None] * F + f[None, :], real[:, None] & (f < F)[None, :]
         h1 = tl.load(h1_ptr + at, mask=mask, other=0.0).to(tl.float32)
         h3 = tl.load(h3_ptr + at, mask=mask, other=0.0).to(tl.float32)
@@ -203,9 +204,7 @@ if triton is not None:
         weight_ptr,
         out_ptr,
         order_ptr,
-        tile_expert_ptr,
-        tile_row_ptr,
-        end_ptr,
+        tile_ptr,
         E,
         D,
         F,
@@ -218,22 +217,15 @@ if triton is not None:
     ):
         columns = tl.cdiv(D, BLOCK)
         tile, d = tl.program_id(0) // columns, tl.program_id(0) % columns * BLOCK + tl.arange(0, BLOCK)
-        if tl.load(tile_expert_ptr + tile) == E:
+        expert, row, real = tile_rows(tile_ptr, tile, BLOCK_N)
+        if expert == E:
             return
-        expert, row, real = tile_rows(tile_expert_ptr, tile_row_ptr, end_ptr, tile, BLOCK_N)
-        place = tl.load(order_ptr + row, mask=real, other=0)
+        place, w_at = tl.load(order_ptr + row, mask=real, other=0), expert * F * D
         out = tl.zeros((BLOCK_N, BLOCK), dtype=tl.float32)
-        for k in range(0, F, BLOCK_K):
-            f = k + tl.arange(0, BLOCK_K)
-            at, mask = row[:, None] * F + f[None, :], real[:, None] & (f < F)[None, :]
-            w_at = expert * F * D + f[:, None] * w_stride_F + d[None, :] * w_stride_D
-            w_mask = (f < F)[:, None] & (d < D)[None, :]
-            a = tl.load(a_ptr + at, mask=mask, other=0.0)
-            out = tl.dot(a, tl.load(wa_ptr + w_at, mask=w_mask, other=0.0), out, input_precision="ieee")
-            if BACKWARD:
-                b = tl.load(b_ptr + at, mask=mask, other=0.0)
-                out = tl.dot(b, tl.load(wb_ptr + w_at, mask=w_mask, other=0.0), out, input_precision="ieee")
-        if not BACKWARD:
+        out = add_product(out, a_ptr, row, real, wa_ptr + w_at, d, w_stride_F, w_stride_D, F, D, BLOCK_K)
+        if BACKWARD:
+            out = add_product(out, b_ptr, row, real, wb_ptr + w_at, d, w_stride_F, w_stride_D, F, D, BLOCK_K)
+        else:
             out *= tl.load(weight_ptr + place, mask=real, other=0.0).to(tl.float32)[:, None]
         tl.store(out_ptr + place[:, None] * D + d[None, :], out, mask=real[:, None] & (d < D)[None, :])
 
@@ -243,7 +235,6 @@ if triton is not None:
         right_ptr,
         out_ptr,
         order_ptr,
-        count_ptr,
         end_ptr,
         D,
         F,
@@ -258,9 +249,9 @@ if triton is not None:
         expert = tl.program_id(0).to(tl.int64)
         f = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
         d = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-        end = tl.load(end_ptr + expert)
+        begin, end = tl.load(end_ptr + expert - 1, mask=expert > 0, other=0), tl.load(end_ptr + expert)
         out = tl.zeros((BLOCK_N, BLOCK), dtype=tl.float32)
-        for start in range(end - tl.load(count_ptr + expert), end, BLOCK_K):
+        for start in range(begin, end, BLOCK_K):
             row = start + tl.arange(0, BLOCK_K)
             token = tl.load(order_ptr + row, mask=row < end, other=0) // K
             mask = (f < F)[:, None] & (row < end)[None, :]
@@ -283,18 +274,20 @@ def blocks(dtype):
     return {"BLOCK_N": 128, "BLOCK": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
 
 
-def schedule(count_E, n_rows, block):
-    """Tiles of up to `block` rows that each lie in one expert: (expert [M], first row [M], experts' ends [E]), int64.
+def schedule(end_E, n_rows, block):
+    """Tiles of up to `block` rows that each lie in one expert: (expert, first row, expert's end), int64 [M, 3].
 
     Made on the device; the host knows only the bound M = n_rows // block + E on their number. Tiles past the last have
     expert E. An expert without rows has no tile.
     """
-    tiles_E = (count_E + block - 1) // block
-    last_E, end_E = tiles_E.cumsum(0), count_E.cumsum(0)
-    tile_M = torch.arange(n_rows // block + len(count_E), device=count_E.device)
+    begin_E = torch.cat([end_E.new_zeros(1), end_E[:-1]])
+    tiles_E = (end_E - begin_E + block - 1) // block
+    last_E = tiles_E.cumsum(0)
+    tile_M = torch.arange(n_rows // block + len(end_E), device=end_E.device)
     expert_M = torch.searchsorted(last_E, tile_M, right=True)
-    of_M = expert_M.clamp(max=len(count_E) - 1)
-    return expert_M, (end_E - count_E)[of_M] + (tile_M - (last_E - tiles_E)[of_M]) * block, end_E
+    of_M = expert_M.clamp(max=len(end_E) - 1)
+    first_M = begin_E[of_M] + (tile_M - (last_E - tiles_E)[of_M]) * block
+    return torch.stack([expert_M, first_M, end_E[of_M]], dim=1)
 
 
 class GroupedExperts(torch.autograd.Function):
@@ -306,62 +299,56 @@ class GroupedExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD, expert_TK, weight_TK, w1_EFD, w2_EDF, w3_EFD, dtype):
         (T, K), (E, n_hidden, D) = expert_TK.shape, w1_EFD.shape
-        N, options = T * K, blocks(dtype)
+        options = blocks(dtype)
         x, w1, w2, w3 = (t.to(dtype).contiguous() for t in (x_TD, w1_EFD, w2_EDF, w3_EFD))
         weight_TK = weight_TK.contiguous()
-        order_N, count_E = by_expert(expert_TK, E)
-        tiles = schedule(count_E, N, options["BLOCK_N"])
-        h1_NF, h3_NF, hidden_NF = (x.new_empty(N, n_hidden) for _ in range(3))
-        grid = (len(tiles[0]) * triton.cdiv(n_hidden, options["BLOCK"]),)
-        up_kernel[grid](x, w1, w3, h1_NF, h3_NF, hidden_NF, order_N, *tiles, E, D, n_hidden, K, **options)
+        order_N, end_E = by_expert(expert_TK, E)
+        tile_M3 = schedule(end_E, T * K, options["BLOCK_N"])
+        h1_NF, h3_NF, hidden_NF = (x.new_empty(T * K, n_hidden) for _ in range(3))
+        grid = (len(tile_M3) * triton.cdiv(n_hidden, options["BLOCK"]),)
+        up_kernel[grid](x, w1, w3, h1_NF, h3_NF, hidden_NF, order_N, tile_M3, E, D, n_hidden, K, **options)
         y_TKD = x.new_empty(T, K, D)
-        down(hidden_NF, w2, hidden_NF, w2, weight_TK, y_TKD, order_N, tiles, (n_hidden, 1), False, options)
-        ctx.save_for_backward(x, weight_TK, w1, w2, w3, order_N, count_E, *tiles, h1_NF, h3_NF)
+        down(hidden_NF, w2, hidden_NF, w2, weight_TK, y_TKD, order_N, tile_M3, (n_hidden, 1), False, options)
+        ctx.save_for_backward(x, weight_TK, w1, w2, w3, order_N, end_E, tile_M3, h1_NF, h3_NF)
         ctx.dtypes = x_TD.dtype, weight_TK.dtype, w1_EFD.dtype
         return y_TKD.sum(1, dtype=torch.float32).to(x_TD.dtype)
 
     @staticmethod
     def backward(ctx, dy_TD):
-        x, weight_TK, w1, w2, w3, order_N, count_E, *tiles, h1_NF, h3_NF = ctx.saved_tensors
+        x, weight_TK, w1, w2, w3, order_N, end_E, tile_M3, h1_NF, h3_NF = ctx.saved_tensors
         (T, K), (E, n_hidden, D) = weight_TK.shape, w1.shape
-        N, options = T * K, blocks(x.dtype)
+        options = blocks(x.dtype)
         dy = dy_TD.to(x.dtype).contiguous()
         dh1_NF, dh3_NF, weighted_NF = (torch.empty_like(h1_NF) for _ in range(3))
         # Its last step holds five tiles in registers: 128 columns spilled 1192 bytes a thread (sm_90), 64 none.
         narrow = {**options, "BLOCK": 64}
         columns = triton.cdiv(n_hidden, narrow["BLOCK"])
         dweight_CTK = torch.empty(columns, T, K, dtype=torch.float32, device=x.device)
-        up_backward_kernel[(len(tiles[0]) * columns,)](
-            *(dy, w2, h1_NF, h3_NF, weight_TK, dh1_NF, dh3_NF, weighted_NF, dweight_CTK, order_N),
-            *(*tiles, E, D, n_hidden, K, N),
-            **narrow,
-        )
+        made = (dh1_NF, dh3_NF, weighted_NF, dweight_CTK)
+        sizes = (E, D, n_hidden, K, T * K)
+        grid = (len(tile_M3) * columns,)
+        up_backward_kernel[grid](dy, w2, h1_NF, h3_NF, weight_TK, *made, order_N, tile_M3, *sizes, **narrow)
         dx_TKD = x.new_empty(T, K, D)
-        down(dh1_NF, w1, dh3_NF, w3, weight_TK, dx_TKD, order_N, tiles, (1, D), True, options)
-        outer = (order_N, count_E, tiles[2], K, options)
-        dw1 = weight_gradient(dh1_NF, x, w1, (1, D), ctx.dtypes[2], *outer)
-        dw2 = weight_gradient(weighted_NF, dy, w2, (n_hidden, 1), ctx.dtypes[2], *outer)
-        dw3 = weight_gradient(dh3_NF, x, w3, (1, D), ctx.dtypes[2], *outer)
+        down(dh1_NF, w1, dh3_NF, w3, weight_TK, dx_TKD, order_N, tile_M3, (1, D), True, options)
+
+        def weight_gradient(left_NF, right_TD, w, strides):
+            out = torch.empty_like(w, dtype=ctx.dtypes[2])
+            grid = (E, triton.cdiv(n_hidden, options["BLOCK_N"]), triton.cdiv(D, options["BLOCK"]))
+            outer_kernel[grid](left_NF, right_TD, out, order_N, end_E, D, n_hidden, K, *strides, **options)
+            return out
+
+        dw1, dw3 = (weight_gradient(left, x, w1, (1, D)) for left in (dh1_NF, dh3_NF))
+        dw2 = weight_gradient(weighted_NF, dy, w2, (n_hidden, 1))
         dx = dx_TKD.sum(1, dtype=torch.float32).to(ctx.dtypes[0])
         return dx, None, dweight_CTK.sum(0).to(ctx.dtypes[1]), dw1, dw2, dw3, None
 
 
-def down(a_NF, wa, b_NF, wb, weight_TK, out_TKD, order_N, tiles, strides, backward, options):
+def down(a_NF, wa, b_NF, wb, weight_TK, out_TKD, order_N, tile_M3, strides, backward, options):
     """Rows of width F through [F, D] matrices with `strides` of (D, F), each written to its place in out_TKD."""
     n_hidden, D = a_NF.shape[1], out_TKD.shape[2]
-    down_kernel[(len(tiles[0]) * triton.cdiv(D, options["BLOCK"]),)](
-        *(a_NF, wa, b_NF, wb, weight_TK, out_TKD, order_N, *tiles, tiles[2].shape[0], D, n_hidden, *strides),
-        BACKWARD=backward,
-        **options,
-    )
-
-
-def weight_gradient(left_NF, right_TD, w, strides, dtype, order_N, count_E, end_E, K, options):
-    n_hidden, D = left_NF.shape[1], right_TD.shape[1]
-    out = torch.empty_like(w, dtype=dtype)
-    grid = (len(w), triton.cdiv(n_hidden, options["BLOCK_N"]), triton.cdiv(D, options["BLOCK"]))
-    outer_kernel[grid](left_NF, right_TD, out, order_N, count_E, end_E, D, n_hidden, K, *strides, **options)
-    return out
+    grid = (len(tile_M3) * triton.cdiv(D, options["BLOCK"]),)
+    arguments = (a_NF, wa, b_NF, wb, weight_TK, out_TKD, order_N, tile_M3, len(wa), D, n_hidden, *strides)
+    down_kernel[grid](*arguments, BACKWARD=backward, **options)
 
 
 # ---- the operation ----
