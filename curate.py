@@ -22,6 +22,7 @@ Shape letters: N points (or this rank's), K centroids, D channels, B points of a
 # These before torch: kernels/__init__.py, which each of them loads first, sets how OpenMP's threads wait.
 import data
 from common.commands import Parser, choose_device, in_range, reading, run_command
+from common.pictures import ACROSS, cluster_sheet
 from common.sources import find_sources
 from common.store import write_atomically
 from images import load_image
@@ -42,7 +43,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
 
 BLOCK = 8192  # points; ranks own whole blocks, so a block's arithmetic is the same for any number of ranks
 
@@ -73,7 +73,9 @@ class Config:
     # paths
     features: str = flag(None, "a feature cache (folder) or an .npy file [N, D] (required)")
     teacher: str = flag(None, "cached teacher whose summaries are clustered (default: the first)")
-    images: str = flag(None, "folder (or tar, or .txt list) whose images, sorted, are the rows of an .npy")
+    images: str = flag(
+        None, "folder (or tar, or .txt list) of the rows of an .npy, sorted, or of a cache without pixels"
+    )
     out: str = flag(None, "folder for kept.npy, the tree, report.json and clusters.png (required)")
 
 
@@ -511,10 +513,6 @@ def report(tree, kept, config):
     return {"points": len(tree[0]["parent"]), "kept": len(kept), "config": asdict(config), "levels": levels}
 
 
-GREY, GREEN = (150, 150, 150), (0, 130, 70)
-SIDE, ACROSS, LEFT, TOP = 72, 12, 190, 34  # of the contact sheet: pixels of a picture's square, squares a row, margins
-
-
 def contact_sheet(tree, kept, read_images, path, clusters=8):
     """A PNG of the top level's largest and smallest clusters: a row each, kept images framed, then a few left out.
     The bars beside a row are the cluster's share of the pool (grey) and of the subset (green). read_images(rows) gives
@@ -525,21 +523,14 @@ def contact_sheet(tree, kept, read_images, path, clusters=8):
     size, n_kept = (np.bincount(c, minlength=n_clusters) for c in (cluster_N, cluster_N[kept]))
     order = np.argsort(-size, kind="stable")[: (size > 0).sum()]
     shown = order if len(order) <= 2 * clusters else np.r_[order[:clusters], order[-clusters:]]
-    title = (
-        f"{len(kept)} of {len(cluster_N)} images kept (framed); of {len(order)} clusters the largest and the smallest"
-    )
-    sheet = Image.new("RGB", (LEFT + ACROSS * SIDE + 8, TOP + len(shown) * SIDE + 8), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
-    draw.text((8, 8), title, fill="black", font=font)
-    bars, unreadable = (size / size.sum(), n_kept / n_kept.sum()), 0
-    for top, k in zip(range(TOP, sheet.height, SIDE), shown, strict=False):
-        draw.text((8, top + 10), f"{n_kept[k]} of {size[k]}", fill="black", font=font)
-        for y, share_K, colour in zip((32, 42), bars, (GREY, GREEN), strict=True):
-            draw.rectangle((8, top + y, 8 + round(160 * share_K[k] / np.max(bars)), top + y + 6), fill=colour)
-        rows = choose_pictures(np.flatnonzero(cluster_N == k), is_kept)
-        unreadable += draw_pictures(sheet, top, read_images(rows), is_kept[rows])
+    bars, rows = np.stack([size / size.sum(), n_kept / n_kept.sum()], 1), []
+    for k in shown:
+        at = choose_pictures(np.flatnonzero(cluster_N == k), is_kept)
+        rows.append((f"{n_kept[k]} of {size[k]}", bars[k] / bars.max(), read_images(at), is_kept[at]))
+    of = f"{len(kept)} of {len(cluster_N)} images kept (framed)"
+    sheet = cluster_sheet(f"{of}; of {len(order)} clusters the largest and the smallest", rows)
     write_atomically(path, lambda file: sheet.save(file, "PNG"))
-    return unreadable
+    return sum(image is None for _, _, images, _ in rows for image in images)
 
 
 def choose_pictures(members, is_kept):
@@ -549,26 +540,14 @@ def choose_pictures(members, is_kept):
     return np.r_[inside[: ACROSS - min(len(outside), ACROSS // 3)], outside][:ACROSS]
 
 
-def draw_pictures(sheet, top, images, framed):
-    """Draw a row of images, those `framed` in a frame; the number of those that are None."""
-    for left, image, frame in zip(range(LEFT, sheet.width, SIDE), images, framed, strict=False):
-        if frame:
-            corners = (left + 2, top + 2, left + SIDE - 3, top + SIDE - 3)
-            ImageDraw.Draw(sheet).rectangle(corners, outline=GREEN, width=2)
-        if image is not None:
-            image = Image.fromarray(np.asarray(image))
-            image.thumbnail((SIDE - 12, SIDE - 12))
-            sheet.paste(image, (left + (SIDE - image.width) // 2, top + (SIDE - image.height) // 2))
-    return sum(image is None for image in images)
-
-
 def load_features(config):
     """(ids int64 [N], features [N, D], read_images of `contact_sheet` or None where there are no images)."""
     path = Path(config.features)
     if path.is_dir() and (path / "cache.json").exists():
-        teacher = config.teacher or next(iter(data.Cache(path).about["teachers"]), None)
-        ids, x_ND = data.summaries(path, teacher)
-        return np.asarray(ids), x_ND, lambda rows: data.thumbnails(path, np.asarray(ids)[rows])
+        about, images = data.Cache(path).about, config.images and [config.images]
+        ids, x_ND = data.summaries(path, config.teacher or next(iter(about["teachers"]), None))
+        seen = about["pixels"] or images
+        return ids, x_ND, (lambda rows: data.thumbnails(path, ids[rows], images)) if seen else None
     if path.suffix != ".npy" or not path.is_file():
         raise ValueError(f"--features {path}: want a cache folder (with cache.json) or an .npy file, and it is neither")
     with reading(path):
@@ -631,7 +610,7 @@ def write_results(tree, kept, ids, read_images, config, log):
     write_atomically(out / "kept.npy", lambda file: np.save(file, np.sort(ids[kept]).astype(np.int64)))
     write_atomically(out / "report.json", lambda file: file.write(json.dumps(about, indent=1).encode()))
     if read_images is None:
-        log("no contact sheet: an .npy has no pictures unless --images names their folder")
+        log("no contact sheet: an .npy, or a cache without pixels, has pictures where --images names their folder")
     elif unreadable := contact_sheet(tree, kept, read_images, out / "clusters.png"):
         log(f"{unreadable} pictures of the contact sheet cannot be read: their squares are empty")
     for level in about["levels"]:

@@ -1,223 +1,284 @@
 """How time and memory grow with the number of images, and docs/scale.md: `python -m benchmarks.scale`.
 
-Synthetic metadata in the repository's own formats: a table of sources, a cache of index, records and arrays. Seconds
-are CPU seconds of one process (a busy machine changes them little), memory is the growth of a process's own pages
-(Anonymous of /proc/self/smaps_rollup: those of mapped files are shared). Each figure is taken in a fresh
-process; the exponent is the slope of log(figure) over log(images) between the two largest sizes, the figure at 2e8 a
-line through them: where a constant hides what grows, that says more.
+Synthetic metadata in the repository's own formats: a table of sources, a cache of index, records and, for the first
+batch, arrays of some shards; features for k-means. Seconds are CPU seconds of one process, which a busy machine changes
+little; memory is what a process adds of its own pages (Anonymous of smaps_rollup: those of mapped files are shared).
+Each figure is taken in a fresh process. At 2e8 means the line through the two largest sizes: where a constant hides
+what grows, that says more than the exponent, the slope of log(figure) over log(images) between them.
 """
 
+import data
+from amoe import PhiS, Space
+from common.sources import ROW_TYPE, Sources, find_sources
+from common.store import name_hash, seal, unseal
+from common.tars import tar_members
+from images import Images
+
+# isort: split
 import argparse
 import json
 import math
 import os
-import shutil
+import re
 import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-
-import data
-import images
-from amoe import PhiS, Space
+import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARD, ALL, TOKENS, DIM = 512, 200_000_000, 16384, 8
 RANKS, RATE = 256, 200_000 / 261  # images a second and rank: 200k tokens/s of 256-token images
 
 
-def private():
-    rows = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return sum(int(row.split()[1]) for row in rows if row.startswith("Anonymous:")) / 2**10  # MiB
-
-
 def make_table(folder, n):
-    """A table of n sources in 1,000-image tars that need not be there."""
-    random = np.random.default_rng(0)
-    rows, names = np.zeros(n, images.ROW_TYPE), [b"tars/%06d.tar/%09d.jpg" % (i // 1000, i) for i in range(n)]
-    rows["name"] = np.cumsum([len(name) + 1 for name in names]) - 1
-    rows["id"] = [images.name_hash(name) for name in names]
-    rows["place"], rows["first"], rows["size"] = np.arange(n) // 1000, np.arange(n) % 1000 * 100_000, 90_000
-    rows["note"] = np.arange(n)
+    """A table of n sources in 1,000-image tars that need not be there; its ids."""
+    random, i = np.random.default_rng(0), np.arange(n)
+    rows, names = np.zeros(n, ROW_TYPE), b"".join(b"tars/%06d.tar/%09d.jpg\n" % (k // 1000, k) for k in range(n))
+    rows["name"], rows["id"] = len(names) // n * (i + 1) - 1, random.permutation(2**62 // n * i + 1)
+    rows["place"], rows["first"], rows["size"] = i // 1000, i % 1000 * 200, 90_000
     rows["height"], rows["width"] = random.integers(300, 2000, (2, n))
-    for row, name in zip(rows, names, strict=True):
-        row["check"] = images.checksum(row, name, b"")
-    blob = b"\n".join(names) + b"\n"
-    for name, raw in (("rows", rows.tobytes()), ("names", blob), ("notes", b"\n" * n)):
-        (folder / name).write_bytes(raw)
-    places = [[f"/nowhere/{i:06d}.tar", True] for i in range(-(-n // 1000))]
-    about = {"rows": n, "names": len(blob), "notes": n, "places": places, "folders": {}, "names_hash": "0"}
-    (folder / "about.json").write_bytes(images.seal(about))
+    folder.mkdir()
+    rows.tofile(folder / "rows")
+    (folder / "names").write_bytes(names)
+    places = [[f"/nowhere/{k:06d}.tar", True] for k in range(-(-n // 1000))]
+    about = {"rows": n, "names": len(names), "places": places, "folders": {}, "names_hash": "0"}
+    (folder / "about.json").write_bytes(seal(about))
     return rows["id"].copy()
 
 
 def make_cache(folder, n, ids):
-    """A cache of n images with an index, of which shard 0 alone has its arrays, for the first batch."""
-    store = data.open_store(folder)
-    space = Space(
-        "t", DIM, 0, phi_s=PhiS.fit(np_to_torch(np.random.default_rng(0).normal(size=(64, DIM)))), summary_mean=None
-    )
-    space.summary_mean, space.summary_variance = space.phi_s.mean.float(), 1.0
-    raw = data.space_bytes(space, space.phi_s.mean.float())
+    """A cache of n images with an index, of which the first shards alone have their arrays, for the first batch."""
+    store, phi_s = data.open_store(folder), PhiS.fit(torch.from_numpy(np.random.default_rng(0).normal(size=(64, DIM))))
+    space = Space("t", DIM, 0, phi_s=phi_s, summary_mean=phi_s.mean.float(), summary_variance=1.0)
+    raw = data.space_bytes(space, space.summary_mean.clone())
     store.write("teachers/t.safetensors", raw).result()
-    about = {"format": data.FORMAT, "dtype": "int8", "patches": True, "shard_images": SHARD, "seed": 0, "views": 1}
+    about = {"format": data.FORMAT, "dtype": "int8", "pixels": True, "patches": True, "shard_images": SHARD, "seed": 0}
     about |= {"teachers": {"t": {"dim": DIM, "registers": 0}}, "min_tokens": 1, "max_tokens": 256, "sources": n}
-    about |= {"sources_hash": "0", "teachers_hash": {"t": data.digest(raw)}}
-    store.write("cache.json", images.seal(about)).result()
+    about |= {"views": 1, "sources_hash": "0", "teachers_hash": {"t": data.digest(raw)}}
+    store.write("cache.json", seal(about)).result()
     cache = data.Cache(folder)
-    shards = np.stack([np.minimum(SHARD, n - SHARD * np.arange(cache.n_shards)), np.zeros(cache.n_shards)], 1).astype(
-        np.int64
-    )
+    counts = np.minimum(SHARD, n - SHARD * np.arange(cache.n_shards))
+    shards = np.stack([counts, np.zeros(cache.n_shards, np.int64)], 1)
     record = {"cache": cache.about["hash"], "images": n, "rows": 0, "skipped": [], "power": {}, "content": ""}
-    for number in range(min(data.WINDOW, cache.n_shards)):
-        part = slice(number * SHARD, int(number * SHARD + shards[number, 0]))
-        rows = (part.stop - part.start) * 256
-        arrays = {
-            "pixels": np.zeros((rows, 768), np.uint8),
-            "ids": ids[part],
-            "shapes": np.full((part.stop - part.start, 2), 16, np.int32),
-        }
-        arrays |= {
-            "patch.t": np.ones((rows, DIM), np.int8),
-            "summary.t": np.ones((part.stop - part.start, DIM), np.float32),
-        }
-        data.write_shard(cache, number, arrays, record | {"images": part.stop - part.start, "rows": rows})
-        shards[number, 1] = images.name_hash(data.read_record(store, number, cache.about["hash"])["hash"])
-    data.write_shard(
-        cache, data.INDEX, {"images": np.stack([ids, np.full(n, 16 << 16 | 16)], 1).ravel(), "shards": shards}, record
-    )
+    for number, m in enumerate(counts[: data.WINDOW].tolist()):
+        arrays = {"pixels": np.zeros((256 * m, 768), np.uint8), "patch.t": np.ones((256 * m, DIM), np.int8)}
+        arrays |= {"ids": ids[number * SHARD :][:m], "shapes": np.full((m, 2), 16, np.int32)}
+        arrays |= {"summary.t": np.ones((m, DIM), np.float32)}
+        data.write_shard(cache, number, arrays, record | {"images": m, "rows": 256 * m})
+        shards[number, 1] = name_hash(data.read_record(store, number, cache.about["hash"])["hash"])
+    images = np.stack([ids, np.full(n, 16 << 16 | 16)], 1).ravel()
+    data.write_shard(cache, data.INDEX, {"images": images, "shards": shards}, record)
 
 
-def np_to_torch(x):
-    import torch
+# ---- figures, each of a folder and in a process of its own ----
 
-    return torch.from_numpy(x)
+
+def open_table(folder):
+    return Images(Sources(str(folder / "table"), unseal((folder / "table/about.json").read_bytes())))
+
+
+def plan(dataset, windows=25):
+    """Images planned a second, in the fastest window: what runs beside changes the rest."""
+    order, position, best = data.Order(dataset, TOKENS), data.Position(), 0.0
+    for window in range(min(windows, order.windows)):
+        began = time.process_time()
+        packs, carried = order.plan(position)
+        best = max(best, sum(map(len, packs)) / (time.process_time() - began))
+        position = data.Position(0, min(window + 1, order.windows - 1), 0, carried)
+    return best
+
+
+def first_batch(folder):
+    cache = data.Cache(folder / "cache")
+    cache.numbers = cache.numbers[: data.WINDOW]  # whose arrays are there
+    next(data.loader(data.Order(cache, TOKENS), data.Position()))
+
+
+def subset(folder):
+    data.Order(open_table(folder), TOKENS, subset=data.read_subset(folder / "half.npy")).plan(data.Position())
+
+
+def cluster(folder):
+    import curate
+
+    torch.set_num_threads(1)
+    points = curate.Points(np.load(folder / "x.npy", mmap_mode="r"))
+    curate.build_tree(points, curate.Config(levels=(256, 16), iterations=1, resamplings=1))
+
+
+FIGURES = {  # what, in words, what it was before with 2e8 images, and what it has to be
+    "open table": (
+        lambda f: open_table(f).shard(0),
+        "a rank's start, --images",
+        "46 min to 5.6 h, 160 GB",
+        "10 s, 2 GB",
+    ),
+    "open cache": (
+        lambda f: data.Order(data.Cache(f / "cache"), TOKENS),
+        "a rank's start, --cache",
+        "20 min on a disk, 22 h on an object store",
+        "10 s, 2 GB",
+    ),
+    "first batch": (first_batch, "opening the cache, then the first batch", "", "5 s"),
+    "subset": (subset, "start and first window with --subset of half of the images", "16 s a shard", "10 s, 2 GB"),
+    "summaries": (
+        lambda f: data.summaries(f / "cache", "t")[1][: 8 * SHARD],
+        "curating from a cache: ids and a block of summaries",
+        "0.9 to 1.8 TB",
+        "",
+    ),
+}
+PLANS = {"plan cache": "--cache", "plan table": "--images"}
 
 
 def measure(what, folder):
-    """One figure in this process, as JSON: CPU seconds and private MiB."""
-    about = lambda: images.unseal((folder / "table/about.json").read_bytes())  # noqa: E731
-    table = lambda: images.Sources(str(folder / "table"), about())  # noqa: E731
-    before, began = private(), time.process_time()
-    if what == "open table":
-        dataset = images.Images(table())
-        dataset.shard(len(dataset.numbers) // 2)
-    elif what == "open cache":
-        data.Order(data.Cache(folder / "cache"), TOKENS)
-    elif what == "first batch":
-        cache = data.Cache(folder / "cache")
-        cache.numbers = cache.numbers[: data.WINDOW]  # whose arrays are there
-        next(data.loader(data.Order(cache, TOKENS), data.Position()))
-    elif what in ("plan cache", "plan table"):
-        dataset = data.Cache(folder / "cache") if what == "plan cache" else images.Images(table())
-        order = data.Order(dataset, TOKENS)
-        position, planned = data.Position(), 0
-        for window in range(min(25, order.windows)):
-            if window < 2:  # the first warms up
-                began, planned = time.process_time(), 0
-            packs, carried = order.plan(position)
-            planned, position = (
-                planned + sum(map(len, packs)),
-                data.Position(0, min(window + 1, order.windows - 1), 0, carried),
-            )
-        return {"images_per_s": planned / (time.process_time() - began)}
-    elif what == "subset":
-        ids = np.sort(np.random.default_rng(0).choice(table().rows["id"], len(table()) // 2, replace=False))
-        began = time.process_time()
-        data.Order(images.Images(table()), TOKENS, subset=ids).plan(data.Position())
-    return {"s": time.process_time() - began, "mib": private() - before}
+    """CPU seconds and MiB of the process's own at most, as they are at most once a millisecond."""
+
+    def own():
+        return int(re.search(r"Anonymous:\s+(\d+)", Path("/proc/self/smaps_rollup").read_text())[1]) / 2**10
+
+    if what in PLANS:
+        return {"images_per_s": plan(data.Cache(folder / "cache") if what == "plan cache" else open_table(folder))}
+    before, most, done = own(), [], threading.Event()
+    if what == "k-means":
+        import curate
+
+        curate.kmeans(np.load(folder / "x.npy", mmap_mode="r")[:20_000], k=32)  # libraries and their memory
+        before = own()
+
+    def watch():
+        while not done.wait(0.001 if what != "k-means" else 0.02):
+            most.append(own())
+
+    watching, began = threading.Thread(target=watch), time.process_time()
+    if what == "k-means":  # which takes long enough; elsewhere watching would cost more than what is watched
+        watching.start()
+    (cluster if what == "k-means" else FIGURES[what][0])(folder)
+    seconds = time.process_time() - began
+    done.set()
+    return {"s": seconds, "mib": max([own(), *most]) - before}
+
+
+def headers_read(folder):
+    """(Headers that were read, files opened) while 64 images were trained on for an epoch, from a table at hand."""
+    import common.sources
+    import images
+
+    (folder / "images").mkdir()
+    for i in range(64):
+        Image.new("RGB", (64, 64), (4 * i, 0, 0)).save(folder / f"images/{i}.png")
+    dataset, opened, sized = Images(find_sources(folder / "images")), [], []
+    read, shape = common.sources.read_bytes, images.image_shape
+    common.sources.read_bytes = lambda *a: opened.append(a) or read(*a)
+    images.image_shape = lambda *a: sized.append(a) or shape(*a)
+    batches, position = data.loader(data.Order(dataset, 200), data.Position()), data.Position()
+    seen = 0
+    while position.epoch == 0:
+        batch, position = next(batches)
+        seen += batch.n_images
+    return {"headers": len(sized), "opened": len(opened), "images": seen}
 
 
 def scan_a_tar(folder, members=5000):
-    """Microseconds a member of reading a tar's raw headers, without the images' own."""
+    """Microseconds a member of a tar's raw headers alone, and of the whole table, images' own headers included."""
+    raw = BytesIO()
+    Image.effect_noise((64, 64), 90).save(raw, "JPEG")
     with tarfile.open(folder / "x.tar", "w") as tar:
         for i in range(members):
             header = tarfile.TarInfo(f"{i:06d}.jpg")
-            header.size = 2000
-            tar.addfile(header, BytesIO(bytes(2000)))
-    raw = (folder / "x.tar").read_bytes()
-    began = time.process_time()
-    assert sum(1 for _ in images.tar_members(raw, len(raw))) == members
-    return (time.process_time() - began) / members * 1e6
+            header.size = len(raw.getvalue())
+            tar.addfile(header, BytesIO(raw.getvalue()))
+    whole, times = (folder / "x.tar").read_bytes(), []
+    for work in (lambda: list(tar_members(whole, len(whole))), lambda: find_sources(folder / "x.tar", anew=True)):
+        seconds = []
+        for _ in range(5):
+            began = time.process_time()
+            assert len(work()) == members
+            seconds.append(time.process_time() - began)
+        times.append(min(seconds) / members * 1e6)
+    return times
 
 
-LABELS = {
-    "open table": "a rank's start, --images: table mapped, one shard's shapes",
-    "open cache": "a rank's start, --cache: index mapped, order made",
-    "first batch": "first batch after opening the cache",
-    "subset": "--subset of half of the images: first window planned",
-}
+# ---- the page ----
 
 
 def page(result):
-    sizes = [str(n) for n in result["sizes"]]
-    lines = [
-        "# From a thousand images to two hundred million",
-        "",
-        f"Made by `python -m benchmarks.scale`; {result['machine']}.",
-        "",
-    ]
-    lines += [
-        "CPU seconds, and private memory beyond mapped pages; at 2e8 if the last two grow on in a line.",
-        "",
-    ]
-    lines += [
-        "| what | " + " | ".join(f"{int(n):.0e}" for n in sizes) + " | exponent | at 2e8 |",
-        "|---" * (len(sizes) + 3) + "|",
-    ]
-    for what, label in LABELS.items():
+    """docs/scale.md."""
+    sizes, figures = result["sizes"], result["figures"]
+    at = lambda what, unit, some=sizes: [figures[str(n)][what][unit] for n in some if what in figures[str(n)]]  # noqa: E731
+    step = (ALL - sizes[-1]) / (sizes[-1] - sizes[-2])
+    lines = ["# From a thousand images to two hundred million", ""]
+    lines += [f"Made by `python -m benchmarks.scale`; {result['machine']}.", ""]
+    lines += [*(line.strip() for line in __doc__.split("\n\n")[1].strip().split("\n")), ""]
+    head = ["what", "", *(f"{n:.0e}" for n in sizes), "exponent", "at 2e8", "before, at 2e8", "goal"]
+    lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for what, (_, label, before, goal) in FIGURES.items():
         for unit, name in (("s", "s"), ("mib", "MiB")):
-            at = [result["figures"][n][what][unit] for n in sizes]
-            slope = max(
-                0.0, math.log(max(at[-1], 1e-3) / max(at[-2], 1e-3)) / math.log(int(sizes[-1]) / int(sizes[-2]))
-            )
-            more = max(0.0, (at[-1] - at[-2]) / (int(sizes[-1]) - int(sizes[-2])))
-            far = at[-1] + more * (ALL - int(sizes[-1]))
-            cells = " | ".join(f"{x:.3g}" for x in at)
-            lines.append(f"| {label}, {name} | {cells} | {slope:.2f} | {far:.3g} |")
-    for what, label in (("plan cache", "planning, cached"), ("plan table", "planning, --images")):
-        at = [result["figures"][n][what]["images_per_s"] for n in sizes]
-        share = f"{RANKS * RATE / at[-1]:.0%} of a core at {RANKS} ranks"
-        lines.append(f"| {label}, million images/s | {' | '.join(f'{x / 1e6:.2f}' for x in at)} | | {share} |")
+            *_, y0, y1 = values = at(what, unit)
+            slope = math.log(max(y1, 1e-3) / max(y0, 1e-3)) / math.log(sizes[-1] / sizes[-2])
+            cells = [label, name, *(f"{y:.3g}" for y in values), f"{slope:.2f}", f"{y1 + max(0.0, y1 - y0) * step:.3g}"]
+            lines.append(f"| {' | '.join([*cells, before, goal])} |")
+            label = before = goal = ""
+    for what, label in PLANS.items():
+        values = at(what, "images_per_s")
+        cells = [f"planning, {label}", "million images/s", *(f"{y / 1e6:.2f}" for y in values), ""]
+        share = f"{RANKS * RATE / values[-1]:.0%} of a core at {RANKS} ranks"
+        lines.append(f"| {' | '.join([*cells, share, '103% of a core', '15%, 1 million/s'])} |")
+    some = [n for n in sizes if "k-means" in figures[str(n)]]
+    cells = [f"{y / n * 2**20:.0f}" for n, y in zip(some, at("k-means", "mib", some), strict=True)]
+    cells += [""] * (len(sizes) - len(some) + 1)
+    lines.append(
+        f"| k-means beyond the features' file | B a point | {' | '.join(cells)} | {cells[len(some) - 1]} | 720 | 300 |"
+    )
+    read = result["read"]
+    lines += ["", f"An epoch of {read['images']} images from a table at hand read {read['headers']} headers and opened"]
+    lines += [f"{read['opened']} files. Before, every rank read every header: 257 readings an image at 256 ranks.", ""]
+    lines += [f"The table takes {result['table_bytes']:.0f} bytes an image with its name of 24, the index of a cache"]
     lines += [
-        "",
-        f"Headers read while training: none (the table has shapes). A tar's scan: {result['tar_us']:.1f} us an image.",
+        f"{result['index_bytes']:.0f}. A tar is scanned at {result['tar_us'][0]:.1f} us a member, with the images' own"
     ]
-    lines += ["Up to 1,000 shards, train.py also looks at each commit record when it starts; beyond, on first use."]
-    lines += [f"The table takes {result['table_bytes']:.0f} bytes an image, the index {result['index_bytes']:.0f}."]
+    lines += [
+        f"headers at {result['tar_us'][1]:.0f} (34 and 101 before), once, by as many processes as `data.py index` is"
+    ]
+    lines += [
+        "given. Up to 1,000 shards train.py also looks at each commit record when it starts; beyond, on first use."
+    ]
     return "\n".join(lines) + "\n"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--sizes", type=int, nargs="+", default=[10**4, 10**5, 10**6])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[10**4, 10**5, 10**6, 10**7])
     parser.add_argument("--measure", nargs=2, help="one figure of a folder, in this process")
     args = parser.parse_args()
     if args.measure:
-        print(json.dumps(measure(args.measure[0], Path(args.measure[1]))))
-        return
-    figures = {}
+        return print(json.dumps(measure(args.measure[0], Path(args.measure[1]))))
+    result = {"sizes": args.sizes, "figures": {}, "machine": f"{os.cpu_count()} cores, numpy {np.__version__}"}
     for n in args.sizes:
-        folder = Path(tempfile.mkdtemp())
-        (folder / "table").mkdir()
-        make_cache(folder / "cache", n, make_table(folder / "table", n))
-        for what in (*LABELS, "plan cache", "plan table"):
-            words = [sys.executable, "-m", "benchmarks.scale", "--measure", what, str(folder)]
-            figures.setdefault(str(n), {})[what] = json.loads(subprocess.check_output(words, cwd=ROOT))
-            print(n, what, figures[str(n)][what], flush=True)
-        sizes = {
-            name: sum(p.stat().st_size for p in (folder / name).rglob("*")) / n for name in ("table", "cache/index")
-        }
-        tar_us = scan_a_tar(folder)
-        shutil.rmtree(folder)
-    machine = f"{os.cpu_count()} cores, numpy {np.__version__}"
-    result = {"sizes": args.sizes, "figures": figures, "tar_us": tar_us, "machine": machine}
-    result |= {"table_bytes": sizes["table"], "index_bytes": sizes["cache/index"]}
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            ids = make_table(folder / "table", n)
+            np.save(folder / "half.npy", np.sort(ids[::2]))
+            make_cache(folder / "cache", n, ids)
+            if n <= 10**6:
+                np.save(folder / "x.npy", np.random.default_rng(0).standard_normal((n, 16), dtype=np.float32))
+            figures = result["figures"][str(n)] = {}
+            for what in (*FIGURES, *PLANS, *(["k-means"] if n <= 10**6 else [])):
+                words = [sys.executable, "-m", "benchmarks.scale", "--measure", what, name]
+                figures[what] = json.loads(subprocess.check_output(words, cwd=ROOT))
+                print(n, what, figures[what], flush=True)
+            for kind, path in (("table_bytes", "table"), ("index_bytes", "cache/index")):
+                result[kind] = sum(p.stat().st_size for p in (folder / path).rglob("*") if p.is_file()) / n
+            if n == args.sizes[0]:
+                result |= {"tar_us": scan_a_tar(folder), "read": headers_read(folder)}
     (ROOT / "benchmarks/scale.json").write_text(json.dumps(result, indent=1) + "\n")
     (ROOT / "docs/scale.md").write_text(page(result))
 

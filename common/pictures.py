@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from common.store import write_atomically
 
 PENS = ("#222222", "#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22")
+GREY, GREEN = (150, 150, 150), (0, 130, 70)
+SIDE, ACROSS, LEFT, TOP = 72, 12, 190, 34  # of clusters: pixels of a picture's square, squares a row, margins
 
 
 def finite(x_NC):
@@ -61,6 +63,28 @@ def pca_sheet(images, shapes, columns):
         for row, x_NC, shape in zip(rows, patches, shapes, strict=True):
             row.append(pca_map(x_NC, shape, basis))
     return sheet(rows, ["image", *(title for title, _, _ in columns)])
+
+
+def cluster_sheet(title, rows):
+    """A picture of clusters, a row each: (label, lengths of a grey and a green bar, pictures, whether each is framed).
+
+    A picture is uint8 [H, W, 3], or None, whose square stays empty; bars are shares of the longest.
+    """
+    page = Image.new("RGB", (LEFT + ACROSS * SIDE + 8, TOP + len(rows) * SIDE + 8), "white")
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(size=14)
+    pen.text((8, 8), title, fill="black", font=font)
+    for top, (label, bars, images, framed) in zip(range(TOP, page.height, SIDE), rows, strict=False):
+        pen.text((8, top + 10), label, fill="black", font=font)
+        for y, length, colour in zip((32, 42), bars, (GREY, GREEN), strict=True):
+            pen.rectangle((8, top + y, 8 + round(160 * length), top + y + 6), fill=colour)
+        for left, image, frame in zip(range(LEFT, page.width, SIDE), images, framed, strict=False):
+            if frame:
+                pen.rectangle((left + 2, top + 2, left + SIDE - 3, top + SIDE - 3), outline=GREEN, width=2)
+            if image is not None:
+                image = Image.fromarray(np.asarray(image))
+                image.thumbnail((SIDE - 12, SIDE - 12))
+                page.paste(image, (left + (SIDE - image.width) // 2, top + (SIDE - image.height) // 2))
+    return page
 
 
 def draw(path, make):

@@ -431,7 +431,7 @@ def test_pictures_of_an_npy_are_upright_sorted_and_may_be_broken(tmp_path):
     assert red.shape == (160, 80, 3) and (red == (255, 0, 0)).all() and broken is None
     tree = [{"centroids": np.zeros((1, 4)), "parent": np.zeros(3, np.int64)}]
     assert curate.contact_sheet(tree, np.array([0]), read_images, tmp_path / "sheet.png") == 1
-    assert np.asarray(Image.open(tmp_path / "sheet.png")).shape[0] > curate.SIDE
+    assert np.asarray(Image.open(tmp_path / "sheet.png")).shape[0] > 72
 
 
 KILLED = """
@@ -478,6 +478,17 @@ def test_command_takes_a_cache(cache, world, tmp_path):
     order = data.Order(cache, 512, subset=kept)  # what train.py --subset makes of it
     trained = {int(i) for number in cache.numbers for i in np.array(cache.shard(number).ids)[order.kept(number)]}
     assert trained and trained <= set(kept)
+
+
+def test_a_cache_without_pixels_has_pictures_where_images_are_given(world, oracles, tmp_path, capsys):
+    """Catches a run of hours that ends in an error at its last step, the pictures."""
+    kind = {"max_tokens": 64, "patches": False, "pixels": False, "progress": False}
+    lean = data.cache(world.folder / "images", oracles, tmp_path / "c", **kind)
+    words = ["--features", str(lean.path), "--levels", "12", "4", "--keep", "30", "--out", str(tmp_path / "out")]
+    curate.main(words)
+    assert "no contact sheet" in capsys.readouterr().out and len(np.load(tmp_path / "out/kept.npy")) == 30
+    curate.main([*words, "--images", str(world.folder / "images")])
+    assert (np.asarray(Image.open(tmp_path / "out/clusters.png")) != 255).any(2).mean() > 0.2
 
 
 def test_a_tree_of_other_flags_is_refused_but_keep_may_change(tmp_path, features):
