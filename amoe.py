@@ -13,6 +13,7 @@ R registers, N rows of anything, B images of the global batch.
 """
 
 # Ours before the others: kernels sets, before torch is loaded, how OpenMP's threads wait
+from common.commands import reading
 from common.pixels import PATCH, grid, to_rgb
 from common.plug_in import plug_in
 from common.store import read_state, write_atomically
@@ -29,7 +30,7 @@ import copy
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 ROW = PATCH * PATCH * 3
@@ -51,9 +53,7 @@ def to_rows(image):
     """A uint8 image [16 h, 16 w, 3] to (rows [h * w, 768] in (row, col, channel) order inside a patch, (h, w))."""
     H, W, channels = image.shape
     if channels != 3 or H % PATCH or W % PATCH or not H or not W:
-        raise ValueError(
-            f"an image of shape {tuple(image.shape)} is not [16 h, 16 w, 3]: images.load_image resizes one to it"
-        )
+        raise ValueError(f"an image {list(image.shape)} is not [16 h, 16 w, 3]: images.load_image resizes one to it")
     h, w = H // PATCH, W // PATCH
     return image.reshape(h, PATCH, w, PATCH, 3).transpose(1, 2).reshape(h * w, ROW), (h, w)
 
@@ -70,11 +70,8 @@ def rows_of(image, max_tokens):
     Pixels with sides in multiples of 16 stay as they are, all else is resized to `grid`.
     """
     if isinstance(image, (str, os.PathLike)):
-        try:
-            with Image.open(image) as opened:
-                return rows_of(opened, max_tokens)
-        except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and others
-            raise ValueError(f"cannot read {image}: {str(error) or type(error).__name__}") from error
+        with reading(f"cannot read {image}"), Image.open(image) as opened:
+            return rows_of(opened, max_tokens)
     if isinstance(image, Image.Image):
         image = to_rgb(ImageOps.exif_transpose(image))
     else:
@@ -94,10 +91,7 @@ def rows_of(image, max_tokens):
 
 @dataclass
 class Batch:
-    """A pack: images one after another, `[CLS, registers, patches in row-major order]` each, padding at the end.
-
-    Shape letters: T tokens, M images, C channels of a teacher, R registers.
-    """
+    """A pack: images one after another, `[CLS, registers, patches in row-major order]` each, padding at the end."""
 
     rows: torch.Tensor  # [T, 768] uint8 pixels; floats are taken as already normalised. 0 on CLS, registers, padding
     image: torch.Tensor  # [T] int32, the image a token belongs to; padding tokens form one last group, M
@@ -121,14 +115,17 @@ class Batch:
         """[T] int64: how many tokens a token stands after its image's CLS, or after the first of the padding."""
         return torch.arange(self.n_tokens, device=self.image.device) - self.starts.long()[self.image.long()]
 
+    @property
+    def is_patch(self):
+        """[T] bool: the tokens that are patches, and no CLS, register or padding."""
+        special_M = self.starts.diff() - self.shapes.prod(1)
+        special = F.pad(special_M, (0, 1), value=self.n_tokens)  # all of the padding is no patch
+        return self.offset >= special[self.image.long()]
+
     def patch_rows(self, i):
         """The slice of the sequence that holds image i's patches."""
         end = int(self.starts[i + 1])
         return slice(end - int(self.shapes[i].prod()), end)
-
-    def all_patch_rows(self):
-        """The rows that hold patches, of all images in order, int64 on the host."""
-        return torch.cat([torch.arange(self.n_tokens)[self.patch_rows(i)] for i in range(self.n_images)])
 
     def images(self):
         """List of the M images, uint8 [16 h, 16 w, 3]."""
@@ -144,11 +141,7 @@ class Batch:
 
     def map_tensors(self, function):
         """The pack with `function` of every tensor."""
-
-        def mapped(value):
-            return {key: mapped(v) for key, v in value.items()} if isinstance(value, dict) else function(value)
-
-        return replace(self, **{f.name: mapped(getattr(self, f.name)) for f in fields(self)})
+        return replace(self, **tree_map(function, vars(self)))
 
 
 def pack(rows, shapes, n_tokens=None, registers=4, ids=None):
@@ -158,9 +151,7 @@ def pack(rows, shapes, n_tokens=None, registers=4, ids=None):
     ValueError where a shape does not fit its rows or the images do not fit n_tokens.
     """
     if len(rows) != len(shapes) or not rows:
-        raise ValueError(
-            f"pack takes as many shapes as images, at least one: got {len(rows)} images, {len(shapes)} shapes"
-        )
+        raise ValueError(f"pack takes a shape an image, at least one: got {len(rows)} images, {len(shapes)} shapes")
     for i, (r, (h, w)) in enumerate(zip(rows, shapes, strict=True)):
         if r.shape != (h * w, ROW):
             raise ValueError(f"image {i} of shape {(h, w)} needs rows [{h * w}, {ROW}] and has {list(r.shape)}")
@@ -290,18 +281,14 @@ class Router(nn.Module):
         return expert_TK, score_TE.gather(1, expert_TK)
 
 
-class Experts(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        E, D, F_ = config.experts, config.dim, config.expert_hidden
-        self.w1, self.w2, self.w3 = (nn.Parameter(torch.empty(shape)) for shape in ((E, F_, D), (E, D, F_), (E, F_, D)))
-
-
 class MoE(Float32Buffers):
     def __init__(self, config):
         super().__init__()
-        self.router, self.experts = Router(config), Experts(config)
-        self.register_buffer("expert_bias", torch.zeros(config.experts))
+        E, D, F_ = config.experts, config.dim, config.expert_hidden
+        self.router = Router(config)
+        shapes = {"w1": (E, F_, D), "w2": (E, D, F_), "w3": (E, F_, D)}
+        self.experts = nn.ParameterDict({name: torch.empty(shape) for name, shape in shapes.items()})
+        self.register_buffer("expert_bias", torch.zeros(E))
         self.impl = "auto"
 
     def forward(self, x_TD, counted_T):
@@ -350,23 +337,21 @@ class PhiS(Float32Buffers):
     spreads variance evenly, so every channel of y has unit variance while one scalar keeps the teacher's geometry.
     """
 
-    def __init__(self, mean_C, rotation_CC, sigma, spread_C=None):
-        """rotation_CC is H U^T. spread_C: a divisor a channel, which PHI-S has none of (`rebalance`)."""
+    def __init__(self, mean_C, rotation_CC, sigma):
+        """rotation_CC is H U^T. sigma may be [C], a divisor a channel, where nothing is rotated (`rebalance`)."""
         super().__init__()
         self.register_buffer("mean", mean_C)
         self.register_buffer("rotation", rotation_CC)
         self.register_buffer("sigma", torch.as_tensor(sigma, dtype=mean_C.dtype))
-        self.register_buffer("spread", spread_C)
 
     @classmethod
     def fit(cls, x_NC):
         """Fit to features [N, C], N >= 2, in float64; kept in float32 (float64 for float64 features)."""
         x = x_NC.double()
-        phi_s = cls.from_moments(len(x), x.sum(0), x.T @ x)
-        return phi_s if x_NC.dtype == torch.float64 else phi_s.float32()
+        return cls.from_moments(len(x), x.sum(0), x.T @ x, torch.promote_types(x_NC.dtype, torch.float32))
 
     @classmethod
-    def from_moments(cls, count, sum_C, outer_CC):
+    def from_moments(cls, count, sum_C, outer_CC, dtype=torch.float32):
         """Fit from float64 sums of x and x x^T over `count` rows: moments add up over shards, features do not move."""
         if count < 2:
             raise ValueError(f"PHI-S needs at least 2 feature rows to measure a covariance, and was given {count}")
@@ -383,52 +368,38 @@ class PhiS(Float32Buffers):
             raise ValueError("PHI-S was given constant features: their variance is 0 in every channel")
         H = hadamard(C)
         if H is None:
-            print(
-                f"PHI-S: no Hadamard matrix of order {C} is constructed here; a seeded random rotation instead",
-                flush=True,
-            )
+            print(f"PHI-S: no Hadamard matrix of order {C} is known here; a seeded random rotation instead", flush=True)
             generator = torch.Generator().manual_seed(0)
             H = torch.linalg.qr(torch.randn(C, C, generator=generator, dtype=torch.float64))[0] * math.sqrt(C)
-        return cls(mean, (H / math.sqrt(C)) @ vectors.T, sigma)
-
-    def float32(self):
-        return PhiS(self.mean.float(), self.rotation.float(), self.sigma.float())
+        return cls(*(t.to(dtype) for t in (mean, (H / math.sqrt(C)) @ vectors.T, sigma)))
 
     def apply(self, x):
         """Teacher's space to balanced space, [..., C] -> [..., C]."""
-        x = x.to(self.mean.dtype) - self.mean
-        return (x if self.spread is None else x / self.spread) @ self.rotation.T / self.sigma
+        return (x.to(self.mean.dtype) - self.mean) @ self.rotation.T / self.sigma
 
     def invert(self, y):
         """Balanced space to the teacher's own, [..., C] -> [..., C]."""
-        x = self.sigma * (y.to(self.mean.dtype) @ self.rotation)
-        return self.mean + (x if self.spread is None else x * self.spread)
+        return self.mean + self.sigma * (y.to(self.mean.dtype) @ self.rotation)
 
     def fold(self, linear):
         """A new nn.Linear, with bias, that answers in the teacher's own space: fold(linear)(x) = invert(linear(x))."""
-        out = nn.Linear(linear.in_features, linear.out_features, dtype=linear.weight.dtype, device=linear.weight.device)
-        weight, rotation = linear.weight.detach().double(), self.rotation.double()
-        bias = (
-            torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
-            if linear.bias is None
-            else linear.bias.detach()
-        )
-        with torch.no_grad():
-            scale = self.sigma.double() if self.spread is None else self.sigma.double() * self.spread.double()[:, None]
-            out.weight.copy_(scale * (rotation.T @ weight))
-            out.bias.copy_(self.mean.double() + (scale * (bias.double() @ rotation)[:, None])[:, 0])
-        return out
+        back_CC = self.sigma.double()[..., None] * self.rotation.double().T
+        return followed_by(linear, back_CC, self.mean.double())
 
     def unfold(self, linear):
         """The inverse of fold, as a new nn.Linear with bias: unfold(linear)(x) = apply(linear(x))."""
-        out = nn.Linear(linear.in_features, linear.out_features, dtype=linear.weight.dtype, device=linear.weight.device)
-        rotation = self.rotation.double() / self.sigma.double()
-        rotation = rotation if self.spread is None else rotation / self.spread.double()
-        bias = 0 if linear.bias is None else linear.bias.detach().double()
-        with torch.no_grad():
-            out.weight.copy_(rotation @ linear.weight.detach().double())
-            out.bias.copy_(rotation @ (bias - self.mean.double()))
-        return out
+        forth_CC = self.rotation.double() / self.sigma.double()
+        return followed_by(linear, forth_CC, -forth_CC @ self.mean.double())
+
+
+@torch.no_grad()
+def followed_by(linear, matrix_CC, shift_C):
+    """A new nn.Linear, with bias, of matrix_CC linear(x) + shift_C, computed in float64."""
+    weight, bias = linear.weight.double(), 0 if linear.bias is None else matrix_CC @ linear.bias.double()
+    out = nn.Linear(linear.in_features, linear.out_features, dtype=linear.weight.dtype, device=weight.device)
+    out.weight.copy_(matrix_CC @ weight)
+    out.bias.copy_(bias + shift_C)
+    return out
 
 
 INT8_STEP = 1 / 16  # of a standard deviation: +-127 steps reach 7.9 sigma, rounding noise is 35 dB below unit variance
@@ -485,19 +456,13 @@ def rebalance(space, how, spread_C):
     """The Space in which a student learns without PHI-S, to compare: an ablation.
 
     how: "channels" gives every channel unit variance (spread_C, its standard deviation), "scale" divides all by the one
-    sigma of PHI-S and rotates nothing, "none" leaves features as the teacher says them. "phi-s" changes nothing.
+    sigma of PHI-S and rotates nothing, "none" leaves features as the teacher says them.
     """
-    if how == "phi-s":
-        return space
-    phi_s, eye = space.phi_s, torch.eye(space.dim)
-    if how == "channels":
-        return replace(space, phi_s=PhiS(phi_s.mean, eye, 1.0, spread_C), stored=phi_s)
-    if how == "scale":
-        return replace(space, phi_s=PhiS(phi_s.mean, eye, phi_s.sigma), stored=phi_s)
-    raw = PhiS(torch.zeros_like(phi_s.mean), eye, 1.0)
-    return replace(
-        space, phi_s=raw, stored=phi_s, summary_variance=1.0, register_variance=(1.0,) * len(space.register_variance)
-    )
+    mean, sigma, other = space.phi_s.mean, {"channels": spread_C, "scale": space.phi_s.sigma, "none": 1.0}[how], {}
+    if how == "none":
+        mean = torch.zeros_like(mean)
+        other = {"summary_variance": 1.0, "register_variance": (1.0,) * len(space.register_variance)}
+    return replace(space, phi_s=PhiS(mean, torch.eye(space.dim), sigma), stored=space.phi_s, **other)
 
 
 class MapPool(nn.Module):
@@ -536,9 +501,8 @@ class MapPool(nn.Module):
         score_TH = F.linear(x_TC, key_HC).float() / math.sqrt(q_Hd.shape[1])
         v_THd = F.linear(x_TC, value, bias_v).view(T, self.heads, -1)
         index_TH = image_T.long()[:, None].expand_as(score_TH)
-        top = score_TH.new_full((n_images + 1, self.heads), -math.inf).scatter_reduce(
-            0, index_TH, score_TH.detach(), "amax"
-        )
+        low = score_TH.new_full((n_images + 1, self.heads), -math.inf)
+        top = low.scatter_reduce(0, index_TH, score_TH.detach(), "amax")
         weight_TH = (score_TH - top.gather(0, index_TH)).exp()
         total = torch.zeros_like(top).scatter_add(0, index_TH, weight_TH)
         weight_TH = weight_TH / total.gather(0, index_TH)
@@ -559,13 +523,11 @@ class Head(Float32Buffers):
         self.norm = nn.LayerNorm(space.dim)
         self.fc2 = nn.Linear(space.dim, space.dim, bias=False)
         self.phi_s = space.phi_s
-        phi_s = space.stored or space.phi_s
-        means = (None, None) if None in (phi_s, space.summary_mean) else (phi_s.mean, space.summary_mean)
-        for kind, mean_C in zip(("patch", "summary"), means, strict=True):  # of the teacher's features in training
-            self.register_buffer(f"{kind}_mean", None if mean_C is None else mean_C.clone())
-        self.pool = None
-        if space.pool is not None:
-            self.pool = MapPool.from_state(space.pool, space.pool_heads, space.pool_eps)
+        phi_s, known = space.stored or space.phi_s, space.summary_mean is not None
+        # Means of the teacher's features in training, for encode(centre=True)
+        self.register_buffer("patch_mean", phi_s.mean.clone() if phi_s and known else None)
+        self.register_buffer("summary_mean", space.summary_mean.clone() if phi_s and known else None)
+        self.pool = space.pool and MapPool.from_state(space.pool, space.pool_heads, space.pool_eps)
 
     def initialise(self):
         for linear in (self.fc1, self.fc2):
@@ -613,10 +575,8 @@ class Student(Float32Buffers):
         """`spaces` is one Space a teacher; registers: those of an image of the packs."""
         for space in spaces:
             if space.registers > registers:
-                raise ValueError(
-                    f"teacher '{space.name}' has {space.registers} registers and the student {registers}: "
-                    "each is matched by one of the student's"
-                )
+                said = f"teacher '{space.name}' has {space.registers} registers and the student {registers}"
+                raise ValueError(f"{said}: each is matched by one of the student's")
         self.registers = registers
         self.heads = nn.ModuleDict({space.name: Head(dim, space) for space in spaces})
         self.recompute = False  # activations in the backward pass: less memory, a third more time
@@ -715,9 +675,8 @@ class AMoE(Student):
         offset_T, real_T = batch.offset, batch.image < batch.n_images
         # A one-hot product: its gradient is a small GEMM, where that of indexing would be a scatter onto five rows.
         special_TS = (offset_T[:, None] == torch.arange(n_special, device=offset_T.device)) & real_T[:, None]
-        patch_T = real_T & (offset_T >= n_special)
         special_SD = torch.cat([self.cls_token[0], self.storage_tokens[0]])
-        x_TD = self.img_projector(normalise(batch.rows)) * patch_T[:, None]
+        x_TD = self.img_projector(normalise(batch.rows)) * batch.is_patch[:, None]
         x_TD = x_TD + special_TS.to(x_TD.dtype) @ special_SD.to(x_TD.dtype)
         rotation = rotations(batch.yx, self.freqs_cis_golden)
         loads = []
@@ -779,9 +738,8 @@ def rebuild(about, state, source):
     for name, sizes in about["heads"].items():
         C, pool = sizes["dim"], sizes["pool"] or {"heads": 0, "eps": 0}
         balanced = f"heads.{name}.phi_s.mean" in state  # as a checkpoint of training is, and no student/
-        spread = torch.zeros(C) if f"heads.{name}.phi_s.spread" in state else None
-        phi_s = PhiS(torch.zeros(C), torch.zeros(C, C), 1, spread) if balanced else None
-        weights = under(f"heads.{name}.pool.", state) or None
+        phi_s = PhiS(torch.zeros(C), torch.zeros(C, C), state[f"heads.{name}.phi_s.sigma"]) if balanced else None
+        weights = without_prefix(f"heads.{name}.pool.", state) or None
         spaces.append(Space(name, C, sizes["registers"], phi_s, None, 1.0, (), weights, pool["heads"], pool["eps"]))
     model = PlugIn(trunk["factory"], spaces) if "factory" in trunk else AMoE(Config(**trunk), spaces)
     for head, sizes in zip(model.heads.values(), about["heads"].values(), strict=True):
@@ -792,8 +750,8 @@ def rebuild(about, state, source):
     return model.eval()
 
 
-def under(prefix, state):
-    """The part of a state dict whose keys begin with the prefix, which they lose."""
+def without_prefix(prefix, state):
+    """The entries of a state dict whose keys begin with the prefix, which is taken off."""
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
@@ -884,7 +842,7 @@ def inherit(model, parent):
     teacher's own space into this model's balanced one, which gives its last layer a bias.
     """
     trunk = {key: value for key, value in parent.state_dict().items() if not key.startswith("heads.")}
-    load_exactly(model, trunk, "the student to begin with", allow_missing=lambda key: key.startswith("heads."))
+    load_exactly(model, model.state_dict() | trunk, "the student to begin with")
     fresh = []
     for name, head in model.heads.items():
         if name not in parent.heads or parent.heads[name].fc2.out_features != head.fc2.out_features:
@@ -897,20 +855,12 @@ def inherit(model, parent):
     return fresh
 
 
-def load_exactly(model, state, source, allow_missing=lambda key: False):
-    """load_state_dict whose errors name the key, the file and both shapes."""
-    own = model.state_dict()
-    for key, value in state.items():
-        if key not in own:
-            raise ValueError(f"{source} has a key that this model has not: '{key}'")
-        if own[key].shape != value.shape:
-            raise ValueError(f"{source}: '{key}' is {tuple(value.shape)} and this model wants {tuple(own[key].shape)}")
-    missing = [key for key in own if key not in state and not allow_missing(key)]
-    if missing:
-        raise ValueError(
-            f"{source} lacks '{missing[0]}'" + (f" and {len(missing) - 1} more keys" if len(missing) > 1 else "")
-        )
-    model.load_state_dict(state, strict=False)
+def load_exactly(model, state, source):
+    """load_state_dict whose error is a ValueError of one line that names the source and what does not fit it."""
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:  # torch's first line names the class, the second what does not fit
+        raise ValueError(f"{source}: {str(error).splitlines()[1].strip()[:500]}") from error
 
 
 # ---- losses ----
@@ -927,27 +877,23 @@ def distillation_loss(out, batch, spaces, alike="images"):
     compared in the teacher's own space, where an L2 distance over v is the same number. Targets without patches have no
     such term. alike="tokens" is the usual mean over all patches of the pack, to compare: large images then weigh more.
     """
-    image_T = batch.image.long()
     patches_M = batch.shapes.prod(1).float()
-    n_special = batch.starts[1:] - batch.starts[:-1] - batch.shapes.prod(1)  # CLS and registers
-    real_T = image_T < batch.n_images
-    of_T = image_T.clamp(max=batch.n_images - 1)
     share_M = 1 / patches_M if alike == "images" else (len(patches_M) / patches_M.sum()).expand_as(patches_M)
-    weight_T = torch.where(real_T & (batch.offset >= n_special[of_T]), share_M[of_T], 0.0)
+    weight_T = torch.where(batch.is_patch, F.pad(share_M, (0, 1))[batch.image.long()], 0.0)
     losses = {}
     for space in spaces:
-        target = batch.targets[space.name]
-        losses[space.name] = {}
+        said, target, terms = out[space.name], batch.targets[space.name], {}
         if "patch" in target:  # which a cache of summaries alone does not hold
-            error_T = (out[space.name]["patch"].float() - space.patch_target(target["patch"])).square().mean(1)
-            losses[space.name]["patch"] = (weight_T * error_T).sum()
-        error_M = (out[space.name]["summary"] - target["summary"]).square().mean(1)
-        losses[space.name]["summary"] = error_M.sum() / space.summary_variance
+            error_T = (said["patch"].float() - space.patch_target(target["patch"])).square().mean(1)
+            terms["patch"] = (weight_T * error_T).sum()
+        error_M = (said["summary"] - target["summary"]).square().mean(1)
+        terms["summary"] = error_M.sum() / space.summary_variance
         if space.registers:
-            error_R = (out[space.name]["registers"] - target["registers"]).square().mean(2).sum(0)
+            error_R = (said["registers"] - target["registers"]).square().mean(2).sum(0)
             # Numbers one by one: a tensor made of them would be a copy that the device waits for.
             parts = [error / v for error, v in zip(error_R.unbind(), space.register_variance, strict=True)]
-            losses[space.name]["registers"] = sum(parts) / space.registers
+            terms["registers"] = sum(parts) / space.registers
+        losses[space.name] = terms
     return losses
 
 

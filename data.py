@@ -798,7 +798,7 @@ def add_teacher_arrays(arrays, power, teachers, spaces, decoded, about, device):
         if text is not None:
             arrays[f"text.{t.name}"] = text
     for part, batch in in_packs(images, device):
-        kept = batch.all_patch_rows().to(device)
+        kept = batch.is_patch
         for name, target in make_targets(teachers, spaces, batch).items():
             if about["patches"]:  # rounded, and the loss measured, where the teacher ran
                 y = target["patch"][kept]

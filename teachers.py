@@ -28,7 +28,7 @@ from amoe import (
     pack,
     read_config,
     split_by_tokens,
-    under,
+    without_prefix,
 )
 from common.commands import one_line, reading
 from common.pixels import PATCH
@@ -689,7 +689,7 @@ def fit_spaces(teachers, decoded, device):
     summaries, registers = {t.name: [] for t in teachers}, {t.name: [] for t in teachers}
     bar = tqdm(total=len(decoded), desc="fitting PHI-S", unit="image", disable=len(decoded) < 64)
     for _, batch in in_packs(decoded, device):
-        kept = batch.all_patch_rows().to(device)
+        kept = batch.is_patch
         for name, answer in run_teachers(teachers, batch).items():
             x = answer["patch"][kept].double()
             m = moments[name]
@@ -708,7 +708,7 @@ def fit_spaces(teachers, decoded, device):
                 t.name,
                 t.dim,
                 t.registers,
-                phi_s=PhiS.from_moments(*moments[t.name]).float32(),
+                phi_s=PhiS.from_moments(*moments[t.name]),
                 summary_mean=summary.mean(0).float(),
                 summary_variance=float(summary.var(0, correction=0).mean()),
                 register_variance=tuple(variance_R),
@@ -754,5 +754,5 @@ def space_from(raw):
         summary_mean=tensors["summary_mean"],
         summary_variance=float(tensors["summary_variance"]),
         register_variance=tuple(tensors["register_variance"].tolist()),
-        pool=under("pool.", tensors) or None,
+        pool=without_prefix("pool.", tensors) or None,
     )

@@ -108,8 +108,8 @@ def test_the_noise_of_rounding_is_what_was_measured(cache, oracles):
     signal = noise = 0.0
     for number in cache.numbers:
         batch = cache.read([(number, i) for i in range(20)])
-        y = dense.phi_s.apply(oracles[1](batch)["patch"])[batch.all_patch_rows()].double()
-        stored = amoe.dequantise(batch.targets["dense"]["patch"])[batch.all_patch_rows()]
+        y = dense.phi_s.apply(oracles[1](batch)["patch"])[batch.is_patch].double()
+        stored = amoe.dequantise(batch.targets["dense"]["patch"])[batch.is_patch]
         signal, noise = signal + y.square().sum(), noise + (y - stored).square().sum()
     assert said["dense"] == pytest.approx(10 * float((signal / noise).log10()), abs=1e-3)
     assert 30 < said["dense"] < 50
