@@ -30,7 +30,7 @@ from amoe import (
     split_by_tokens,
     without_prefix,
 )
-from common.commands import one_line, reading
+from common.commands import reading
 from common.pixels import PATCH
 from common.plug_in import plug_in
 from common.store import read_state
@@ -114,9 +114,13 @@ class Layout:
         length = max(length, int(starts[-1]))
         return cls(*(t.to(device, non_blocking=True) for t in per_patch), starts, length)
 
-    def spread(self, x_PC):
+    def to_sequence(self, x_PC):
         """Values per patch to the teacher's sequence [S, C], zeros elsewhere."""
         return x_PC.new_zeros(self.length, x_PC.shape[1]).index_copy(0, self.own_P, x_PC)
+
+    def to_batch(self, x_PC, n_tokens):
+        """Values per patch to the rows of the batch [T, C], zeros elsewhere."""
+        return x_PC.new_zeros(n_tokens, x_PC.shape[1]).index_copy(0, self.batch_P, x_PC)
 
 
 # ---- the transformer both families share ----
@@ -196,13 +200,8 @@ class Teacher(Float32Buffers):
         """The batch's Layout, and what `attend` takes as extents."""
         device = self.patch.weight.device
         own = Layout.of(batch, special, device, batch.n_tokens if self.flex else 0)
-        if self.flex:
-            return own, mask_of(own.starts, own.length, device)
-        return own, image_runs(own.starts, own.length)
-
-    def answer(self, batch, own, x_PD):
-        """Patch features on the rows of the batch, [T, D] float32, zeros elsewhere."""
-        return x_PD.new_zeros(batch.n_tokens, self.dim).index_copy(0, own.batch_P, x_PD)
+        extents = mask_of(own.starts, own.length, device) if self.flex else image_runs(own.starts, own.length)
+        return own, extents
 
 
 # ---- DINOv3 ----
@@ -229,7 +228,7 @@ class DINOv3(Teacher):
         Special tokens have angle 0: CLS and registers do not rotate.
         """
         c_P2 = 2 * (own.yx_P2 + 0.5) / own.shape_P2 - 1
-        angle_S = own.spread((2 * math.pi * c_P2[:, :, None] / self.periods).flatten(1))
+        angle_S = own.to_sequence((2 * math.pi * c_P2[:, :, None] / self.periods).flatten(1))
         return angle_S.cos(), angle_S.sin()
 
     @torch.no_grad()  # not inference_mode: a training step could not use the targets
@@ -239,12 +238,12 @@ class DINOv3(Teacher):
         rows_PC = batch.rows.to(self.patch.weight.device)[own.batch_P]
         if rows_PC.dtype == torch.uint8:  # floats are taken as already normalised
             rows_PC = (rows_PC.float() / 255 - self.pixel[0]) / self.pixel[1]
-        x_SD = own.spread(self.embed(rows_PC))
+        x_SD = own.to_sequence(self.embed(rows_PC))
         special_MS = own.starts[:-1, None].to(x_SD.device) + torch.arange(special, device=x_SD.device)
         x_SD[special_MS] = torch.cat([self.cls_token[0], self.register_tokens[0]]).to(x_SD.dtype)
         x_SD = self.trunk(x_SD, extents, self.rotation(own)).float()
         tokens_MSD = x_SD[special_MS]
-        out = {"patch": self.answer(batch, own, x_SD[own.own_P]), "summary": tokens_MSD[:, 0]}
+        out = {"patch": own.to_batch(x_SD[own.own_P], batch.n_tokens), "summary": tokens_MSD[:, 0]}
         return out | ({"registers": tokens_MSD[:, 1:]} if self.registers else {})
 
 
@@ -311,25 +310,23 @@ class SigLIP2(Teacher):
         own, extents = self.layout(batch, 0)
         rows_PC = normalise(batch.rows.to(self.patch.weight.device)[own.batch_P])
         x_PD = self.embed(rows_PC)
-        x_SD = self.trunk(own.spread(x_PD + self.positions(own).to(x_PD.dtype)), extents)
+        x_SD = self.trunk(own.to_sequence(x_PD + self.positions(own).to(x_PD.dtype)), extents)
         x_PD = x_SD[own.own_P]
         with torch.autocast(x_PD.device.type, enabled=False):  # the pooled summary in the weights' own dtype
             summary_MD = self.head(x_PD.to(self.patch.weight.dtype), own.image_P, batch.n_images).float()
-        return {"patch": self.answer(batch, own, x_PD.float()), "summary": summary_MD}
+        return {"patch": own.to_batch(x_PD.float(), batch.n_tokens), "summary": summary_MD}
 
     @torch.no_grad()
     def text(self, ids_NL):
         """Token ids [N, L] to text features [N, D] float32, in the space of the summaries and not normalised."""
-        tower = self.tower()
+        tower, device = self.tower(), self.patch.weight.device
         vocabulary, length = len(tower.token), len(tower.position)
         if not len(ids_NL):
-            return torch.zeros(0, self.dim, device=self.patch.weight.device)
+            return torch.zeros(0, self.dim, device=device)
         if ids_NL.shape[1] > length or not 0 <= ids_NL.min() <= ids_NL.max() < vocabulary:
-            raise ValueError(
-                f"input_ids {list(ids_NL.shape)} do not fit the text tower of '{self.name}' ({length} tokens of "
-                f"{vocabulary} words): take the tokenizer.json that came with the weights"
-            )
-        return tower(ids_NL.long().to(self.patch.weight.device))
+            said = f"{list(ids_NL.shape)} do not fit '{self.name}', {length} tokens of {vocabulary} words"
+            raise ValueError(f"input_ids {said}: take the tokenizer.json that came with the weights")
+        return tower(ids_NL.long().to(device))
 
     def encode_text(self, texts):
         """Strings to text features [N, D] float32; lower-cased, cut and padded to the tower's length (64 tokens).
@@ -347,10 +344,8 @@ class SigLIP2(Teacher):
                 f"teacher '{self.name}' has no tokenizer at {self.tokenizer}: put the tokenizer.json that came with "
                 "the weights beside them, or set teacher.tokenizer to its path"
             )
-        try:
+        with reading(f"{self.tokenizer} is no tokenizer.json"):
             tokenizer = Tokenizer.from_file(str(self.tokenizer))
-        except Exception as error:  # the reader raises bare Exceptions that name no file
-            raise ValueError(f"{self.tokenizer} is no tokenizer.json: {one_line(error)}") from error
         tokenizer.enable_truncation(length)
         tokenizer.enable_padding(length=length, pad_id=tokenizer.token_to_id("<pad>") or 0, pad_token="<pad>")
         ids_NL = [encoding.ids for encoding in tokenizer.encode_batch([text.lower() for text in texts])]
@@ -459,8 +454,7 @@ class Reader:
     def finish(self, kind):
         extra = [key for key in self.state if key not in self.used and not UNUSED.fullmatch(key)]
         if extra:
-            more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
-            raise ValueError(f"{self.source} has a key that no {kind} of these sizes has: '{extra[0]}'{more}")
+            raise ValueError(f"{self.source} has {len(extra)} keys that no {kind} of these sizes has: '{extra[0]}'")
 
 
 def say(shape):
@@ -472,9 +466,7 @@ def heads_of(kind, dim, n_heads, source):
     heads = n_heads or HEADS[kind].get(dim)
     if heads is None:
         known = ", ".join(map(str, HEADS[kind]))
-        raise ValueError(
-            f"{source}: a {kind} of width {dim} is none of the published ({known}): give load_state n_heads"
-        )
+        raise ValueError(f"{source}: width {dim} is none of the published ({known}): give load_state n_heads")
     if dim % heads or (kind == "dinov3" and dim // heads % 4):
         raise ValueError(f"{source}: n_heads = {heads} does not divide the width {dim} into heads that fit a {kind}")
     return heads
@@ -490,8 +482,8 @@ def load_state(kind, state_dict, n_heads=None, source="the state dict"):
     """
     if kind not in PREFIXES:
         raise ValueError(f"no teacher is called '{kind}': the kinds are {', '.join(PREFIXES)}")
-    if kind_of(state_dict) not in (kind, None):
-        raise ValueError(f"{source} is a {kind_of(state_dict)} checkpoint and was given as {kind}")
+    if (found := kind_of(state_dict)) not in (kind, None):
+        raise ValueError(f"{source} is a {found} checkpoint and was given as {kind}: write {found}={source}")
     reader = Reader(state_dict, source)
     with torch.device("meta"):
         teacher = (read_dinov3 if kind == "dinov3" else read_siglip2)(reader, n_heads)
@@ -521,11 +513,9 @@ def read_dinov3(reader, n_heads):
     teacher = reader.fill(DINOv3("dinov3", sizes, registers), names)
     if (key := "rope_embed.periods") in reader.state:
         periods_f = reader.get(key, None)
-        if periods_f.shape != teacher.periods.shape:
-            raise ValueError(
-                f"{reader.source}: '{key}' has {len(periods_f)} periods, {sizes.heads} heads of width {dim} want "
-                f"{len(teacher.periods)}: give load_state n_heads={dim // (4 * len(periods_f))}"
-            )
+        if len(periods_f) != len(teacher.periods):
+            said = f"'{key}' has {len(periods_f)} periods, {sizes.heads} heads of {dim} want {len(teacher.periods)}"
+            raise ValueError(f"{reader.source}: {said}: give load_state n_heads={dim // (4 * len(periods_f))}")
         if not torch.allclose(periods_f, teacher.periods, rtol=0.01):  # bfloat16 rounds by 0.4%
             print(f"{reader.source}: '{key}' is not of base {ROPE_BASE:g}, which runs instead", flush=True)
     return teacher
@@ -568,23 +558,25 @@ def load_teacher(spec, device="cpu"):
     if re.fullmatch(r".*\.py(:\w*)?", where):
         teacher = plug_in(where, device, "teacher", ("name", "dim", "registers", "__call__"))
     else:
-        state = read_state(where)
-        kind = kind_of(state)
-        if kind is None:
-            starts = ", ".join(start for group in PREFIXES.values() for start in group)
-            raise ValueError(f"{where} is no DINOv3 and no SigLIP 2: none of its keys begins with one of {starts}")
-        if name in PREFIXES and name != kind:
-            raise ValueError(f"{where} is a {kind} checkpoint and was given as {name}: write {kind}={where}")
-        folder = Path(where) if Path(where).is_dir() else Path(where).parent
-        config = read_config(where)
-        towers = [config, config.get("vision_config", {}), config.get("text_config", {})]
-        heads = {tower["num_attention_heads"] for tower in towers if "num_attention_heads" in tower}
-        if len(heads) > 1:
-            raise ValueError(f"{where}/config.json: towers of {heads} heads, and here both have as many")
-        teacher = load_state(kind, state, min(heads, default=None), source=where).to(device)
-        if kind == "siglip2":
-            teacher.tokenizer = folder / "tokenizer.json"
+        teacher = load_weights(name, Path(where)).to(device)
     teacher.name = name
+    return teacher
+
+
+def load_weights(name, path):
+    """The DINOv3 or SigLIP 2 in a file or a folder; its keys say which."""
+    state, config = read_state(path), read_config(path)
+    kind = kind_of(state)
+    if kind is None:
+        starts = ", ".join(start for group in PREFIXES.values() for start in group)
+        raise ValueError(f"{path} is no DINOv3 and no SigLIP 2: none of its keys begins with one of {starts}")
+    towers = [config, config.get("vision_config", {}), config.get("text_config", {})]
+    heads = {tower["num_attention_heads"] for tower in towers if "num_attention_heads" in tower}
+    if len(heads) > 1:
+        raise ValueError(f"{path}/config.json: towers of {heads} heads, and here both have as many")
+    teacher = load_state(name if name in PREFIXES else kind, state, min(heads, default=None), source=path)
+    if kind == "siglip2":
+        teacher.tokenizer = (path if path.is_dir() else path.parent) / "tokenizer.json"
     return teacher
 
 
@@ -606,9 +598,7 @@ def load_teachers(specs, images, device):
         if table and spec.endswith(":text_aligned") and captions.is_file() and not hasattr(teacher, "encode_text"):
             entries, rows_NC = json.loads(captions.read_text()), table()
             if len(entries) != len(rows_NC):
-                raise ValueError(
-                    f"{captions} has {len(entries)} entries and the text_table() of {spec} {len(rows_NC)} rows"
-                )
+                raise ValueError(f"{captions} has {len(entries)} entries, text_table() of {spec} {len(rows_NC)} rows")
             row = {entry["caption"]: i for i, entry in enumerate(entries)}
             teacher.encode_text = lambda texts, row=row, rows_NC=rows_NC: rows_NC[[row[text] for text in texts]]
     return loaded
@@ -630,15 +620,12 @@ def run_teachers(teachers, batch):
             want["registers"] = (batch.n_images, t.registers, t.dim)
         for kind, shape in want.items():
             got = answer.get(kind) if isinstance(answer, dict) else None
-            if not isinstance(got, torch.Tensor) or tuple(got.shape) != shape:
+            said = f"teacher '{t.name}' answered {kind}"
+            if not isinstance(got, torch.Tensor) or got.shape != shape:
                 got = list(got.shape) if isinstance(got, torch.Tensor) else type(got).__name__
-                raise ValueError(
-                    f"teacher '{t.name}' answered {kind} {got} where its dim and registers mean a tensor {list(shape)}"
-                )
+                raise ValueError(f"{said} {got} where its dim and registers mean a tensor {list(shape)}")
             if not torch.isfinite(got).all():
-                raise ValueError(
-                    f"teacher '{t.name}' answered {kind} with NaN or infinity for images {batch.ids[:8].tolist()}"
-                )
+                raise ValueError(f"{said} with NaN or infinity for images {batch.ids[:8].tolist()}")
         # Copies: what a plug-in computed under inference_mode could not be used where gradients are taken.
         answers[t.name] = {kind: answer[kind].to(device, torch.float32, copy=True) for kind in want}
     return answers
@@ -685,42 +672,39 @@ def in_packs(decoded, device):
 
 def fit_spaces(teachers, decoded, device):
     """A Space for every teacher from a sample [(rows, shape, id)]: PHI-S by the moments of its patches, and spreads."""
-    moments = {t.name: [0, 0.0, 0.0] for t in teachers}
-    summaries, registers = {t.name: [] for t in teachers}, {t.name: [] for t in teachers}
+    moments, few = {t.name: [0, 0.0, 0.0] for t in teachers}, {t.name: [] for t in teachers}
     bar = tqdm(total=len(decoded), desc="fitting PHI-S", unit="image", disable=len(decoded) < 64)
     for _, batch in in_packs(decoded, device):
-        kept = batch.is_patch
         for name, answer in run_teachers(teachers, batch).items():
-            x = answer["patch"][kept].double()
-            m = moments[name]
-            moments[name] = [m[0] + len(x), m[1] + x.sum(0).cpu(), m[2] + (x.T @ x).cpu()]
-            summaries[name].append(answer["summary"].double().cpu())
-            registers[name].append(answer["registers"].double().cpu() if "registers" in answer else torch.zeros(0))
+            x_NC = answer.pop("patch")[batch.is_patch].double()
+            count, sum_C, outer_CC = moments[name]
+            moments[name] = [count + len(x_NC), sum_C + x_NC.sum(0).cpu(), outer_CC + (x_NC.T @ x_NC).cpu()]
+            few[name].append({kind: x.double().cpu() for kind, x in answer.items()})
         bar.update(batch.n_images)
     bar.close()
-    spaces = []
-    for t in teachers:
-        summary = torch.cat(summaries[t.name])
-        variance_R = torch.cat(registers[t.name]).var(0, correction=0).mean(1).tolist() if t.registers else []
-        pool = getattr(t, "pool", None)
-        spaces.append(
-            Space(
-                t.name,
-                t.dim,
-                t.registers,
-                phi_s=PhiS.from_moments(*moments[t.name]),
-                summary_mean=summary.mean(0).float(),
-                summary_variance=float(summary.var(0, correction=0).mean()),
-                register_variance=tuple(variance_R),
-                pool=pool and {key: value.detach().cpu() for key, value in pool.items()},
-                pool_heads=getattr(t, "pool_heads", 16),
-                pool_eps=getattr(t, "pool_eps", 1e-6),
-            )
-        )
-        for kind, value in (("summaries", spaces[-1].summary_variance), *(("registers", v) for v in variance_R)):
-            if value <= 0:
-                raise ValueError(f"teacher '{t.name}' gave all {len(summary)} calibration images the same {kind}")
-    return spaces
+    return [fit_space(t, moments[t.name], few[t.name]) for t in teachers]
+
+
+def fit_space(teacher, moments, answers):
+    """A teacher's Space from the moments of its patches and its answers [{"summary" [M, C], "registers" [M, R, C]}]."""
+    x = {kind: torch.cat([answer[kind] for answer in answers]) for kind in answers[0]}
+    variance = {kind: x[kind].var(0, correction=0).mean(-1) for kind in x}
+    for kind in x:
+        if (variance[kind] <= 0).any():
+            raise ValueError(f"teacher '{teacher.name}' gave all {len(x[kind])} calibration images the same {kind}")
+    pool = getattr(teacher, "pool", None)
+    return Space(
+        teacher.name,
+        teacher.dim,
+        teacher.registers,
+        phi_s=PhiS.from_moments(*moments),
+        summary_mean=x["summary"].mean(0).float(),
+        summary_variance=float(variance["summary"]),
+        register_variance=tuple(variance["registers"].tolist()) if teacher.registers else (),
+        pool=pool and {key: value.detach().cpu() for key, value in pool.items()},
+        pool_heads=getattr(teacher, "pool_heads", 16),
+        pool_eps=getattr(teacher, "pool_eps", 1e-6),
+    )
 
 
 def summaries_of(teachers, decoded, device):
@@ -732,15 +716,11 @@ def summaries_of(teachers, decoded, device):
 def space_bytes(space, probe_C):
     """A Space as a .safetensors file, every scalar included, with the teacher's summary of one image to know it by."""
     tensors = {f"phi_s.{k}": v for k, v in space.phi_s.state_dict().items()}
-    tensors |= {
-        "summary_mean": space.summary_mean,
-        "summary_variance": torch.tensor(space.summary_variance, dtype=torch.float64),
-        "register_variance": torch.tensor(space.register_variance, dtype=torch.float64),
-    }
-    tensors["probe"] = probe_C
+    tensors |= {"summary_mean": space.summary_mean, "probe": probe_C}
+    for key in ("summary_variance", "register_variance"):
+        tensors[key] = torch.tensor(getattr(space, key), dtype=torch.float64)
     tensors |= {f"pool.{k}": v.contiguous() for k, v in (space.pool or {}).items()}
-    scalars = {"name": space.name, "dim": space.dim, "registers": space.registers}
-    scalars |= {"pool_heads": space.pool_heads, "pool_eps": space.pool_eps}
+    scalars = {key: getattr(space, key) for key in ("name", "dim", "registers", "pool_heads", "pool_eps")}
     return safetensors.torch.save(tensors, metadata={"space": json.dumps(scalars)})
 
 
@@ -750,7 +730,7 @@ def space_from(raw):
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
     return Space(
         **json.loads(header["__metadata__"]["space"]),
-        phi_s=PhiS(tensors["phi_s.mean"], tensors["phi_s.rotation"], tensors["phi_s.sigma"]),
+        phi_s=PhiS(*(tensors[f"phi_s.{key}"] for key in ("mean", "rotation", "sigma"))),
         summary_mean=tensors["summary_mean"],
         summary_variance=float(tensors["summary_variance"]),
         register_variance=tuple(tensors["register_variance"].tolist()),
