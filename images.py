@@ -1,4 +1,4 @@
-"""Image files to packs of token rows: decoding, the token budget, views, the table of sources, files as a dataset.
+"""Image files to packs of token rows: decoding, the token budget, views, files as a dataset.
 
 A *dataset* is what packs are made of. There are two, Images (files, decoded when asked for) and data.Cache (stored
 rows and teachers' features), and whoever takes one takes the other:
@@ -31,8 +31,6 @@ MAX_ASPECT = 10  # at 256 tokens, 5 x 51 patches; beyond it an image says more o
 HUGE = 1 << 24  # pixels above which images are decoded one at a time: threads share a bounded memory
 KEPT = 32  # shards of which a dataset keeps what it knows: two windows of the order of packs
 UPRIGHT = dict(enumerate((Image.Transpose(n) for n in (0, 3, 1, 5, 4, 6, 2)), 2))  # by EXIF orientation, 2 to 8
-
-
 one_huge = threading.Lock()
 
 
@@ -71,7 +69,12 @@ def load_image(file, min_tokens=1, max_tokens=256, box=(0.0, 0.0, 1.0, 1.0), fli
     white, grey, palette, CMYK and 16-bit converted, the first frame of an animation. `draft` lets the JPEG decoder
     skip detail far above the target size: for training data, not for evaluation. ValueError says what is wrong.
     """
-    return with_image(file, lambda image: torch.from_numpy(convert(image, min_tokens, max_tokens, box, flip, draft)))
+
+    def pixels(image):
+        h, w, orientation = target_grid(image, min_tokens, max_tokens, box)
+        return torch.from_numpy(resized(image, h, w, orientation, box, flip, draft))
+
+    return with_image(file, pixels)
 
 
 def image_shape(file, min_tokens=1, max_tokens=256, box=(0.0, 0.0, 1.0, 1.0)):
@@ -104,35 +107,22 @@ def target_grid(image, min_tokens, max_tokens, box):
     return *grid(*view_size(height, width, box), min_tokens, max_tokens), orientation
 
 
-def convert(image, min_tokens, max_tokens, box, flip, draft):
-    h, w, orientation = target_grid(image, min_tokens, max_tokens, box)
-    with one_huge if image.width * image.height > HUGE else contextlib.nullcontext():
-        return resized(image, h, w, orientation, box, flip, draft)
-
-
 def resized(image, h, w, orientation, box, flip, draft):
+    """A view of an opened image as a uint8 array [16 h, 16 w, 3]."""
     left, top, right, bottom = box
-    if draft:
-        target = (round(w * PATCH / (right - left)), round(h * PATCH / (bottom - top)))
-        image.draft("RGB", target[::-1] if orientation in (5, 6, 7, 8) else target)
-    if orientation in UPRIGHT:
-        image = image.transpose(UPRIGHT[orientation])
-    image = to_rgb(image)
-    width, height = image.size
-    crop = (left * width, top * height, right * width, bottom * height)
-    image = image.resize((w * PATCH, h * PATCH), Image.Resampling.BICUBIC, box=crop)
-    if flip:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return np.array(image)
-
-
-# ---- bytes of files and of object stores ----
-
-
-# ---- the table of sources ----
-
-
-# ---- making the table ----
+    with one_huge if image.width * image.height > HUGE else contextlib.nullcontext():
+        if draft:
+            target = (round(w * PATCH / (right - left)), round(h * PATCH / (bottom - top)))
+            image.draft("RGB", target[::-1] if orientation in (5, 6, 7, 8) else target)
+        if orientation in UPRIGHT:
+            image = image.transpose(UPRIGHT[orientation])
+        image = to_rgb(image)
+        width, height = image.size
+        crop = (left * width, top * height, right * width, bottom * height)
+        image = image.resize((w * PATCH, h * PATCH), Image.Resampling.BICUBIC, box=crop)
+        if flip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return np.array(image)
 
 
 # ---- files as a dataset ----
@@ -254,25 +244,24 @@ class Images:
         """
         answers = list(answers)
         with self.lock:  # packs are read by two threads
-            good = []
             for view, answer in zip(views, answers, strict=True):
-                good.append(None if isinstance(answer, str) else answer)
                 if isinstance(answer, str) and view.source.name not in self.bad:
                     self.bad[view.source.name] = answer
-                    if quiet:
-                        continue
-                    print(f"skipped: {view.source.name}: {answer}", file=sys.stderr, flush=True)
-                    if self.skipped:
-                        line = json.dumps({"source": view.source.name, "reason": answer}, ensure_ascii=False)
-                        with open(self.skipped, "a") as file:
-                            file.write(line + "\n")
-            self.seen += len(good) + others
+                    if not quiet:
+                        self.report(view.source.name, answer)
+            self.seen += len(answers) + others
             if len(self.bad) > self.max_skipped * max(100, self.seen):
                 raise ValueError(
                     f"{len(self.bad)} of the first {self.seen} images of {self.path} are unusable, more than the share "
                     f"{self.max_skipped:g}; the last: {list(self.bad.items())[-1]}"
                 )
-            return good
+        return [None if isinstance(answer, str) else answer for answer in answers]
+
+    def report(self, name, reason):
+        print(f"skipped: {name}: {reason}", file=sys.stderr, flush=True)
+        if self.skipped:
+            with open(self.skipped, "a") as file:
+                file.write(json.dumps({"source": name, "reason": reason}, ensure_ascii=False) + "\n")
 
     def read(self, entries, n_tokens=None, registers=4, with_targets=False):
         """A Batch of the images [(shard number, index)], less those that do not decode; there are no targets to add."""

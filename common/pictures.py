@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from common.store import write_atomically
 
@@ -42,16 +42,14 @@ def pca_map(x_NC, shape, basis):
 def sheet(rows, titles, cell=144):
     """A picture of rows of images (uint8 arrays, any size), scaled to fit cells, with a title over every column."""
     page = Image.new("RGB", (len(titles) * (cell + 4) + 4, len(rows) * (cell + 4) + 24), "white")
-    draw = ImageDraw.Draw(page)
     for column, title in enumerate(titles):
-        draw.text((column * (cell + 4) + 6, 6), title, fill="black")
+        ImageDraw.Draw(page).text((column * (cell + 4) + 6, 6), title, fill="black")
     for line, images in enumerate(rows):
         for column, array in enumerate(images):
             image = Image.fromarray(np.asarray(array))
-            scale = cell / max(image.size)
-            size = [max(1, round(n * scale)) for n in image.size]
-            how = Image.Resampling.NEAREST if scale > 4 else Image.Resampling.BICUBIC
-            page.paste(image.resize(size, how), (column * (cell + 4) + 4, line * (cell + 4) + 22))
+            how = Image.Resampling.NEAREST if cell > 4 * max(image.size) else Image.Resampling.BICUBIC
+            at = column * (cell + 4) + 4, line * (cell + 4) + 22
+            page.paste(ImageOps.contain(image, (cell, cell), how), at)
     return page
 
 
@@ -112,19 +110,18 @@ def curves(log, width=640, height=150):
     page = Image.new("RGB", (width + 340, len(panels) * (height + 40)), "white")
     pen, last = ImageDraw.Draw(page), max((line["step"] for line in lines), default=1)
     for n, (title, names) in enumerate(panels.items()):
-        top, (scale, back) = n * (height + 40) + 20, (float, float) if n else (math.log10, lambda y: 10**y)
+        top, least = n * (height + 40) + 20, -math.inf if n else 0  # a logarithm is of positive numbers
         pen.text((70, top - 14), f"{title}, to step {last}", fill="black")
         pen.rectangle((70, top, 70 + width, top + height), outline="gray")
-        known = {k: [x for x in lines if math.isfinite(x.get(k, math.nan)) and (n or x[k] > 0)] for k in names}
-        series = {k: [(line["step"], scale(line[k])) for line in found] for k, found in known.items()}
-        values = [y for points in series.values() for _, y in points] or [0.0, 1.0]
-        low, high = min(values), max(values)
-        pen.text((4, top), f"{back(high):.3g}", fill="black")
-        pen.text((4, top + height - 10), f"{back(low):.3g}", fill="black")
-        for i, (k, points) in enumerate(series.items()):
-            pen_at = [(70 + width * x / last, top + height * (high - y) / max(high - low, 1e-12)) for x, y in points]
-            pen.line(pen_at, PENS[i % 10], 2)
-            pen.text(
-                (78 + width, top + 12 * i), f"{k}  {back(points[-1][1]) if points else math.nan:.3g}", PENS[i % 10]
-            )
+        series = {k: [(x["step"], x[k]) for x in lines if least < x.get(k, math.nan) < math.inf] for k in names}
+        values = [y for points in series.values() for _, y in points] or [1.0, 2.0]
+        for y, beside in ((top, max(values)), (top + height - 10, min(values))):
+            pen.text((4, y), f"{beside:.3g}", fill="black")
+        scale = float if n else math.log10
+        low, high = scale(min(values)), scale(max(values))
+        for i, (name, points) in enumerate(series.items()):
+            rise = height / max(high - low, 1e-12)
+            pen.line([(70 + width * x / last, top + rise * (high - scale(y))) for x, y in points], PENS[i % 10], 2)
+            final = points[-1][1] if points else math.nan
+            pen.text((78 + width, top + 12 * i), f"{name}  {final:.3g}", PENS[i % 10])
     return page

@@ -81,9 +81,8 @@ def setup(flags):
         keep_freed_memory()
     if flags.threads:
         torch.set_num_threads(flags.threads)
-    experts = kernels.moe.choose(
-        flags.kernels, torch.device(device), torch.bfloat16 if device != "cpu" else torch.float32
-    )
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    experts = kernels.moe.choose(flags.kernels, torch.device(device), dtype)
     compiled = flags.compile == "on" or (flags.compile == "auto" and device.startswith("cuda") and not flags.student)
     if rank == 0:
         form = "FlexAttention, compiled" if compiled and device != "cpu" else "SDPA on each image"

@@ -31,7 +31,7 @@ def test_a_balancing_is_what_its_name_says_and_the_way_back_is_exact(cache, how)
     flags = train.parse(words(cache, "x", "--balancing", how))
     (space, *_) = train.rebalanced(flags, cache, cache.spaces, [], CPU)
     batch = cache.read(entries_of(cache))
-    stored, rows = batch.targets[space.name]["patch"], batch.all_patch_rows()
+    stored, rows = batch.targets[space.name]["patch"], batch.is_patch
     own, learnt = cache.spaces[0].own(stored)[rows], space.patch_target(stored)[rows]
     assert torch.allclose(own, space.own(stored)[rows]) and torch.allclose(space.phi_s.invert(learnt), own, atol=1e-4)
     if how == "none":
