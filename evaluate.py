@@ -65,7 +65,7 @@ def of_teacher(teacher, device="cpu"):
     def answer(batch):
         return run_teachers([teacher], batch.to(device))
 
-    answer.name, answer.heads = f"teacher '{teacher.name}'", [teacher.name]
+    answer.name, answer.heads, answer.teacher = f"teacher '{teacher.name}'", [teacher.name], teacher
     return answer
 
 
@@ -473,14 +473,13 @@ def check_widths(images, text_C, name):
 
 def read_words(args):
     """({folder: how to say it} of --classes, the lines of --templates); ValueError names the file that holds others."""
-    templates = TEMPLATES
     with reading(args.classes):
         spoken = json.loads(Path(args.classes).read_bytes()) if args.classes else {}
         if not isinstance(spoken, dict) or not all(isinstance(said, str) for said in spoken.values()):
             raise ValueError("no object of {folder: how to say it}")
     with reading(args.templates):
-        if args.templates:
-            templates = [line for line in Path(args.templates).read_bytes().decode().splitlines() if line.strip()]
+        lines = Path(args.templates).read_bytes().decode().splitlines() if args.templates else TEMPLATES
+        templates = [line for line in lines if line.strip()]
         if not templates or any(t.format("x") == t.format("y") for t in templates):
             raise ValueError("want a template a line, each with {} where the class stands")
     return spoken, templates
@@ -706,14 +705,12 @@ def parse(argv):
 
 
 def open_model(name, args):
-    """(the model that a --model names, the teacher that it is or None)."""
+    """The model that a --model names, to evaluation."""
     if "=" in name and not Path(name).exists():
-        [teacher] = load_teachers([name], args.folder, args.device)
-        return of_teacher(teacher, args.device), teacher
-    if name in amoe.CONFIGS:
-        torch.manual_seed(0)
-        return of_student(amoe.AMoE(amoe.CONFIGS[name], []).eval().to(args.device)), None
-    return of_student(amoe.load(name, args.top_k).to(args.device)), None
+        return of_teacher(load_teachers([name], args.folder, args.device)[0], args.device)
+    torch.manual_seed(0)  # for an untrained one
+    student = amoe.AMoE(amoe.CONFIGS[name], []).eval() if name in amoe.CONFIGS else amoe.load(name, args.top_k)
+    return of_student(student.to(args.device))
 
 
 def set_text(args, teacher):
@@ -732,17 +729,17 @@ def main(argv=None):
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)  # before hours of work for it
     opened = {name: open_model(name, args) for name in args.model}
     text = getattr(args, "text", None) and load_teachers([args.text], args.folder, args.device)[0]
-    for name, (model, _) in opened.items():
+    for name, model in opened.items():
         for head in itertools.chain.from_iterable(h.split("+") for h in args.head or ([text.name] if text else ())):
             if head not in model.heads:
                 raise ValueError(f"--head {head}: {name} has the heads {', '.join(model.heads)}")
     if args.measure == "pca" and len(opened) > 1:  # one sheet for all
-        models = {Path(name).name: model for name, (model, _) in opened.items()}
+        models = {Path(name).name: model for name, model in opened.items()}
         beside = lambda batch: {f"{label}: {head}": f for label, m in models.items() for head, f in m(batch).items()}  # noqa: E731
-        opened = {"all": (beside, None)}
-    for budget, (name, (model, teacher)) in itertools.product(args.max_tokens, opened.items()):
+        opened = {"all": beside}
+    for budget, (name, model) in itertools.product(args.max_tokens, opened.items()):
         if args.measure in ("zeroshot", "retrieval"):
-            set_text(args, text or teacher)
+            set_text(args, text or getattr(model, "teacher", None))
         for head, figures in MEASURES[args.measure](args, model, budget).items():
             scores.append({"model": name, "max_tokens": budget, "head": head, **figures})
     columns = [c for c in scores[0] if c != "iou_by_class" and (c != "model" or len(opened) > 1)]

@@ -370,9 +370,11 @@ def test_what_is_no_trunk_gets_one_line(cache, tmp_path):
         assert done.returncode == 1 and named in done.stderr and "Traceback" not in done.stderr, done.stderr[-500:]
 
 
-@pytest.mark.parametrize("recipe", ["conv"])
+@pytest.mark.parametrize("recipe", ["conv", "timm_vit"])
 def test_a_recipe_of_a_student_trains(cache, tmp_path, recipe):
     """Catches a recipe that mixes up images of equal shape, or no longer fits the code."""
+    if recipe == "timm_vit":
+        pytest.importorskip("timm")
     run(command(cache, tmp_path / "run", "--student", f"recipes/{recipe}.py:student", "--no-evaluate"))
     curve = losses(tmp_path / "run")
     assert curve[12] < curve[1]
