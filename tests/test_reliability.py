@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -167,9 +168,10 @@ def test_another_cache_in_the_way_is_an_error_naming_both(cache, world, oracles,
         data.cache(images, oracles, cache.path, max_tokens=64, shard_images=20, dtype="bf16", progress=False)
     with pytest.raises(ValueError, match=r"teachers.*dense.*not.*text"):
         data.cache(images, oracles[:1], cache.path, max_tokens=64, shard_images=20, progress=False)
-    (tmp_path / "cache.json").write_text(json.dumps(cache.about | {"format": 99}))
-    with pytest.raises(ValueError, match=r"format 99.*reads 3"):
-        data.Cache(tmp_path)
+    for number in (2, 99):
+        (tmp_path / "cache.json").write_text(json.dumps(cache.about | {"format": number}))
+        with pytest.raises(ValueError, match=rf"format {number} and this code reads 3: cache it anew, elsewhere$"):
+            data.Cache(tmp_path)
     with pytest.raises(ValueError, match=r"no cache\.json"):
         data.Cache(world.folder)
 
@@ -218,11 +220,25 @@ def test_opening_a_cache_with_an_index_reads_no_shard(cache, tmp_path):
         opened.read([(2, 1)])
     for number in range(4):
         (tmp_path / str(number)).rename(path / f"shards/{number:05d}/shard.json")
-    for name in ("shards", "images"):
-        (path / f"index/{name}/c/0/0" if name == "shards" else path / f"index/{name}/c/0").write_bytes(b"junk")
-        assert reads() == known
+    for file in ("shards/c/0/0", "images/c/0", "images/zarr.json", "shard.json"):
+        raw = (path / "index" / file).read_bytes()
+        for damaged in (raw[: len(raw) // 2], b"junk", b"", None):
+            (path / "index" / file).unlink() if damaged is None else (path / "index" / file).write_bytes(damaged)
+            assert reads() == known
+        (path / "index" / file).write_bytes(raw)
     shutil.rmtree(path / "index")
     assert data.Cache(path).index is None and reads() == known and data.verify(data.Cache(path)) == []
+
+
+def test_writers_that_end_together_leave_one_index(cache, tmp_path):
+    """Catches a writer that clears the index's folder first: 19 and 24 of 60 times it took the other's files away."""
+    path = copy_of(cache, tmp_path)
+    for _ in range(8):
+        shutil.rmtree(path / "index")
+        opened = [data.Cache(path) for _ in range(4)]
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(data.write_index, opened))
+        assert same(path, cache.path)
 
 
 def test_an_index_of_other_shards_is_an_error(cache, world, oracles, tmp_path):
