@@ -34,7 +34,7 @@ Shape letters: T tokens of a pack, M images in it, N images, C channels of a tea
 
 from amoe import ROW, dequantise, pack, quantise
 from common.commands import Parser, choose_device, in_range, one_line, reading, run_command
-from common.order import FULL, OPEN_PACKS, WINDOW, Order, Position, held_out  # noqa: F401  (names of this file too)
+from common.order import FULL, OPEN_PACKS, WINDOW, Order, Position, held_out, read_subset  # noqa: F401  (for callers)
 from common.sources import Sources, find_sources, is_in
 from common.store import (
     SHARED,
@@ -117,8 +117,7 @@ def folder_of(number):
 # ---- records ----
 
 KINDS = {"format": int, "dtype": str, "shard_images": int, "teachers": dict, "sources": int, "views": int}
-KINDS |= {"seed": int, "min_tokens": int, "sources_hash": str, "teachers_hash": dict}
-KINDS |= {"pixels": bool, "patches": bool}
+KINDS |= {"seed": int, "min_tokens": int, "sources_hash": str, "teachers_hash": dict, "pixels": bool, "patches": bool}
 RECORD_KINDS = {"cache": str, "number": int, "images": int, "rows": int, "skipped": list, "power": dict, "files": dict}
 
 
@@ -170,8 +169,8 @@ def skipped_lines(store):
     """What skipped.jsonl has to say, by the commit records."""
     about = read_about(store, "the cache")
     records = read_records(store, range(n_shards(about)), about["hash"])
-    lines = [json.dumps(entry, ensure_ascii=False) for record in records if record for entry in record["skipped"]]
-    return "".join(f"{line}\n" for line in lines).encode()
+    skipped = (entry for record in records if record for entry in record["skipped"])
+    return "".join(f"{json.dumps(entry, ensure_ascii=False)}\n" for entry in skipped).encode()
 
 
 # ---- reading ----
@@ -858,17 +857,6 @@ def write_skipped(store):
 
 
 # ---- the loader ----
-
-
-def read_subset(path):
-    """The image ids of a .npy, as curate.py writes it, int64 [N]; None without a path. ValueError names the file."""
-    if not path:
-        return None
-    with reading(path):
-        ids = np.load(path, mmap_mode="r")  # ranks share its pages
-        if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-            raise ValueError(f"holds {ids.dtype} {list(ids.shape)} and image ids are a row of integers")
-        return ids.astype(np.int64, copy=False)
 
 
 def names_of(dataset, ids):

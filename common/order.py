@@ -6,6 +6,7 @@ from itertools import accumulate
 
 import numpy as np
 
+from common.commands import reading
 from common.sources import is_in
 
 WINDOW = 16  # shards shuffled together
@@ -118,6 +119,17 @@ class Order:
                 yield packs[n], replace(position, pack=n + 1)
             last = position.window + 1 >= self.windows
             position = Position(position.epoch + last, 0 if last else position.window + 1, 0, carried)
+
+
+def read_subset(path):
+    """The image ids of a .npy, as curate.py writes it, int64 [N]; None without a path. ValueError names the file."""
+    if not path:
+        return None
+    with reading(path):
+        ids = np.load(path, mmap_mode="r")  # ranks share its pages
+        if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(f"holds {ids.dtype} {list(ids.shape)} and image ids are a row of integers")
+        return ids.astype(np.int64, copy=False)
 
 
 def first_fit(lengths, n_tokens):
