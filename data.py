@@ -332,7 +332,7 @@ class Cache:
     def all_ids(self):
         with contextlib.suppress(Damage):
             if self.index:
-                return self.index.all("images")[::2].copy()
+                return self.index.wait("images", self.index.array("images")[::2].read())
         return np.concatenate([np.zeros(0, np.int64), *(shard.ids for shard in self.shards)])
 
     def drop_damaged(self, on_corrupt="stop"):

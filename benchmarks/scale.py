@@ -7,8 +7,12 @@ Each figure is taken in a fresh process. At 2e8 means the line through the two l
 what grows, that says more than the exponent, the slope of log(figure) over log(images) between them.
 """
 
+import common.sources
+import curate
 import data
+import images
 from amoe import PhiS, Space
+from benchmarks.tables import table
 from common.sources import ROW_TYPE, Sources, find_sources
 from common.store import name_hash, seal, unseal
 from common.tars import tar_members
@@ -28,6 +32,7 @@ import threading
 import time
 from io import BytesIO
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -96,6 +101,14 @@ def plan(dataset, windows=25):
     return best
 
 
+def start_with_images(folder):
+    return open_table(folder).shard(0)
+
+
+def start_with_cache(folder):
+    return data.Order(data.Cache(folder / "cache"), TOKENS)
+
+
 def first_batch(folder):
     cache = data.Cache(folder / "cache")
     cache.numbers = cache.numbers[: data.WINDOW]  # whose arrays are there
@@ -106,104 +119,84 @@ def subset(folder):
     data.Order(open_table(folder), TOKENS, subset=data.read_subset(folder / "half.npy")).plan(data.Position())
 
 
-def cluster(folder):
-    import curate
-
-    torch.set_num_threads(1)
-    points = curate.Points(np.load(folder / "x.npy", mmap_mode="r"))
-    curate.build_tree(points, curate.Config(levels=(256, 16), iterations=1, resamplings=1))
+def summaries(folder):
+    return data.summaries(folder / "cache", "t")[1][: 8 * SHARD]
 
 
 FIGURES = {  # what, in words, what it was before with 2e8 images, and what it has to be
-    "open table": (
-        lambda f: open_table(f).shard(0),
-        "a rank's start, --images",
-        "46 min to 5.6 h, 160 GB",
-        "10 s, 2 GB",
-    ),
-    "open cache": (
-        lambda f: data.Order(data.Cache(f / "cache"), TOKENS),
-        "a rank's start, --cache",
-        "20 min on a disk, 22 h on an object store",
-        "10 s, 2 GB",
-    ),
+    "open table": (start_with_images, "a rank's start, --images", "46 min to 5.6 h, 160 GB", "10 s, 2 GB"),
+    "open cache": (start_with_cache, "a rank's start, --cache", "20 min; 22 h on an object store", "10 s, 2 GB"),
     "first batch": (first_batch, "opening the cache, then the first batch", "", "5 s"),
     "subset": (subset, "start and first window with --subset of half of the images", "16 s a shard", "10 s, 2 GB"),
-    "summaries": (
-        lambda f: data.summaries(f / "cache", "t")[1][: 8 * SHARD],
-        "curating from a cache: ids and a block of summaries",
-        "0.9 to 1.8 TB",
-        "",
-    ),
+    "summaries": (summaries, "curating from a cache: ids and a block of summaries", "0.9 to 1.8 TB", ""),
 }
 PLANS = {"plan cache": "--cache", "plan table": "--images"}
 
 
-def measure(what, folder):
-    """CPU seconds and MiB of the process's own at most, as they are at most once a millisecond."""
+def own():
+    """MiB of this process's own pages."""
+    return int(re.search(r"Anonymous:\s+(\d+)", Path("/proc/self/smaps_rollup").read_text())[1]) / 2**10
 
-    def own():
-        return int(re.search(r"Anonymous:\s+(\d+)", Path("/proc/self/smaps_rollup").read_text())[1]) / 2**10
 
-    if what in PLANS:
-        return {"images_per_s": plan(data.Cache(folder / "cache") if what == "plan cache" else open_table(folder))}
-    before, most, done = own(), [], threading.Event()
-    if what == "k-means":
-        import curate
-
-        curate.kmeans(np.load(folder / "x.npy", mmap_mode="r")[:20_000], k=32)  # libraries and their memory
-        before = own()
+def cluster(folder):
+    """MiB that a tree of two levels takes at most, resampled once, beyond the features' file."""
+    x_ND, held, done = np.load(folder / "x.npy", mmap_mode="r"), [], threading.Event()
+    torch.set_num_threads(1)
+    curate.kmeans(x_ND[:20_000], k=32)  # libraries and their memory
+    before = own()
 
     def watch():
-        while not done.wait(0.001 if what != "k-means" else 0.02):
-            most.append(own())
+        while not done.wait(0.02):
+            held.append(own())
 
-    watching, began = threading.Thread(target=watch), time.process_time()
-    if what == "k-means":  # which takes long enough; elsewhere watching would cost more than what is watched
-        watching.start()
-    (cluster if what == "k-means" else FIGURES[what][0])(folder)
-    seconds = time.process_time() - began
+    threading.Thread(target=watch).start()
+    curate.build_tree(curate.Points(x_ND), curate.Config(levels=(256, 16), iterations=1, resamplings=1))
     done.set()
-    return {"s": seconds, "mib": max([own(), *most]) - before}
+    return {"mib": max(held, default=before) - before}
+
+
+def measure(what, folder):
+    """A figure of the folder, in this process: CPU seconds, and MiB of its own."""
+    if what in PLANS:
+        return {"images_per_s": plan(data.Cache(folder / "cache") if what == "plan cache" else open_table(folder))}
+    if what == "k-means":
+        return cluster(folder)
+    before, began = own(), time.process_time()
+    FIGURES[what][0](folder)
+    return {"s": time.process_time() - began, "mib": own() - before}
 
 
 def headers_read(folder):
-    """(Headers that were read, files opened) while 64 images were trained on for an epoch, from a table at hand."""
-    import common.sources
-    import images
-
+    """Headers read and files opened while an epoch of 64 images is trained on, from a table at hand."""
     (folder / "images").mkdir()
     for i in range(64):
         Image.new("RGB", (64, 64), (4 * i, 0, 0)).save(folder / f"images/{i}.png")
-    dataset, opened, sized = Images(find_sources(folder / "images")), [], []
-    read, shape = common.sources.read_bytes, images.image_shape
-    common.sources.read_bytes = lambda *a: opened.append(a) or read(*a)
-    images.image_shape = lambda *a: sized.append(a) or shape(*a)
-    batches, position = data.loader(data.Order(dataset, 200), data.Position()), data.Position()
-    seen = 0
-    while position.epoch == 0:
-        batch, position = next(batches)
-        seen += batch.n_images
-    return {"headers": len(sized), "opened": len(opened), "images": seen}
+    dataset, position, seen = Images(find_sources(folder / "images")), data.Position(), 0
+    with (
+        mock.patch("common.sources.read_bytes", wraps=common.sources.read_bytes) as opened,
+        mock.patch("images.image_shape", wraps=images.image_shape) as sized,
+    ):
+        batches = data.loader(data.Order(dataset, 200), position)
+        while position.epoch == 0:
+            batch, position = next(batches)
+            seen += batch.n_images
+    return {"headers": sized.call_count, "opened": opened.call_count, "images": seen}
 
 
 def scan_a_tar(folder, members=5000):
     """Microseconds a member of a tar's raw headers alone, and of the whole table, images' own headers included."""
-    raw = BytesIO()
+    raw, times = BytesIO(), []
     Image.effect_noise((64, 64), 90).save(raw, "JPEG")
     with tarfile.open(folder / "x.tar", "w") as tar:
         for i in range(members):
             header = tarfile.TarInfo(f"{i:06d}.jpg")
             header.size = len(raw.getvalue())
             tar.addfile(header, BytesIO(raw.getvalue()))
-    whole, times = (folder / "x.tar").read_bytes(), []
+    whole = (folder / "x.tar").read_bytes()
     for work in (lambda: list(tar_members(whole, len(whole))), lambda: find_sources(folder / "x.tar", anew=True)):
-        seconds = []
-        for _ in range(5):
-            began = time.process_time()
-            assert len(work()) == members
-            seconds.append(time.process_time() - began)
-        times.append(min(seconds) / members * 1e6)
+        began = [(time.process_time(), len(work()), time.process_time()) for _ in range(5)]
+        assert all(found == members for _, found, _ in began)
+        times.append(min(end - begin for begin, _, end in began) / members * 1e6)
     return times
 
 
@@ -212,46 +205,50 @@ def scan_a_tar(folder, members=5000):
 
 def page(result):
     """docs/scale.md."""
-    sizes, figures = result["sizes"], result["figures"]
-    at = lambda what, unit, some=sizes: [figures[str(n)][what][unit] for n in some if what in figures[str(n)]]  # noqa: E731
+    sizes, rows = result["sizes"], []
     step = (ALL - sizes[-1]) / (sizes[-1] - sizes[-2])
-    lines = ["# From a thousand images to two hundred million", ""]
-    lines += [f"Made by `python -m benchmarks.scale`; {result['machine']}.", ""]
-    lines += [*(line.strip() for line in __doc__.split("\n\n")[1].strip().split("\n")), ""]
-    head = ["what", "", *(f"{n:.0e}" for n in sizes), "exponent", "at 2e8", "before, at 2e8", "goal"]
-    lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+
+    def at(what, unit):
+        return [result["figures"][str(n)].get(what, {}).get(unit, math.nan) for n in sizes]
+
     for what, (_, label, before, goal) in FIGURES.items():
         for unit, name in (("s", "s"), ("mib", "MiB")):
             *_, y0, y1 = values = at(what, unit)
             slope = math.log(max(y1, 1e-3) / max(y0, 1e-3)) / math.log(sizes[-1] / sizes[-2])
-            cells = [label, name, *(f"{y:.3g}" for y in values), f"{slope:.2f}", f"{y1 + max(0.0, y1 - y0) * step:.3g}"]
-            lines.append(f"| {' | '.join([*cells, before, goal])} |")
+            far = y1 + max(0.0, y1 - y0) * step
+            rows.append((label, name, *(f"{y:.3g}" for y in values), f"{slope:.2f}", f"{far:.3g}", before, goal))
             label = before = goal = ""
     for what, label in PLANS.items():
-        values = at(what, "images_per_s")
-        cells = [f"planning, {label}", "million images/s", *(f"{y / 1e6:.2f}" for y in values), ""]
-        share = f"{RANKS * RATE / values[-1]:.0%} of a core at {RANKS} ranks"
-        lines.append(f"| {' | '.join([*cells, share, '103% of a core', '15%, 1 million/s'])} |")
-    some = [n for n in sizes if "k-means" in figures[str(n)]]
-    cells = [f"{y / n * 2**20:.0f}" for n, y in zip(some, at("k-means", "mib", some), strict=True)]
-    cells += [""] * (len(sizes) - len(some) + 1)
-    lines.append(
-        f"| k-means beyond the features' file | B a point | {' | '.join(cells)} | {cells[len(some) - 1]} | 720 | 300 |"
-    )
-    read = result["read"]
-    lines += ["", f"An epoch of {read['images']} images from a table at hand read {read['headers']} headers and opened"]
-    lines += [f"{read['opened']} files. Before, every rank read every header: 257 readings an image at 256 ranks.", ""]
-    lines += [f"The table takes {result['table_bytes']:.0f} bytes an image with its name of 24, the index of a cache"]
-    lines += [
-        f"{result['index_bytes']:.0f}. A tar is scanned at {result['tar_us'][0]:.1f} us a member, with the images' own"
-    ]
-    lines += [
-        f"headers at {result['tar_us'][1]:.0f} (34 and 101 before), once, by as many processes as `data.py index` is"
-    ]
-    lines += [
-        "given. Up to 1,000 shards train.py also looks at each commit record when it starts; beyond, on first use."
-    ]
-    return "\n".join(lines) + "\n"
+        rates = at(what, "images_per_s")
+        share = f"{RANKS * RATE / rates[-1]:.0%} of a core at {RANKS} ranks"
+        cells = [f"planning, {label}", "million images/s", *(f"{y / 1e6:.2f}" for y in rates), ""]
+        rows.append((*cells, share, "103% of a core", "15% of a core"))
+    each = [f"{mib / n * 2**20:.0f}" for n, mib in zip(sizes, at("k-means", "mib"), strict=True) if mib == mib]
+    spare = [""] * (len(sizes) - len(each) + 1)
+    rows.append(("k-means, beyond the features' file", "B a point", *each, *spare, each[-1], "720", "300"))
+    head = ("what", "", *(f"{n:.0e}" for n in sizes), "exponent", "at 2e8", "before, at 2e8", "goal")
+    about = result | result["read"] | dict(zip(("raw_us", "whole_us"), result["tar_us"], strict=True))
+    about |= {"doc": __doc__.split("\n\n", 1)[1].strip(), "table": "\n".join(table(head, rows))}
+    return PAGE.format(**about)
+
+
+PAGE = """# From a thousand images to two hundred million
+
+Made by `python -m benchmarks.scale`; {machine}.
+
+{doc}
+
+{table}
+
+An epoch of {images} images from a table at hand read {headers} headers and opened {opened} files. Before, every rank
+read every header: 257 readings of an image at 256 ranks.
+
+The table takes {table_bytes:.0f} bytes an image with a name of 29, the index of a cache {index_bytes:.0f}. A tar is
+scanned at {raw_us:.1f} us a member, with the images' own headers at {whole_us:.0f} (34 and 101 before), once, by as
+many processes as `data.py index` is given. Planning is reckoned at 200k tokens/s a rank, in the fastest window of 25:
+what runs beside changes the rest. Up to 1,000 shards train.py also looks at each commit record when it starts; beyond,
+on first use.
+"""
 
 
 def main():
