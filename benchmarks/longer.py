@@ -2,8 +2,8 @@
 
     python -m benchmarks.longer --photos PHOTOS --cifar train.tar --teachers DIR --work DIR
 
-Caches, runs and folders for `evaluate.py segment` (object or background, by the photos' alpha) lie under --work; what
-finished runs gave is in longer.json, and the same command goes on with the others. DIR has real.py and cifar.py.
+Caches and runs lie under --work; what finished runs gave is in longer.json, and the same command goes on with the
+others. DIR has real.py and cifar.py.
 """
 
 import amoe
@@ -21,7 +21,6 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 FIGURES = Path(__file__).with_suffix(".json")
 BASE, LONG = {"steps": 200, "tokens": 2048}, {"steps": 600}
@@ -63,7 +62,7 @@ def write_cache(args, name):
 
 
 def prepare(args):
-    """Lists of images, students of other sizes, and images/ and masks/ of the photos that have alpha."""
+    """Lists of images, and students of other sizes."""
     for images, name, most, few in ((args.cifar, "cifar", 5000, 500), (args.photos, "photos-1", None, 160)):
         table = find_sources(images)
         ids = np.random.default_rng(0).permutation(table.part(0, len(table))["id"])[:most]
@@ -72,13 +71,6 @@ def prepare(args):
     for dim in (64, 256):
         config = amoe.Config(4, dim, dim // 32, 32, experts=8, top_k=2, expert_hidden=dim)
         amoe.save(amoe.AMoE(config, []), args.work / f"width-{dim}")
-    for source in table:
-        picture = Image.open(source.path)
-        image, mask = (args.work / "segment" / part / source.name for part in ("images", "masks"))
-        if picture.has_transparency_data and not mask.exists():
-            _ = [path.parent.mkdir(parents=True, exist_ok=True) for path in (image, mask)]
-            image.symlink_to(source.path)
-            Image.fromarray((np.array(picture.convert("RGBA"))[..., 3] > 127).astype(np.uint8)).save(mask)
 
 
 def scores_of_seen(student, cache, subset):
@@ -88,12 +80,6 @@ def scores_of_seen(student, cache, subset):
     models = {"student": evaluate.of_student(student), "teacher": evaluate.of_targets(cache.spaces)}
     how = {"neighbours": False, "progress": False, "entries": entries[:: -(-len(entries) // 500)]}
     return len(entries), evaluate.imitation_scores(cache, cache.spaces, models, lambda *_: None, **how)["student"]
-
-
-def segment(args, out, *models):
-    """Scores of object against background on the held-out photos."""
-    run(f"{out}.log", "evaluate.py", "segment", "--model", *models, "--train", args.work / "segment", "--out", out)
-    return [s | {"model": Path(s["model"]).name} for s in json.loads(Path(out).read_text())["scores"]]
 
 
 def measure(args, name):
@@ -111,7 +97,7 @@ def measure(args, name):
     found |= json.loads((out / "result.json").read_text())
     opened, ids = data.Cache(args.work / cache), np.load(subset) if n else None
     found["images"], found["seen"] = scores_of_seen(amoe.load(out), opened, ids)
-    return found | ({} if cache == "cifar" else {"segment": segment(args, out / "segment.json", out)})
+    return found
 
 
 if __name__ == "__main__":
@@ -122,12 +108,9 @@ if __name__ == "__main__":
     (args.work / "runs").mkdir(parents=True, exist_ok=True)
     prepare(args)
     done = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
-    teachers = [f"vit={args.teachers / 'real.py'}:dense", f"eff={args.teachers / 'real.py'}:text_aligned", "toy"]
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda name: write_cache(args, name), ("cifar", "photos-1", "photos-4")))
         jobs = {pool.submit(measure, args, name): name for name in ARMS if name not in done}
-        if "teachers" not in done:
-            jobs[pool.submit(segment, args, args.work / "teachers.json", *teachers)] = "teachers"
         for job in as_completed(jobs):
             done[jobs[job]] = job.result()
             FIGURES.write_text(json.dumps(done, indent=1) + "\n")

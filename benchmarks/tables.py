@@ -17,17 +17,10 @@ def load(name):
     return json.loads((HERE / f"{name}.json").read_text())
 
 
-def row(*cells):
-    return "| " + " | ".join(str(c) for c in cells) + " |"
-
-
 def table(head, rows, *notes):
-    return [
-        row(*head),
-        row(*["---"] * len(head)),
-        *(row(*cells) for cells in rows),
-        *(x for n in notes for x in ("", n)),
-    ]
+    """The lines of a table, whose rows are cells, and of the notes below it."""
+    lines = ["| " + " | ".join(map(str, cells)) + " |" for cells in (head, ["---"] * len(head), *rows)]
+    return lines + [line for note in notes for line in ("", note)]
 
 
 def scores(results, *notes):
@@ -69,14 +62,18 @@ def evaluate():
 
 
 def teachers():
-    runs = load("teachers").values()
-    head = ("teacher (sizes of ViT-L and So400m)", "parameters", "packed", "padded", "ratio", "memory")
-    cells = ("{parameters_m:.0f}M", "{packed_tokens_per_s:.0f} patches/s", "{padded_tokens_per_s:.0f} patches/s")
-    cells += ("{packed_over_padded:.2f}x", "{peak_host_gib:.1f} GiB")
+    runs = list(load("teachers").values())
+    columns = {
+        "teacher (sizes of ViT-L and So400m)": "{name}",
+        "parameters": "{parameters_m:.0f}M",
+        "packed": "{packed_tokens_per_s:.0f} patches/s",
+        "padded": "{padded_tokens_per_s:.0f} patches/s",
+        "ratio": "{packed_over_padded:.2f}x",
+        "memory": "{peak_host_gib:.1f} GiB",
+    }
     note = "`python -m benchmarks.speed teachers`: {images} images of {patches} patches in all, all padded to the "
     note += "largest: {padded_patches}; {device}, {threads} threads, float32, median of {repeats}."
-    rows = [(r["name"], *(cell.format(**r) for cell in cells)) for r in runs]
-    return table(head, rows, note.format(**next(iter(runs))))
+    return table(columns, [[cell.format(**r) for cell in columns.values()] for r in runs], note.format(**runs[0]))
 
 
 def step():
@@ -156,12 +153,11 @@ def protocols():
 
 def longer():
     """A line an arm: what it is trained on, cosines on held-out images and (on those trained on)."""
-    rows = []
+    kinds, rows = [(teacher, kind) for teacher in ("eff", "vit") for kind in ("summary", "patch")], []
     for name, r in load("longer").items():
-        if name != "teachers":
-            keys = [f"{t}_{kind}_cosine" for t in ("eff", "vit") for kind in ("summary", "patch")]
-            rows.append((name, r["images"], r["steps"], *(f"{r['student'][k]:.3f} ({r['seen'][k]:.3f})" for k in keys)))
-    return table(("arm", "images", "steps", "`eff` summary", "`eff` patch", "`vit` summary", "`vit` patch"), rows)
+        pairs = [(r["student"][key], r["seen"][key]) for key in (f"{t}_{kind}_cosine" for t, kind in kinds)]
+        rows.append((name, r["images"], r["steps"], *("{:.3f} ({:.3f})".format(*pair) for pair in pairs)))
+    return table(("arm", "images", "steps", *(f"`{t}` {kind}" for t, kind in kinds)), rows)
 
 
 MAKERS = toy, photos, longer, evaluate, teachers, step, int8, loader, adapt, decode, protocols
@@ -184,5 +180,6 @@ if __name__ == "__main__":
     check, changed = "--check" in sys.argv, changed_pages()
     for page, text in changed.items():
         print(f"{page}: {'differs from the JSON' if check else 'written anew'}")
-        _ = check or page.write_text(text)
+        if not check:
+            page.write_text(text)
     sys.exit(check and bool(changed))
