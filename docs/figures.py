@@ -13,7 +13,6 @@ from common import pictures
 
 # isort: split
 import argparse
-import json
 import tempfile
 from pathlib import Path
 
@@ -23,7 +22,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 INK, GREY, FAINT = (40, 44, 52), (125, 130, 140), (226, 229, 234)
 BLUE, ORANGE, GREEN, RED, PURPLE = (52, 110, 180), (222, 132, 24), (56, 146, 92), (200, 60, 60), (128, 84, 168)
-COLOURS = (PURPLE, ORANGE, GREEN, BLUE, RED)
 SCALE = 4  # of what is drawn, over what is shown; the file has half of it
 
 
@@ -59,10 +57,14 @@ class Page:
         self.picture.paste(Image.fromarray(np.asarray(array)).resize((width, height), how), (x, y))
 
     def save(self, name, colours=128):
-        picture = self.picture.reduce(SCALE // 2).quantize(colours, dither=Image.Dither.NONE)
-        path = Path(__file__).with_name(f"{name}.png")
-        picture.save(path, optimize=True)
-        print(f"docs/{path.name}: {picture.width} x {picture.height}, {path.stat().st_size / 1000:.0f} kB")
+        write(name, self.picture.reduce(SCALE // 2), colours)
+
+
+def write(name, picture, colours):
+    """docs/NAME.png of a picture, in so many colours."""
+    path = Path(__file__).with_name(f"{name}.png")
+    picture.quantize(colours, dither=Image.Dither.NONE).save(path, optimize=True)
+    print(f"docs/{path.name}: {picture.width} x {picture.height}, {path.stat().st_size / 1000:.0f} kB")
 
 
 class Axes:
@@ -237,30 +239,8 @@ def arkd(run):
 
 
 def curves(run):
-    """The loss by term, from the run's log.jsonl."""
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()][1:]
-    steps, page = [line["step"] for line in lines], Page(900, 400)
-    for kinds, title, box, ticks in (
-        (
-            ("patch", "summary", "registers"),
-            "errors (E2): 1 is predicting the mean",
-            (55, 50, 435, 350),
-            (0.05, 0.2, 1, 5),
-        ),
-        (("arkd",), "relations (E4)", (590, 50, 780, 350), (0.001, 0.01, 0.1)),
-    ):
-        terms = [term for term in lines[0] if term.rpartition("_")[2] in kinds]
-        values = np.array([[line[term] for term in terms] for line in lines])
-        limits = min(ticks[0], values.min()), max(ticks[-1], values.max())
-        halves = 0, steps[-1] // 2, steps[-1]
-        axes, below = Axes(page, box, (0, steps[-1]), limits, halves, ticks, title, "step", log=True), 0
-        if 1 in ticks:
-            page.line([axes.at(0, 1), axes.at(steps[-1], 1)], GREY)
-        for n in np.argsort(-values[-1]):
-            below = max(axes.at(0, values[-1, n])[1], below + 17)
-            page.text(box[2] + 8, below, terms[n].replace("_", " "), 13, COLOURS[n % 5])
-            page.line([axes.at(*point) for point in zip(steps, values[:, n], strict=True)], COLOURS[n % 5], 2)
-    page.save("curves", 64)
+    """What every run draws of its own log."""
+    write("curves", pictures.curves(run / "log.jsonl"), 64)
 
 
 def curation(run):
