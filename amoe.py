@@ -13,7 +13,7 @@ R registers, N rows of anything, B images of the global batch.
 """
 
 # Ours before the others: kernels sets, before torch is loaded, how OpenMP's threads wait
-from common.commands import reading
+from common.commands import one_line_errors
 from common.pixels import PATCH, grid, to_rgb
 from common.plug_in import plug_in
 from common.store import read_state, write_atomically
@@ -70,7 +70,7 @@ def rows_of(image, max_tokens):
     Pixels with sides in multiples of 16 stay as they are, all else is resized to `grid`.
     """
     if isinstance(image, (str, os.PathLike)):
-        with reading(f"cannot read {image}"), Image.open(image) as opened:
+        with one_line_errors(f"cannot read {image}"), Image.open(image) as opened:
             return rows_of(opened, max_tokens)
     if isinstance(image, Image.Image):
         image = to_rgb(ImageOps.exif_transpose(image))

@@ -21,7 +21,7 @@ Shape letters: N points (or this rank's), K centroids, D channels, B points of a
 
 # These before torch: kernels/__init__.py, which each of them loads first, sets how OpenMP's threads wait.
 import data
-from common.commands import Parser, choose_device, in_range, reading, run_command
+from common.commands import Parser, choose_device, in_range, one_line_errors, run_command
 from common.pictures import ACROSS, cluster_sheet
 from common.sources import find_sources
 from common.store import write_atomically
@@ -435,7 +435,7 @@ def build_tree(points, config, folder=None, log=lambda line: None, tree_hash="")
     for depth, k in enumerate(config.levels):
         path = folder and folder / f"level{depth + 1}.npz"
         if path and path.exists():
-            with reading(path), np.load(path) as saved:
+            with one_line_errors(path), np.load(path) as saved:
                 if str(saved["tree"]) != tree_hash:
                     raise ValueError("a level of another tree: remove it, and it is made anew")
                 tree.append({name: saved[name] for name in ("centroids", "parent", "inertia")})
@@ -550,7 +550,7 @@ def load_features(config):
         return ids, x_ND, (lambda rows: data.thumbnails(path, ids[rows], images)) if seen else None
     if path.suffix != ".npy" or not path.is_file():
         raise ValueError(f"--features {path}: want a cache folder (with cache.json) or an .npy file, and it is neither")
-    with reading(path):
+    with one_line_errors(path):
         x_ND = np.load(path, mmap_mode="r")
         if x_ND.ndim != 2 or not x_ND.size or x_ND.dtype.kind not in "fiu":
             raise ValueError(f"no matrix [N, D] of numbers, but {x_ND.dtype} {list(x_ND.shape)}")
@@ -583,7 +583,7 @@ def check_same_tree(out, points, config):
             write_atomically(out / "tree.json", lambda file: file.write(json.dumps(about, indent=1).encode()))
     if points.shared:
         dist.barrier()
-    with reading(out / "tree.json"):
+    with one_line_errors(out / "tree.json"):
         before = dict(json.loads((out / "tree.json").read_bytes()))
     if differ := {k: (before.get(k), about.get(k)) for k in before | about if before.get(k) != about.get(k)}:
         raise ValueError(f"--out {out} holds the tree of another run, (then, now): {differ}; choose another folder")

@@ -33,7 +33,7 @@ Shape letters: T tokens of a pack, M images in it, N images, C channels of a tea
 """
 
 from amoe import ROW, dequantise, pack, quantise
-from common.commands import Parser, choose_device, in_range, one_line, reading, run_command
+from common.commands import Parser, choose_device, in_range, one_line, one_line_errors, run_command
 from common.order import FULL, OPEN_PACKS, WINDOW, Order, Position, held_out, read_subset  # noqa: F401  (for callers)
 from common.sources import Sources, find_sources, is_in
 from common.store import (
@@ -132,7 +132,7 @@ def read_about(store, path):
     raw = store.read("cache.json").result().value
     if not raw:
         raise ValueError(f"{path} is not a feature cache: it has no cache.json (python data.py cache makes one)")
-    with reading(f"{path}/cache.json is damaged"):
+    with one_line_errors(f"{path}/cache.json is damaged"):
         about = json.loads(raw)
         if not isinstance(about, dict):
             raise ValueError("it holds no object")
@@ -527,7 +527,7 @@ class Summaries:
         place = shard * self.cache.slots + at - self.cache.firsts[shard]
         if not place.size:
             return np.zeros((*place.shape, self.shape[1]), np.float32)
-        with reading(f"{self.cache.path}, {self.name}"):
+        with one_line_errors(f"{self.cache.path}, {self.name}"):
             return self.array[place].read().result()
 
     def __array__(self, dtype=None, copy=None):

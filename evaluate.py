@@ -14,7 +14,7 @@ patches, H x W pixels.
 
 import amoe
 from amoe import PATCH, pack, split_by_tokens, to_rows
-from common.commands import Parser, choose_device, in_range, reading, run_command
+from common.commands import Parser, choose_device, in_range, one_line_errors, run_command
 from common.pictures import finite, pca_sheet
 from common.sources import find_sources, upright, with_image
 from common.store import write_atomically
@@ -473,11 +473,11 @@ def check_widths(images, text_C, name):
 
 def read_words(args):
     """({folder: how to say it} of --classes, the lines of --templates); ValueError names the file that holds others."""
-    with reading(args.classes):
+    with one_line_errors(args.classes):
         spoken = json.loads(Path(args.classes).read_bytes()) if args.classes else {}
         if not isinstance(spoken, dict) or not all(isinstance(said, str) for said in spoken.values()):
             raise ValueError("no object of {folder: how to say it}")
-    with reading(args.templates):
+    with one_line_errors(args.templates):
         lines = Path(args.templates).read_bytes().decode().splitlines() if args.templates else TEMPLATES
         templates = [line for line in lines if line.strip()]
         if not templates or any(t.format("x") == t.format("y") for t in templates):
@@ -520,7 +520,7 @@ def measure_retrieval(args, model, budget):
 def read_mask(root, dataset, entry, side=None):
     """An image's class indices [H, W] int64 from root/masks, or the nearest ones in a square of `side` pixels."""
     path = (root / "masks" / dataset.meta(entry)["source"]).with_suffix(".png")
-    with reading(path), Image.open(path) as image:
+    with one_line_errors(path), Image.open(path) as image:
         array = np.array(image.resize((side, side), Image.Resampling.NEAREST) if side else image)
         if array.ndim != 2:
             raise ValueError(f"no map of class indices: it has {array.shape[2]} channels")

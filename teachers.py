@@ -30,7 +30,7 @@ from amoe import (
     split_by_tokens,
     without_prefix,
 )
-from common.commands import reading
+from common.commands import one_line_errors
 from common.pixels import PATCH
 from common.plug_in import plug_in
 from common.store import read_state
@@ -344,7 +344,7 @@ class SigLIP2(Teacher):
                 f"teacher '{self.name}' has no tokenizer at {self.tokenizer}: put the tokenizer.json that came with "
                 "the weights beside them, or set teacher.tokenizer to its path"
             )
-        with reading(f"{self.tokenizer} is no tokenizer.json"):
+        with one_line_errors(f"{self.tokenizer} is no tokenizer.json"):
             tokenizer = Tokenizer.from_file(str(self.tokenizer))
         tokenizer.enable_truncation(length)
         tokenizer.enable_padding(length=length, pad_id=tokenizer.token_to_id("<pad>") or 0, pad_token="<pad>")
@@ -613,7 +613,7 @@ def run_teachers(teachers, batch):
     """
     device, answers = batch.rows.device, {}
     for t in teachers:
-        with reading(f"teacher '{t.name}' failed"), autocast(device):
+        with one_line_errors(f"teacher '{t.name}' failed"), autocast(device):
             answer = t(batch)
         want = {"patch": (batch.n_tokens, t.dim), "summary": (batch.n_images, t.dim)}
         if t.registers:
@@ -640,7 +640,7 @@ def make_targets(teachers, spaces, batch):
 
 def embed_text(teacher, texts):
     """A teacher's embeddings of texts, [N, C] float32 on the CPU; ValueError where its answer is none."""
-    with reading(f"teacher '{teacher.name}' embeds no text"):
+    with one_line_errors(f"teacher '{teacher.name}' embeds no text"):
         rows_NC = teacher.encode_text(texts).float().cpu()
         if tuple(rows_NC.shape) != (len(texts), teacher.dim) or not torch.isfinite(rows_NC).all():
             raise ValueError(f"its answer to {len(texts)} texts is {list(rows_NC.shape)}, or not finite")

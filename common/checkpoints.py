@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from common.commands import reading
+from common.commands import one_line_errors
 from common.store import write_atomically
 
 
@@ -31,7 +31,7 @@ def save(folder, state, keep):
 
 def read_checkpoint(path):
     """What `save` wrote; ValueError where a bit of it has changed (torch's file is a zip: a CRC-32 of every tensor)."""
-    with reading(path):
+    with one_line_errors(path):
         with zipfile.ZipFile(path) as file:
             if bad := file.testzip():
                 raise ValueError(f"its bytes are not those that were written, in {bad}")

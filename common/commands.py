@@ -78,7 +78,7 @@ def one_line(error):
 
 
 @contextlib.contextmanager
-def reading(what):
+def one_line_errors(what):
     """Whatever is raised inside becomes a ValueError of one line that names the file, or who else was asked."""
     try:
         yield

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from common.commands import reading
+from common.commands import one_line_errors
 from common.store import write_atomically
 
 
@@ -33,7 +33,7 @@ class Log:
 
     def write(self, **entry):
         if self.path:
-            with reading(self.path), open(self.path, "a") as file:
+            with one_line_errors(self.path), open(self.path, "a") as file:
                 file.write(json.dumps(entry) + "\n")
             if "step" in entry:
                 self.track(entry["step"], {k: v for k, v in entry.items() if isinstance(v, (int, float))})

@@ -6,7 +6,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from common.commands import reading
+from common.commands import one_line_errors
 from common.sources import is_in
 
 WINDOW = 16  # shards shuffled together
@@ -125,7 +125,7 @@ def read_subset(path):
     """The image ids of a .npy, as curate.py writes it, int64 [N]; None without a path. ValueError names the file."""
     if not path:
         return None
-    with reading(path):
+    with one_line_errors(path):
         ids = np.load(path, mmap_mode="r")  # ranks share its pages
         if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
             raise ValueError(f"holds {ids.dtype} {list(ids.shape)} and image ids are a row of integers")

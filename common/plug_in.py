@@ -4,7 +4,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from common.commands import reading
+from common.commands import one_line_errors
 
 
 def plug_in(spec, device, kind, needs):
@@ -20,7 +20,7 @@ def plug_in(spec, device, kind, needs):
         raise ValueError(f"no plug-in {kind} at {path}")
     found = importlib.util.spec_from_file_location(f"{kind}_{Path(path).stem}", path)
     module = sys.modules[found.name] = importlib.util.module_from_spec(found)  # dataclasses look their module up
-    with reading(f"{spec} made no {kind}"):
+    with one_line_errors(f"{spec} made no {kind}"):
         found.loader.exec_module(module)
         if not hasattr(module, factory):
             raise AttributeError(f"it has no '{factory}'")

@@ -3,7 +3,7 @@
 All goes through tensorstore's key-value stores but for what is read from a local file by its range.
 """
 
-from common.commands import one_line, reading
+from common.commands import one_line, one_line_errors
 
 # isort: split
 import collections
@@ -198,7 +198,7 @@ def read_state(path):
         return read_state(found[0])
     if not path.is_file():
         raise ValueError(f"no weights at {path}")
-    with reading(path):
+    with one_line_errors(path):
         if path.suffix == ".json":
             parts = sorted(set(json.loads(path.read_text())["weight_map"].values()))
             return {key: value for part in parts for key, value in read_state(path.with_name(part)).items()}
