@@ -439,14 +439,14 @@ class Space:
     pool_eps: float = 1e-6
     stored: PhiS | None = None
 
-    def own(self, y):
+    def to_own_space(self, y):
         """Targets of patches, as stored, in the teacher's own space."""
         phi_s = self.stored or self.phi_s
         return phi_s.invert(dequantise(y).to(phi_s.mean.device))
 
     def patch_target(self, y):
         """Targets of patches, as stored, in the space in which the student learns them."""
-        return self.phi_s.to(y.device).apply(self.own(y)) if self.stored else dequantise(y)
+        return self.phi_s.to(y.device).apply(self.to_own_space(y)) if self.stored else dequantise(y)
 
 
 BALANCINGS = ("phi-s", "channels", "scale", "none")
@@ -534,7 +534,7 @@ class Head(Float32Buffers):
             nn.init.trunc_normal_(linear.weight, std=0.01)
         nn.init.zeros_(self.fc1.bias)
 
-    def own(self, z):
+    def to_own_space(self, z):
         """Balanced features to the teacher's own space; already there once folded."""
         return z if self.phi_s is None else self.phi_s.invert(z)
 
@@ -552,13 +552,13 @@ class Head(Float32Buffers):
         first_M = batch.starts[:-1].long()
         with torch.autocast(h_TD.device.type, enabled=False):  # summaries are few: the way out of PHI-S stays float32
             if self.pool is None:
-                summary = self.own(z_TC[first_M].float())
+                summary = self.to_own_space(z_TC[first_M].float())
             else:
-                summary = self.pool(self.own(z_TC.float()), batch.image, batch.n_images)
+                summary = self.pool(self.to_own_space(z_TC.float()), batch.image, batch.n_images)
             out = {"patch": z_TC, "summary": summary}
             if self.registers:
                 registers = z_TC[first_M[:, None] + 1 + torch.arange(self.registers, device=h_TD.device)]
-                out["registers"] = self.own(registers.float())
+                out["registers"] = self.to_own_space(registers.float())
         return out
 
 
@@ -629,7 +629,7 @@ class Student(Float32Buffers):
             features, _ = self(batch)
             for name, head in self.heads.items():
                 f = features[name]
-                f["patch"] = head.own(f["patch"])
+                f["patch"] = head.to_own_space(f["patch"])
                 if centre:
                     f["patch"], f["summary"] = f["patch"] - head.patch_mean, f["summary"] - head.summary_mean
             for i, shape in enumerate(shapes[part]):

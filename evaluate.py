@@ -52,7 +52,7 @@ def of_student(model):
     def answer(batch):
         features, _ = model(batch.to(device))
         for name, head in model.heads.items():
-            features[name]["patch"] = head.own(features[name]["patch"].float())
+            features[name]["patch"] = head.to_own_space(features[name]["patch"].float())
         return features
 
     answer.name, answer.registers, answer.heads = "the student", model.registers, [*model.heads, "amoe"]
@@ -75,7 +75,7 @@ def of_targets(spaces, teachers=(), device="cpu"):
     def answer(batch):
         found = batch.targets or make_targets(teachers, spaces, batch.to(device))
         both = ((space, found[space.name]) for space in spaces)  # a cache may hold summaries alone
-        return {s.name: f | {"patch": s.own(f["patch"])} if "patch" in f else f for s, f in both}
+        return {s.name: f | {"patch": s.to_own_space(f["patch"])} if "patch" in f else f for s, f in both}
 
     return answer
 

@@ -196,12 +196,12 @@ class Teacher(Float32Buffers):
         dtype = self.patch.weight.dtype
         return self.patch(rows_PC.to(dtype)).to(dtype)
 
-    def layout(self, batch, special):
+    def lay_out(self, batch, special):
         """The batch's Layout, and what `attend` takes as extents."""
         device = self.patch.weight.device
-        own = Layout.of(batch, special, device, batch.n_tokens if self.flex else 0)
-        extents = mask_of(own.starts, own.length, device) if self.flex else image_runs(own.starts, own.length)
-        return own, extents
+        layout = Layout.of(batch, special, device, batch.n_tokens if self.flex else 0)
+        starts, length = layout.starts, layout.length
+        return layout, mask_of(starts, length, device) if self.flex else image_runs(starts, length)
 
 
 # ---- DINOv3 ----
@@ -222,28 +222,28 @@ class DINOv3(Teacher):
         pixel = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device="cpu").repeat(1, PATCH * PATCH)
         self.register_buffer("pixel", pixel, persistent=False)
 
-    def rotation(self, own):
+    def rotation(self, layout):
         """cos and sin [S, d / 2] of 2 pi c / period, c = 2 (i + .5) / n - 1: f for the row, then f for the column.
 
         Special tokens have angle 0: CLS and registers do not rotate.
         """
-        c_P2 = 2 * (own.yx_P2 + 0.5) / own.shape_P2 - 1
-        angle_S = own.to_sequence((2 * math.pi * c_P2[:, :, None] / self.periods).flatten(1))
+        c_P2 = 2 * (layout.yx_P2 + 0.5) / layout.shape_P2 - 1
+        angle_S = layout.to_sequence((2 * math.pi * c_P2[:, :, None] / self.periods).flatten(1))
         return angle_S.cos(), angle_S.sin()
 
     @torch.no_grad()  # not inference_mode: a training step could not use the targets
     def forward(self, batch):
         special = 1 + self.registers
-        own, extents = self.layout(batch, special)
-        rows_PC = batch.rows.to(self.patch.weight.device)[own.batch_P]
+        layout, extents = self.lay_out(batch, special)
+        rows_PC = batch.rows.to(self.patch.weight.device)[layout.batch_P]
         if rows_PC.dtype == torch.uint8:  # floats are taken as already normalised
             rows_PC = (rows_PC.float() / 255 - self.pixel[0]) / self.pixel[1]
-        x_SD = own.to_sequence(self.embed(rows_PC))
-        special_MS = own.starts[:-1, None].to(x_SD.device) + torch.arange(special, device=x_SD.device)
+        x_SD = layout.to_sequence(self.embed(rows_PC))
+        special_MS = layout.starts[:-1, None].to(x_SD.device) + torch.arange(special, device=x_SD.device)
         x_SD[special_MS] = torch.cat([self.cls_token[0], self.register_tokens[0]]).to(x_SD.dtype)
-        x_SD = self.trunk(x_SD, extents, self.rotation(own)).float()
+        x_SD = self.trunk(x_SD, extents, self.rotation(layout)).float()
         tokens_MSD = x_SD[special_MS]
-        out = {"patch": own.to_batch(x_SD[own.own_P], batch.n_tokens), "summary": tokens_MSD[:, 0]}
+        out = {"patch": layout.to_batch(x_SD[layout.own_P], batch.n_tokens), "summary": tokens_MSD[:, 0]}
         return out | ({"registers": tokens_MSD[:, 1:]} if self.registers else {})
 
 
@@ -298,23 +298,23 @@ class SigLIP2(Teacher):
     def pool(self):
         return self.head.state_dict()
 
-    def positions(self, own):
+    def positions(self, layout):
         """Position embeddings of the patches [P, D] float32: one GEMM over the grid, whatever the mix of shapes."""
         side = math.isqrt(len(self.position))
-        y_PG, x_PG = (resize_weights(own.yx_P2[:, a], own.shape_P2[:, a], side) for a in (0, 1))
+        y_PG, x_PG = (resize_weights(layout.yx_P2[:, a], layout.shape_P2[:, a], side) for a in (0, 1))
         with torch.autocast(y_PG.device.type, enabled=False):
             return (y_PG[:, :, None] * x_PG[:, None]).flatten(1) @ self.position.float()
 
     @torch.no_grad()
     def forward(self, batch):
-        own, extents = self.layout(batch, 0)
-        rows_PC = normalise(batch.rows.to(self.patch.weight.device)[own.batch_P])
+        layout, extents = self.lay_out(batch, 0)
+        rows_PC = normalise(batch.rows.to(self.patch.weight.device)[layout.batch_P])
         x_PD = self.embed(rows_PC)
-        x_SD = self.trunk(own.to_sequence(x_PD + self.positions(own).to(x_PD.dtype)), extents)
-        x_PD = x_SD[own.own_P]
+        x_SD = self.trunk(layout.to_sequence(x_PD + self.positions(layout).to(x_PD.dtype)), extents)
+        x_PD = x_SD[layout.own_P]
         with torch.autocast(x_PD.device.type, enabled=False):  # the pooled summary in the weights' own dtype
-            summary_MD = self.head(x_PD.to(self.patch.weight.dtype), own.image_P, batch.n_images).float()
-        return {"patch": own.to_batch(x_PD.float(), batch.n_tokens), "summary": summary_MD}
+            summary_MD = self.head(x_PD.to(self.patch.weight.dtype), layout.image_P, batch.n_images).float()
+        return {"patch": layout.to_batch(x_PD.float(), batch.n_tokens), "summary": summary_MD}
 
     @torch.no_grad()
     def text(self, ids_NL):

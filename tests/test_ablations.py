@@ -32,8 +32,10 @@ def test_a_balancing_is_what_its_name_says_and_the_way_back_is_exact(cache, how)
     (space, *_) = train.rebalanced(flags, cache, cache.spaces, [], CPU)
     batch = cache.read(entries_of(cache))
     stored, rows = batch.targets[space.name]["patch"], batch.is_patch
-    own, learnt = cache.spaces[0].own(stored)[rows], space.patch_target(stored)[rows]
-    assert torch.allclose(own, space.own(stored)[rows]) and torch.allclose(space.phi_s.invert(learnt), own, atol=1e-4)
+    own, learnt = cache.spaces[0].to_own_space(stored)[rows], space.patch_target(stored)[rows]
+    assert torch.allclose(own, space.to_own_space(stored)[rows]) and torch.allclose(
+        space.phi_s.invert(learnt), own, atol=1e-4
+    )
     if how == "none":
         assert torch.allclose(learnt, own, atol=1e-4) and space.summary_variance == 1
     if how == "scale":
