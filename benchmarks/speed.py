@@ -119,7 +119,7 @@ def plain_reader(cache, packs, folder, maps):
         array = shard.all(name)
         array = array if array.dtype.kind in "iuf" else array.view(np.int16)  # bfloat16
         np.save(f"{folder}/{shard.number}.{name}.npy", array)
-    parts = [[(number, cache.rows_of(number, i)[1]) for number, i in entries] for entries in packs]
+    parts = [[(n, slice(*cache.shard(n).starts[i : i + 2].tolist())) for n, i in entries] for entries in packs]
 
     def rows(number, name):
         if (number, name) not in maps:
