@@ -22,6 +22,7 @@ from kernels.arkd import arkd
 from kernels.attention import attend, image_runs
 from kernels.hadamard import hadamard
 from kernels.moe import moe
+from kernels.norm import RMSNorm, rms_norm
 from kernels.rope import golden_frequencies, positions, rotate, rotations
 
 # isort: split
@@ -249,7 +250,7 @@ class Attention(nn.Module):
 
     def forward(self, x_TD, rotation, extents):
         q, k, v = (w(x_TD).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
-        q, k = (rotate(F.rms_norm(t, (self.head_dim,), eps=QK_EPS), *rotation) for t in (q, k))
+        q, k = (rotate(rms_norm(t, None, QK_EPS), *rotation) for t in (q, k))
         return self.wo(attend(q, k, v, extents, self.sinks).flatten(1))
 
 
@@ -309,7 +310,7 @@ class Block(nn.Module):
         super().__init__()
         # The two epsilons are the released models': a weightless norm ran at float32's machine epsilon.
         eps = 1e-5 if config.norm_weight else QK_EPS
-        norm = lambda: nn.RMSNorm(config.dim, eps=eps, elementwise_affine=config.norm_weight)  # noqa: E731
+        norm = lambda: RMSNorm(config.dim, eps=eps, elementwise_affine=config.norm_weight)  # noqa: E731
         self.attention_norm, self.attention, self.ffn_norm = norm(), Attention(config), norm()
         if layer < config.dense_layers:
             self.feed_forward = FeedForward(config)
@@ -650,7 +651,7 @@ class AMoE(Student):
         self.storage_tokens = nn.Parameter(torch.empty(1, config.registers, config.dim))
         self.register_buffer("freqs_cis_golden", golden_frequencies(config.heads, config.head_dim))
         self.layers = nn.ModuleList(Block(config, l) for l in range(config.layers))
-        self.norm = nn.RMSNorm(config.dim, eps=1e-5)
+        self.norm = RMSNorm(config.dim, eps=1e-5)
         self.add_heads(config.dim, config.registers, spaces)
         self.initialise()
 

@@ -101,12 +101,49 @@ def mask_of(starts, n_tokens, device="cpu"):
     return block_mask(blocks, image_T.to(device))
 
 
+class WithSinks(torch.autograd.Function):
+    """SDPA on each run of images on a CPU, then out *= sigmoid(lse - sink), with a gradient that needs no extra key.
+
+    A sink only adds e^sink to the softmax's sum, so SDPA's own backward pass is right if it is told the log of that
+    larger sum and the output so gated; the sink's share of the sum has value zero, hence d sink = -share (g . out).
+    """
+
+    @staticmethod
+    def forward(ctx, q_THd, k_THd, v_THd, sinks_H, runs):
+        out_THd, lse_TH = torch.empty_like(q_THd), q_THd.new_empty(q_THd.shape[:2])
+        for rows, (q, k, v) in each_run(runs, q_THd, k_THd, v_THd):
+            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+            out_THd[rows], lse_TH[rows] = (t.transpose(1, 2).flatten(0, 1) for t in (out, lse))
+        out_THd *= torch.sigmoid(lse_TH - sinks_H)[..., None]
+        ctx.save_for_backward(q_THd, k_THd, v_THd, sinks_H, out_THd, torch.logaddexp(lse_TH, sinks_H))
+        ctx.runs = runs
+        return out_THd
+
+    @staticmethod
+    def backward(ctx, g_THd):
+        *qkv, sinks_H, out_THd, lse_TH = ctx.saved_tensors
+        gradients = [torch.empty_like(t) for t in qkv]
+        for rows, parts in each_run(ctx.runs, g_THd, *qkv, out_THd, lse_TH):
+            found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*parts, 0.0, False)
+            for gradient, part in zip(gradients, found, strict=True):
+                gradient[rows] = part.transpose(1, 2).flatten(0, 1)
+        share_TH = torch.exp(sinks_H - lse_TH)
+        return *gradients, -(share_TH * torch.linalg.vecdot(g_THd, out_THd)).sum(0), None
+
+
+def each_run(runs, *tensors):
+    """(the run's rows, its part [images, H, length, ...] of every tensor [T, H, ...]) of one run after the other."""
+    for start, images, length in runs:
+        rows = slice(start, start + images * length)
+        yield rows, [t[rows].unflatten(0, (images, length)).transpose(1, 2) for t in tensors]
+
+
 def attend(q_THd, k_THd, v_THd, extents, sinks_H=None):
     """Attention within each image of the pack, scale 1 / sqrt(d), [T, H, d]; with sinks, out *= sigmoid(lse - sink).
 
     `extents` chooses the form. A BlockMask runs FlexAttention, which wants torch.compile around it. `image_runs(...)`
-    runs SDPA on each image, on any device: there a sink is one more key with score `sink` and value zero, which is the
-    same function, since sigmoid(lse - sink) = e^lse / (e^lse + e^sink).
+    runs SDPA on each image: on a CPU as `WithSinks`, elsewhere with the sink as one more key of score `sink` and value
+    zero, which is the same function, since sigmoid(lse - sink) = e^lse / (e^lse + e^sink).
     """
     d = q_THd.shape[-1]
     if isinstance(extents, BlockMask):
@@ -114,6 +151,9 @@ def attend(q_THd, k_THd, v_THd, extents, sinks_H=None):
         out, aux = flex_attention(q, k, v, block_mask=extents, return_aux=AuxRequest(lse=True))
         out_THd, lse_TH = out[0].transpose(0, 1), aux.lse[0].T  # turned before the gate: after it, that is a copy
         return out_THd if sinks_H is None else out_THd * torch.sigmoid(lse_TH - sinks_H)[..., None].to(out.dtype)
+    alike = sinks_H is not None and q_THd.dtype == sinks_H.dtype
+    if alike and q_THd.device.type == "cpu" and not torch.compiler.is_compiling():
+        return WithSinks.apply(q_THd, k_THd, v_THd, sinks_H, extents)
     sizes = [images * length for _, images, length in extents]  # split: its gradient is one concatenation
     outs = []
     for (_, images, length), *qkv in zip(extents, *(t.split(sizes) for t in (q_THd, k_THd, v_THd)), strict=True):

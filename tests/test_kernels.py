@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import unittest.mock
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ if __name__ != "__main__" and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # triton reads it once, when it is first imported: see conftest.py
 
 import torch.multiprocessing
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import arkd as arkd_file
@@ -26,6 +28,8 @@ from kernels import bench
 from kernels import moe as moe_file
 from kernels.arkd import arkd
 from kernels.moe import moe
+from kernels.norm import rms_norm
+from kernels.rope import rotate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROOT = Path(__file__).parent.parent
@@ -438,3 +442,38 @@ def compile_kernels():
 
 if __name__ == "__main__" and sys.argv[1:] == ["compile"]:
     compile_kernels()
+
+
+# ---- RMSNorm ----
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rms_norm_is_torchs(weighted, dtype):
+    """Catches a mean that is not subtracted from the gradient, and a weight's gradient that leaves out an axis."""
+    torch.manual_seed(0)
+    x = torch.randn(5, 7, 24, dtype=dtype, requires_grad=True)
+    weight = torch.randn(24, dtype=dtype, requires_grad=True) if weighted else None
+    asked = [x, weight] if weighted else [x]
+    g = torch.randn_like(x)
+    forms = rms_norm(x, weight, 1e-5), F.rms_norm(x, (24,), weight, 1e-5)
+    grads = [torch.autograd.grad(y, asked, g) for y in forms]
+    close = 1e-12 if dtype == torch.float64 else 1e-5
+    assert "Fewer" in forms[0].grad_fn.name() and (forms[0] - forms[1]).abs().max() < close
+    assert all((a - b).abs().max() < close for a, b in zip(*grads, strict=True))
+    if weighted:
+        assert torch.autograd.gradcheck(lambda *z: rms_norm(*z, 1e-5), (x.double()[0], weight.double()))
+
+
+# ---- rotary embeddings ----
+
+
+def test_the_complex_rotation_is_the_real_one():
+    """Catches a turn the other way, and channels paired with their neighbour's neighbour."""
+    torch.manual_seed(0)
+    x, theta = torch.randn(9, 3, 16, requires_grad=True), torch.randn(9, 3, 4)
+    with unittest.mock.patch("torch.compiler.is_compiling", lambda: True):
+        want = rotate(x, theta.cos(), theta.sin())
+    got, g = rotate(x, theta.cos(), theta.sin()), torch.randn(9, 3, 16)
+    grads = [torch.autograd.grad(y, x, g)[0] for y in (got, want)]
+    assert (got - want).abs().max() < 1e-6 and (grads[0] - grads[1]).abs().max() < 1e-6
