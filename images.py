@@ -16,6 +16,7 @@ from common.sources import MAX_PIXELS, Sources, upright, with_image
 
 # isort: split
 import contextlib
+import itertools
 import json
 import sys
 import threading
@@ -222,15 +223,13 @@ class Images:
 
     def headers(self, number):
         """The Headers of a shard, from the table of sources: no file is opened but those that cannot be used."""
-        rows = self.sources.part(*self.span_of(number)).repeat(self.n_views)
-        views = np.arange(len(rows)) % self.n_views
-        boxes = [choose_view(self.seed, i, n)[0] for i, n in zip(rows["id"].tolist(), views.tolist(), strict=True) if n]
-        box = np.tile([0.0, 0.0, 1.0, 1.0], (len(rows), 1))
-        if boxes:
-            box[views > 0] = boxes
+        rows, box = self.sources.part(*self.span_of(number)).repeat(self.n_views), (0.0, 0.0, 1.0, 1.0)
+        if self.n_views > 1:
+            views = zip(rows["id"].tolist(), itertools.cycle(range(self.n_views)), strict=False)
+            box = np.transpose([choose_view(self.seed, i, n)[0] for i, n in views])
         height, width = rows["height"].astype(np.int64), rows["width"].astype(np.int64)
-        wrong = np.any([wrong for wrong, _ in faults(height, width, box.T)], axis=0)
-        size = view_size(np.where(wrong, PATCH, height), np.where(wrong, PATCH, width), box.T)
+        wrong = np.any([wrong for wrong, _ in faults(height, width, box)], axis=0)
+        size = view_size(np.where(wrong, PATCH, height), np.where(wrong, PATCH, width), box)
         shapes = np.stack(grid(*size, self.min_tokens, choose_budget(self.seed, rows["id"], self.max_tokens)), 1)
         shapes[wrong] = 0
         bad = [self.view((number, i)) for i in np.flatnonzero(wrong).tolist()]
