@@ -1,4 +1,4 @@
-"""The feature cache: its format, its writer, its reader; and for any dataset the order of packs and the loader.
+"""The feature cache: its format, its writer, its reader; and the loader of packs, for any dataset.
 
 A cache is a folder, or what tensorstore makes of a URL, of format 3:
 
@@ -99,9 +99,8 @@ class Damage(ValueError):
 
     def at(self, path):
         """The error for a user: where it is, and what to do about it."""
-        return ValueError(
-            f"{path}, {self}; python data.py verify {path} names all that is damaged, --on-corrupt skip leaves it out"
-        )
+        told = f"python data.py verify {path} names all that is damaged, --on-corrupt skip leaves it out"
+        return ValueError(f"{path}, {self}; {told}")
 
 
 def name_of(number):
@@ -136,10 +135,8 @@ def read_about(store, path):
         about = json.loads(raw)
         if not isinstance(about, dict):
             raise ValueError("it holds no object")
-    if about.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} has cache format {about.get('format')} and this code reads {FORMAT}: cache it anew, elsewhere"
-        )
+    if (found := about.get("format")) != FORMAT:
+        raise ValueError(f"{path} has cache format {found} and this code reads {FORMAT}: cache it anew, elsewhere")
     if unseal(raw) is None:
         raise ValueError(f"{path}/cache.json is damaged: its contents are not those that its hash was made of")
     if wrong := misses(about, KINDS) or ("shard_images" if about["shard_images"] < 1 or about["views"] < 1 else None):
@@ -186,11 +183,10 @@ class Shard:
     def record(self):
         record = read_record(self.cache.store, self.number, self.cache.about["hash"])
         if record is None:
-            there = self.cache.store.read(f"{folder_of(self.number)}shard.json").result().value
-            why = "shard.json is damaged, or belongs to another cache or shard"
-            raise Damage(
-                self.number, f": {why}" if there else f": missing, or not committed (it has no shard.json); {RERUN}"
-            )
+            why = f"missing, or not committed (it has no shard.json); {RERUN}"
+            if self.cache.store.read(f"{folder_of(self.number)}shard.json").result().value:
+                why = "shard.json is damaged, or belongs to another cache or shard"
+            raise Damage(self.number, f": {why}")
         if self.known and self.known[2] != name_hash(record["hash"]):
             raise Damage(self.number, f": it is not the one that the index was made of; {RERUN}")
         return record
@@ -848,12 +844,10 @@ def write_shard(cache, number, arrays, record):
 def write_skipped(store):
     """skipped.jsonl, anew from every commit record, again where other writers have committed meanwhile."""
     with naming_errors("skipped.jsonl"):
-        lines = skipped_lines(store)
-        while True:
+        there = None
+        while there != (lines := skipped_lines(store)):
             store.write("skipped.jsonl", lines).result()
-            before, lines = store.read("skipped.jsonl").result().value, skipped_lines(store)
-            if before == lines:
-                return
+            there = store.read("skipped.jsonl").result().value
 
 
 # ---- the loader ----
@@ -861,11 +855,8 @@ def write_skipped(store):
 
 def names_of(dataset, ids):
     """The names of the sources of image ids, each once."""
-    found = {}
-    for number in dataset.numbers:
-        for i in np.flatnonzero(np.isin(dataset.shard(number).ids, ids)).tolist():
-            found[dataset.meta((number, i))["source"]] = True
-    return list(found)
+    places = ((n, i) for n in dataset.numbers for i in np.flatnonzero(np.isin(dataset.shard(n).ids, ids)).tolist())
+    return list(dict.fromkeys(dataset.meta(entry)["source"] for entry in places))
 
 
 def read_pack(dataset, entries, n_tokens, registers, on_corrupt="stop"):
@@ -974,8 +965,7 @@ def parse(argv):
         how |= {"nargs": "+"} if name == "max_tokens" else {}
         add("--" + name.replace("_", "-"), **how, default="all" if default is True else default, help=text)
     add("--subset", help=".npy of image ids to keep (curate.py writes one)")
-    text = "write every N-th shard from the I-th: N writers share the work"
-    add("--shard-range", default="0/1", metavar="I/N", help=text)
+    add("--shard-range", default="0/1", metavar="I/N", help="write every N-th shard from the I-th: N share the work")
     add("--device", default="auto", help="where teachers run: auto, cpu, cuda or cuda:N")
     text = "processes that read headers; 0: threads"
     index.add_argument("--workers", type=in_range(int, 0, 1024), default=0, help=text)
@@ -1002,9 +992,7 @@ def main(argv=None):
     else:
         opened = Cache(args.cache)
         complaints = verify(opened)
-        for complaint in complaints:
-            print(complaint)
-        print(f"{args.cache}: {len(opened.numbers)} shards, {len(complaints)} complaints")
+        print(*complaints, f"{args.cache}: {len(opened.numbers)} shards, {len(complaints)} complaints", sep="\n")
         return 1 if complaints else 0
 
 

@@ -258,7 +258,11 @@ def main():
     args = parser.parse_args()
     if args.measure:
         return print(json.dumps(measure(args.measure[0], Path(args.measure[1]))))
-    result = {"sizes": args.sizes, "figures": {}, "machine": f"{os.cpu_count()} cores, numpy {np.__version__}"}
+    result = {
+        "sizes": args.sizes,
+        "figures": {},
+        "machine": f"{os.cpu_count()} cores, load {os.getloadavg()[1]:.0f}, numpy {np.__version__}",
+    }
     for n in args.sizes:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
