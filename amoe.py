@@ -65,14 +65,14 @@ def from_rows(rows, shape):
     return rows.reshape(h, w, PATCH, PATCH, 3).transpose(1, 2).reshape(h * PATCH, w * PATCH, 3)
 
 
-def rows_of(image, max_tokens):
+def any_to_rows(image, max_tokens):
     """(rows, (h, w)) of a path, a PIL image, or uint8 pixels [H, W, 3] as an array or a tensor.
 
     Pixels with sides in multiples of 16 stay as they are, all else is resized to `grid`.
     """
     if isinstance(image, (str, os.PathLike)):
         with one_line_errors(f"cannot read {image}"), Image.open(image) as opened:
-            return rows_of(opened, max_tokens)
+            return any_to_rows(opened, max_tokens)
     if isinstance(image, Image.Image):
         image = to_rgb(ImageOps.exif_transpose(image))
     else:
@@ -618,7 +618,7 @@ class Student(Float32Buffers):
         if shapes is None:
             if isinstance(images, (str, os.PathLike, Image.Image)):
                 raise ValueError(f"encode takes a list of images, and was given {images!r}")
-            pairs = [rows_of(image, max_tokens) for image in images]
+            pairs = [any_to_rows(image, max_tokens) for image in images]
             rows, shapes = [rows for rows, _ in pairs], [shape for _, shape in pairs]
         else:
             rows = list(images)
@@ -733,7 +733,7 @@ def describe(model):
 
 
 def rebuild(about, state, source):
-    """The student that `describe` told of with the weights of `state`, in eval mode; source: their name in errors."""
+    """The student of a description by `describe` and of the weights `state`, in eval mode; errors name `source`."""
     check_sizes(about, state, source)
     spaces, trunk = [], about["trunk"]
     for name, sizes in about["heads"].items():
@@ -741,7 +741,8 @@ def rebuild(about, state, source):
         balanced = f"heads.{name}.phi_s.mean" in state  # as a checkpoint of training is, and no student/
         phi_s = PhiS(torch.zeros(C), torch.zeros(C, C), state[f"heads.{name}.phi_s.sigma"]) if balanced else None
         weights = without_prefix(f"heads.{name}.pool.", state) or None
-        spaces.append(Space(name, C, sizes["registers"], phi_s, None, 1.0, (), weights, pool["heads"], pool["eps"]))
+        pooled = {"pool": weights, "pool_heads": pool["heads"], "pool_eps": pool["eps"]}
+        spaces.append(Space(name, C, sizes["registers"], phi_s, **pooled))
     model = PlugIn(trunk["factory"], spaces) if "factory" in trunk else AMoE(Config(**trunk), spaces)
     for head, sizes in zip(model.heads.values(), about["heads"].values(), strict=True):
         C = sizes["dim"]
@@ -777,12 +778,13 @@ def save(model, folder):
         code = Path(model.factory.rpartition(":")[0])
         about["trunk"]["factory"] = Path(model.factory).name
     state = {key: value.clone().contiguous() for key, value in whole.state_dict().items()}  # tied weights come apart
+    files = {
+        code.name: code.read_bytes(),
+        "model.safetensors": safetensors.torch.save(state, {"format": "pt"}),
+        "config.json": (json.dumps(about, indent=1) + "\n").encode(),
+    }
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in (
-        (code.name, code.read_bytes()),
-        ("model.safetensors", safetensors.torch.save(state, {"format": "pt"})),
-        ("config.json", (json.dumps(about, indent=1) + "\n").encode()),
-    ):
+    for name, content in files.items():
         write_atomically(folder / name, lambda file, content=content: file.write(content))
 
 
