@@ -115,16 +115,23 @@ def loader():
 
 
 def adapt():
+    """A line a way to go on: means over seeds, and the standard deviation."""
     found = load("adapt")
-    measures, rows = ("zeroshot", "knn", "miou"), []
-    for name, s in found["scores"].items():
-        rows.append((name, *(f"{s[where][m]:.3f}" for where in ("new", "old") for m in measures)))
+    cases = {"before": [found["before"]]}
+    for r in found["runs"]:
+        name = f"{'--init' if r['init'] else 'from scratch'}, --lr {r['lr']:g}, --steps {r['steps']}"
+        cases.setdefault(name, []).append(r["scores"])
+    keys, rows = [(where, m) for where in ("new", "old") for m in ("zeroshot", "knn", "miou")], []
+    for name, runs in cases.items():
+        values = [[scores[where][m] for scores in runs] for where, m in keys]
+        spread = lambda v: f" ± {statistics.stdev(v):.2f}" if len(v) > 1 else ""  # noqa: E731
+        rows.append((name, *(f"{statistics.mean(v):.2f}{spread(v)}" for v in values)))
     note = (
-        "`python -m benchmarks.adapt runs/toy`: {steps} steps on {images} images, n = 1 seed; scored on {new} held-out "
+        f"`python -m benchmarks.adapt runs/toy`: {found['images']} images, n = {len(runs)} seeds of going on (which "
+        "images, in which order) from one student, mean ± standard deviation; scored on {new} held-out images of the "
+        "new domain and {old} of the old. kNN's bank and mIoU's probe come from the same domain."
     )
-    note += "images of the new domain and {old} of the old. kNN's bank and mIoU's probe come from the same domain."
-    head = ("", *(f"{where}: {m}" for where in ("new domain", "old") for m in measures))
-    return table(head, rows, note.format(**found, **found["held_out"]))
+    return table(("", *(f"{where}: {m}" for where, m in keys)), rows, note.format(**found["held_out"]))
 
 
 def decode():
