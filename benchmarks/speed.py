@@ -1,10 +1,11 @@
 """How fast the step, the teachers and the loader are: `python -m benchmarks.speed step|teachers|loader`.
 
-    step [train.py's flags]    the training step and its parts; packs against the same images padded to one length. With
-                               --cache or --images on those, else on random packs with teachers of real sizes
+    step [train.py's flags]    the training step and its kernels; packs against the same images padded to one length.
+                               With --cache or --images on those, else on random packs with teachers of real sizes;
+                               with --blocks a block is compiled in the place of the whole step, which takes minutes
     teachers [KIND]            DINOv3 ViT-L and SigLIP 2 So400m, weights random: packed against padded
     loader CACHE               packs of a cache against the same rows out of plain memory-mapped files, cold and warm;
-                               waiting beside a GPU that takes 80 ms a step; with --images, decoding
+                               waiting beside a GPU that takes 80 ms a step
 
 What is compared takes turns in one process, so that whatever else the machine does slows all alike; figures are
 medians. Every result is printed as a JSON line and, with --out FOLDER, kept under its name in FOLDER/COMMAND.json.
@@ -13,7 +14,6 @@ says how fast a GPU is.
 """
 
 import argparse
-import contextlib
 import gc
 import itertools
 import json
@@ -29,10 +29,8 @@ import torch
 
 import amoe
 import data
-import images
 import teachers
 from benchmarks.step import CUDA, in_turns, measure_step, padded
-from common.sources import find_sources
 from kernels.bench import record
 
 # ---- teachers ----
@@ -136,21 +134,6 @@ def plain_reader(cache, packs, folder, maps):
     return read
 
 
-def decoding(path, about, most=200):
-    """{"draft", "whole"}: images/s of one core, decoded and resized as for a cache; bad ones are left out."""
-    sources = find_sources(path)
-    sources, good = sources[:: max(1, len(sources) // most)], []
-
-    def decode(draft):
-        good.clear()
-        for source in sources:
-            with contextlib.suppress(ValueError):
-                good.append(images.load_image(source, about["min_tokens"], about["max_tokens"], draft=draft))
-
-    seconds = in_turns({"draft": lambda: decode(True), "whole": lambda: decode(False)}, 3)
-    return {name: len(good) / statistics.median(s) for name, s in seconds.items()} | {"images": len(good)}
-
-
 def waiting(path, n_tokens, threads, step_s=0.08, steps=30):
     """Share of the time that a consumer waits which, like a GPU's step, leaves the host idle for step_s."""
     order = data.Order(data.Cache(path), n_tokens)
@@ -208,12 +191,12 @@ def main():
     parser.add_argument("--out", type=Path, help="folder to keep the results in")
     parser.add_argument("--repeats", type=int, default=5, help="turns, of which the median counts (default: 5)")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("step", add_help=False, help="takes the flags of train.py")
+    step = commands.add_parser("step", add_help=False, help="takes the flags of train.py")
+    step.add_argument("--blocks", action="store_true")
     commands.add_parser("teachers").add_argument("kinds", nargs="*", choices=REAL, default=list(REAL))
     loader = commands.add_parser("loader")
     loader.add_argument("cache")
     loader.add_argument("--tokens", type=int, default=2048, help="in a pack")
-    loader.add_argument("--images", help="to decode as well")
     args, words = parser.parse_known_args()
     if words and args.command != "step":
         parser.error(f"unrecognized arguments: {' '.join(words)}")
@@ -223,12 +206,11 @@ def main():
 
     if args.command == "step":
         with tempfile.TemporaryDirectory() as folder:  # where train.py keeps what it fits for --images
-            results = [measure_step([*words, "--out", folder], args.repeats, keep)]
+            results = [measure_step([*words, "--out", folder], args.repeats, keep, args.blocks)]
     elif args.command == "teachers":
         results = (measure_teacher(kind, args.repeats) for kind in args.kinds)
     else:
         results = [measure_loader(args.cache, args.tokens, args.repeats)]
-        results[0] |= {"decode": decoding(args.images, data.Cache(args.cache).about)} if args.images else {}
     for result in results:
         print(json.dumps(result), flush=True)
         keep(result)

@@ -115,53 +115,29 @@ def flops_per_token(model, mean_length):
     return 3 * (2 * (matrices - idle) + c.layers * 4 * c.heads * c.head_dim * mean_length)
 
 
-def part_times(model, batch, extents, spaces, compiled):
-    """Milliseconds of a step's parts, forward and backward, each timed (and compiled) alone.
+def kernel_times(step, pack, steps=3, most=20):
+    """{kernel (operator on a CPU): milliseconds a step} of those that take longest, by torch's profiler."""
+    with torch.profiler.profile() as profile:
+        for _ in range(steps):
+            loss = step(pack)["loss"]
+        loss.item()
+    taken = f"self_{'device' if CUDA else 'cpu'}_time_total"  # microseconds
+    rows = {row.key: getattr(row, taken) / 1e3 / steps for row in profile.key_averages()}
+    return dict(sorted(rows.items(), key=lambda row: -row[1])[:most])
 
-    A layer's time is that of the last one times their number. Alone a part can neither be fused with its neighbours nor
-    hide behind them, so the sum is not the step's time.
+
+def make_step(flags, process, compiled, spaces, online=(), blocks=False):
+    """(model, step); step(batch) trains on a pack of the host as train.py does and returns its losses.
+
+    blocks: a block and a head are compiled, once for all that are alike, in the place of the whole step: seconds, where
+    that takes minutes.
     """
-    n, device, block = model.config.layers, batch.rows.device, model.layers[-1]
-    x_TD = torch.randn(batch.n_tokens, model.config.dim, device=device, dtype=torch.bfloat16 if CUDA else None)
-    x_TD.requires_grad_()
-    rotation, real_T = amoe.rotations(batch.yx, model.freqs_cis_golden), batch.image < batch.n_images
-    ffn = (lambda x: block.moe(x, real_T)[0]) if hasattr(block, "moe") else block.feed_forward
-    heads = lambda h: {name: head(h, batch) for name, head in model.heads.items()}  # noqa: E731
-    with torch.no_grad(), amoe.autocast(device):
-        out = heads(x_TD)
-    out = {name: {kind: v.detach().requires_grad_() for kind, v in answer.items()} for name, answer in out.items()}
-
-    def relations(out):
-        return {s.name: amoe.arkd_loss(out[s.name]["summary"], batch.targets[s.name]["summary"]) for s in spaces}
-
-    def total(value):
-        return sum(map(total, value.values())) if isinstance(value, dict) else value.float().sum()
-
-    def time_part(function, argument, times=1, in_graph=True):
-        run = torch.compile(function) if compiled and in_graph else function
-
-        def forward_and_backward():
-            with amoe.autocast(device):
-                value = run(argument)
-            total(value).backward()
-
-        return times * median_ms(forward_and_backward, device)[0]
-
-    return {
-        "attention": time_part(lambda x: block.attention(block.attention_norm(x), rotation, extents), x_TD, n),
-        "experts" if hasattr(block, "moe") else "feed-forward": time_part(lambda x: ffn(block.ffn_norm(x)), x_TD, n),
-        "heads": time_part(heads, x_TD),
-        "distillation loss": time_part(lambda out: amoe.distillation_loss(out, batch, spaces), out),
-        "ARKD": time_part(relations, out, in_graph=False),
-    }
-
-
-def make_step(flags, process, compiled, spaces, online=()):
-    """(model, optimizer, step); step(batch) trains on a pack of the host as train.py does and returns its losses."""
     model = train.build(flags, spaces, process.device)
     optimizer = train.make_optimizer(model, flags)
     bad_steps = torch.zeros(2, dtype=torch.int64, device=process.device)
-    forward = train.compile_forward() if compiled else train.forward
+    forward = train.compile_forward() if compiled and not blocks else train.forward
+    for module in (*model.layers, *model.heads.values()) if compiled and blocks else ():
+        module.compile()
 
     def step(batch):
         pack = train.to_device(batch, process, compiled, online, spaces)
@@ -169,7 +145,7 @@ def make_step(flags, process, compiled, spaces, online=()):
         train.update(model, optimizer, {}, measured, expert_load, bad_steps, 0, flags)
         return measured
 
-    return model, optimizer, step
+    return model, step
 
 
 def open_packs(flags, process, compiled):
@@ -226,14 +202,15 @@ def time_padding(step, mixed, n_tokens, repeats):
     return out | {"packed_over_padded": statistics.median(a / b for a, b in zip(*rates.values(), strict=True))}
 
 
-def measure_step(words, repeats, save):
+def measure_step(words, repeats, save, blocks=False):
     """The step's figures; `save` gets them after every part, so that what is cut short is not lost."""
     flags = train.parse(words)
     process, compiled = train.setup(flags)
     packs, mixed, spaces, online = open_packs(flags, process, compiled)
-    model, optimizer, step = make_step(flags, process, compiled, spaces, online)
-    device, where = process.device, Path(flags.cache or flags.images).name or "random"
-    result = {"name": f"{flags.model} on {where}, experts {flags.kernels}", "torch": torch.__version__}
+    model, step = make_step(flags, process, compiled, spaces, online, blocks)
+    where = Path(flags.cache or flags.images).name or "random"
+    name = f"{flags.model} on {where}, experts {flags.kernels}" + (", compiled by blocks" if blocks else "")
+    result = {"name": name, "torch": torch.__version__}
     result["device"] = torch.cuda.get_device_name() if CUDA else f"{torch.get_num_threads()} CPU threads"
     began = time.perf_counter()
     float(step(mixed[0])["loss"])
@@ -252,11 +229,6 @@ def measure_step(words, repeats, save):
     save(result)
     blocks_ms, _ = median_ms(lambda: mask_blocks(mixed[0].starts, flags.tokens), torch.device("cpu"))
     result |= {"mask_blocks_ms": blocks_ms, "mask_blocks_share": blocks_ms / result["step_ms"]}
-    pack = train.to_device(mixed[0], process, compiled, online, spaces)
-    result["parts_ms"] = part_times(model, *pack, spaces, compiled)
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p) if p.requires_grad else None
-    clip_and_step = lambda: (torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0), optimizer.step())  # noqa: E731
-    result["parts_ms"]["clip and AdamW"] = median_ms(clip_and_step, device)[0]
-    result["parts_ms"]["copy to the device"] = median_ms(lambda: mixed[0].to(device), device)[0]
+    result["parts_ms"] = kernel_times(step, mixed[0])
+    result["parts_ms"]["copy to the device"] = median_ms(lambda: mixed[0].to(process.device), process.device)[0]
     return result

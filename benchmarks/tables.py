@@ -114,6 +114,18 @@ def loader():
     return table(head, rows, "Shares of plain files' bandwidth, and thousands of tokens a second.")
 
 
+def lower():
+    before, after, *_ = (found["groups"] for found in load("lower").values())
+    gb, ms = "{gb:.1f}", "{floor_ms:.1f}"
+    rows = []
+    for group, found in after.items():
+        both = (before[group], found)
+        rows.append((group, *(cell.format(**g) for cell in (gb, ms) for g in both), f"{found['tflop']:.1f}"))
+    head = ("group", "GB, before", "GB", "floor, ms, before", "floor, ms", "TFLOP")
+    note = "Computed, not measured: `python -m benchmarks.lower --only table`, torch 2.11.0 for CUDA 13.0, no GPU."
+    return table(head, rows, note)
+
+
 def adapt():
     """A line a way to go on: means over seeds, and the standard deviation."""
     found = load("adapt")
@@ -167,7 +179,7 @@ def longer():
     return table(("arm", "images", "steps", *(f"`{t}` {kind}" for t, kind in kinds)), rows)
 
 
-MAKERS = toy, photos, longer, evaluate, teachers, step, int8, loader, adapt, decode, protocols
+MAKERS = toy, photos, longer, evaluate, teachers, step, lower, int8, loader, adapt, decode, protocols
 TABLES = {make.__name__: make for make in MAKERS}
 
 

@@ -5,7 +5,9 @@ the GPU's context costs its own part only. Results are written after every measu
 
     checks               every form of every operation at awkward sizes against float64, values and gradients
     agree                compiled against eager steps of a small model (tests/test_step.py, with pytest)
-    step, step-triton    the whole step of amoe-0.3b, and of its parts; packed against padded (benchmarks/speed.py)
+    step, step-triton    amoe-0.3b's, compiled by blocks, and packed against padded (benchmarks/speed.py)
+    step-whole           the same as training compiles it, in the time that is left: minutes go to the compiler, whose
+                         results a second run finds in its cache
     moe, attention, arkd, kmeans      an operation's forms at real sizes
 
 A form that is wrong against float64 on the inputs it is timed on is not timed, and the exit status is 1. Without a GPU
@@ -33,6 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.utils.benchmark
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository, also when run as a script
 
@@ -49,24 +52,25 @@ if moe_file.triton is not None:
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
+FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 
 # In the order of their worth, with the seconds each may take; what one leaves over is there for those after it.
-PARTS = {"checks": 110, "agree": 130, "step": 260, "moe": 90, "attention": 60, "arkd": 50, "kmeans": 40}
-PARTS["step-triton"] = 150
+PARTS = {"checks": 110, "agree": 130, "step": 130, "moe": 90, "attention": 60, "arkd": 50, "kmeans": 40}
+PARTS |= {"step-triton": 130, "step-whole": 400} if CUDA else {}
 SECONDS = 530  # of --all
 
 
 @dataclass
 class Case:
-    """One operation at one shape."""
+    """One operation at one shape. Pairs are of the forward pass, and of forward and backward."""
 
     op: str
     shape: str
     inputs: tuple
     gradients: tuple  # which inputs get one; none: the operation has no backward
     forms: dict[str, Callable | str]  # by name; a string is the reason why that form does not run here
-    exact: Callable  # the reference, given float64 inputs
-    flops: tuple  # of the forward, of forward and backward
+    exact: Callable | None  # the reference, given float64 inputs
+    flops: tuple
     bytes: tuple
     tolerance: tuple  # of |out - exact| / |exact|, of the value and of every gradient
     error: Callable | None = None  # of an output that is no float tensor
@@ -77,74 +81,59 @@ class Case:
 
 def moe_case(dtype, shape, empty=(), compiled=False):
     T, D, E, F, K = shape
-    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
     score_TE = torch.rand(T, E, device=DEVICE)
     score_TE[:, list(empty)] = -1
     expert_TK = score_TE.topk(K, dim=1).indices
     w1, w3, w2 = (torch.randn(s, device=DEVICE, dtype=dtype) * s[2] ** -0.5 for s in [(E, F, D)] * 2 + [(E, D, F)])
-    x_TD, weight_TK = torch.randn(T, D, device=DEVICE, dtype=dtype), torch.rand(T, K, device=DEVICE)
+    inputs = (torch.randn(T, D, device=DEVICE, dtype=dtype), expert_TK, torch.rand(T, K, device=DEVICE), w1, w2, w3)
     forms = {impl: form(moe_file.choose, moe, impl, dtype) for impl in moe_file.IMPLS}
-    if dtype != torch.bfloat16:
+    if dtype != BFLOAT16:
         forms["grouped"] = "computes in bfloat16"
-    for impl in ("grouped", "triton") if CUDA else ("ref",):
-        forms[f"compiled {impl}"] = compile_if(compiled, forms[impl])
+    forms |= {
+        f"compiled {impl}": compiled_form(compiled, forms[impl])
+        for impl in (("grouped", "triton") if CUDA else ("ref",))
+    }
     flops = 2 * T * K * 3 * D * F  # three products forward; each has two in the backward
-    size = x_TD.element_size()
-    read = size * (2 * T * D + 3 * E * F * D) + 12 * T * K
-    return Case(
-        *("moe", f"T{T} D{D} E{E} F{F} K{K} {name(dtype)}", (x_TD, expert_TK, weight_TK, w1, w2, w3)),
-        *((0, 2, 3, 4, 5), forms, lambda *a: moe(*a, "ref"), (flops, 3 * flops)),
-        *((read, 3 * read), (tolerance, tolerance)),
-    )
+    read = w1.element_size() * (2 * T * D + 3 * E * F * D) + 12 * T * K
+    sizes, tolerance = ((flops, 3 * flops), (read, 3 * read)), 2e-2 if dtype == BFLOAT16 else 1e-5
+    shape = f"T{T} D{D} E{E} F{F} K{K} {name(dtype)}"
+    return Case("moe", shape, inputs, (0, 2, 3, 4, 5), forms, lambda *a: moe(*a, "ref"), *sizes, (tolerance, tolerance))
 
 
 def arkd_case(B, D, teacher_D, spread=1.0, duplicates=0, compiled=False):
     student_BD, teacher_BD = torch.randn(B, D, device=DEVICE), spread * torch.randn(B, teacher_D, device=DEVICE)
     student_BD[:duplicates] = student_BD[0]
     loss = lambda s, t, impl: arkd(s, t, "arkd", impl)  # noqa: E731
-    forms = {impl: form(arkd_file.choose, loss, impl, torch.float32, B) for impl in arkd_file.IMPLS}
+    forms = {impl: form(arkd_file.choose, loss, impl, FLOAT32, B) for impl in arkd_file.IMPLS}
     if B > arkd_file.MEDIAN_EXACT:
         forms["ref"] = f"its {B} x {B} tensors would take {B * B * 4 / 2**30:.0f} GiB each"
-    forms["compiled ref"] = compile_if(compiled, forms["ref"])
-    gram = 2 * B * B * D  # two for the means, two for the loss; in the backward two again and weights @ z
-    flops, read = (4 * gram, 7 * gram), 4 * 2 * B * D
+    forms["compiled ref"] = compiled_form(compiled, forms["ref"])
+    gram, read = (
+        2 * B * B * D,
+        4 * 2 * B * D,
+    )  # two for the means, two for the loss; in the backward two and weights @ z
     # A gate is a step: in float32 a pair or two fall on the other side of the median, about 1 / B of the gradient.
-    return Case(
-        *(
-            "arkd",
-            f"B{B} D{D} float32",
-            (student_BD, teacher_BD),
-            (0,),
-            forms,
-            lambda s, t: loss(s, t, "chunked"),
-            flops,
-        ),
-        *((read, 2 * read), (1e-4, 2 / B)),
-    )
+    sizes = (4 * gram, 7 * gram), (read, 2 * read), (1e-4, 2 / B)
+    exact = lambda s, t: loss(s, t, "chunked")  # noqa: E731
+    return Case("arkd", f"B{B} D{D} float32", (student_BD, teacher_BD), (0,), forms, exact, *sizes)
 
 
 def attention_case(dtype, H, d, starts, T, compiled=False):
     starts = torch.tensor(starts, dtype=torch.int32)
-    extents = image_runs(starts, T)
+    extents, mask = image_runs(starts, T), mask_of(starts, T, DEVICE)
     q, k, v = (torch.randn(T, H, d, device=DEVICE, dtype=dtype) for _ in range(3))
     sdpa = lambda *a: attend(*a[:3], extents, a[3])  # noqa: E731
-    mask = mask_of(starts, T, DEVICE)
-    flex = compile_if(compiled, lambda *a: attend(*a[:3], mask, a[3])) if CUDA else "has gradients on CUDA only"
-    forms = {"ref": sdpa, "compiled flex": flex}
+    flex = compiled_form(compiled, lambda *a: attend(*a[:3], mask, a[3])) if CUDA else "has gradients on CUDA only"
     lengths = [*starts.diff().tolist(), T - int(starts[-1])]
-    flops = 4 * H * d * sum(n * n for n in lengths)
-    size = 4 * T * H * d * q.element_size()
-    # 1e-4: some of CUDA's float32 attention splits its operands into three TF32 products
-    tolerance = (2e-2, 2e-2) if dtype == torch.bfloat16 else (1e-4, 1e-4)
+    flops, size = 4 * H * d * sum(n * n for n in lengths), 4 * T * H * d * q.element_size()
     # A flash backward is 2.5 forwards: it computes the scores once more.
-    return Case(
-        *("attention", f"T{T} H{H} d{d} M{len(lengths)} {name(dtype)}"),
-        *((q, k, v, torch.randn(H, device=DEVICE)), (0, 1, 2, 3), forms, sdpa),
-        *((flops, 3.5 * flops), (size, 3 * size), tolerance),
-    )
+    # 1e-4: some of CUDA's float32 attention splits its operands into three TF32 products
+    sizes = (flops, 3.5 * flops), (size, 3 * size), (2e-2, 2e-2) if dtype == BFLOAT16 else (1e-4, 1e-4)
+    inputs, shape = (q, k, v, torch.randn(H, device=DEVICE)), f"T{T} H{H} d{d} M{len(lengths)} {name(dtype)}"
+    return Case("attention", shape, inputs, (0, 1, 2, 3), {"ref": sdpa, "compiled flex": flex}, sdpa, *sizes)
 
 
-def kmeans_case(N, D, K, dtype=torch.float32):
+def kmeans_case(N, D, K, dtype=FLOAT32):
     # bfloat16 products are exact and the sums are float32: the same tolerance
     x_ND, c_KD = torch.randn(N, D, device=DEVICE, dtype=dtype), torch.randn(K, D, device=DEVICE, dtype=dtype)
     bias_K = -c_KD.float().square().sum(1) / 2
@@ -159,11 +148,8 @@ def kmeans_case(N, D, K, dtype=torch.float32):
     forms = {impl: lambda *a, impl=impl: kmeans_file.top3(*a, impl=impl) for impl in ("ref", "triton")}
     if not CUDA:
         forms["triton"] = "needs a CUDA device"
-    size = x_ND.element_size()
-    sizes = (2 * N * K * D,) * 2, (size * (N * D + K * D) + 28 * N,) * 2
-    return Case(
-        *("kmeans", f"N{N} D{D} K{K} {name(dtype)}", (x_ND, c_KD, bias_K), (), forms, None, *sizes, (1e-5,), excess),
-    )
+    sizes = (2 * N * K * D,) * 2, (x_ND.element_size() * (N * D + K * D) + 28 * N,) * 2, (1e-5,)
+    return Case("kmeans", f"N{N} D{D} K{K} {name(dtype)}", (x_ND, c_KD, bias_K), (), forms, None, *sizes, excess)
 
 
 def image_starts(low, high=261, T=16384):
@@ -175,31 +161,20 @@ def image_starts(low, high=261, T=16384):
 
 # The arguments of every operation's cases, at awkward sizes and at real ones; the last says whether to compile, which
 # is most of the time.
-FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 BOTH = (FLOAT32, BFLOAT16) if CUDA else (FLOAT32,)
 CHECKS = {
-    "moe": [
-        (dtype, *rest)
-        for dtype in BOTH
-        for rest in (
-            ((1, 16, 3, 24, 1), ()),  # one token, most experts empty
-            ((1037, 72, 6, 40, 3), (0, 4)),  # several tiles, the last one ragged
-            ((512, 768, 28, 384, 6), ()),
-        )
-    ],
+    # one token, most experts empty; several tiles, the last one ragged
+    "moe": [(dtype, *rest) for dtype in BOTH for rest in
+            (((1, 16, 3, 24, 1), ()), ((1037, 72, 6, 40, 3), (0, 4)), ((512, 768, 28, 384, 6), ()))],
     # on CUDA also several strips, then a median from a sample
     "arkd": [(2, 3, 5), (131, 33, 70, 0.1, 5), *([(2500, 129, 65), (5000, 64, 64)] if CUDA else [])],
     # images within a block, on its edges, over several; padding, none; an odd end
-    "attention": [
-        (dtype, 2, 64, starts, T, CUDA)
-        for dtype in BOTH
-        for starts, T in (([0, 100, 230, 600], 700), ([0, 128, 256, 512], 512), ([0, 7], 384))
-        if dtype == BFLOAT16 or not CUDA or T == 700
-    ],
-    "kmeans": [
-        (*shape, dtype) for dtype in (FLOAT32, BFLOAT16) for shape in ((1001, 33, 7), (1, 5, 1), (3000, 70, 300))
-    ],
-}
+    "attention": [(dtype, 2, 64, starts, T, CUDA) for dtype in BOTH
+                  for starts, T in (([0, 100, 230, 600], 700), ([0, 128, 256, 512], 512), ([0, 7], 384))
+                  if dtype == BFLOAT16 or not CUDA or T == 700],
+    "kmeans": [(*shape, dtype) for dtype in (FLOAT32, BFLOAT16)
+               for shape in ((1001, 33, 7), (1, 5, 1), (3000, 70, 300))],
+}  # fmt: skip
 CASES = {
     "moe": [(BFLOAT16, (16384, 768, 28, 384, 6), (), True), (BFLOAT16, (16384, 768, 28, 384, 2)),
             (BFLOAT16, (65536, 768, 28, 384, 6))],
@@ -221,12 +196,11 @@ def form(choose, function, impl, *arguments):
         choose(impl, DEVICE, *arguments)
     except ValueError as refusal:
         return str(refusal)
-    if impl == "triton" and not CUDA:
-        return "Triton's interpreter is no measure of speed"
-    return lambda *a: function(*a, impl)
+    interpreted = impl == "triton" and not CUDA
+    return "Triton's interpreter is no measure of speed" if interpreted else lambda *a: function(*a, impl)
 
 
-def compile_if(compiled, function):
+def compiled_form(compiled, function):
     if isinstance(function, str):
         return function
     # A graph break is no error here: ref reads the counts on the host.
@@ -265,14 +239,10 @@ def median_ms(function, device=DEVICE):
     """(median milliseconds, n)."""
     if device.type == "cuda":
         times = triton.testing.do_bench(function, warmup=100, rep=400, return_mode="all")
-    else:
-        function()
-        times, until = [], time.perf_counter() + 0.5
-        while len(times) < 5 or (time.perf_counter() < until and len(times) < 100):
-            began = time.perf_counter()
-            function()
-            times.append((time.perf_counter() - began) * 1e3)
-    return statistics.median(times), len(times)
+        return statistics.median(times), len(times)
+    timer = torch.utils.benchmark.Timer("f()", globals={"f": function}, num_threads=torch.get_num_threads())
+    times = timer.blocked_autorange(min_run_time=0.5)
+    return 1e3 * times.median, len(times.times) * times.number_per_run
 
 
 def peaks():
@@ -297,30 +267,31 @@ def measure(case, peak):
             rows[-1]["not_run"] = function
             continue
         try:
-            measure_form(case, function, exacts, peak, rows[-1])
+            check(case, function, exacts, rows[-1])
+            if peak and "wrong" not in rows[-1]:
+                time_form(case, function, peak, rows[-1])
         except Exception as failure:  # of one form: the others are still worth their time
             said = str(failure).strip().splitlines()[:1]
             rows[-1]["failed"] = f"{type(failure).__name__}: {''.join(said)}"
     return rows
 
 
-def measure_form(case, function, exacts, peak, row):
-    """Add to the row what one form shows."""
+def check(case, function, exacts, row):
+    """Add a form's errors to the row, and what is wrong with them."""
     torch._dynamo.reset()  # forms share their code, and a compiler's limit is on the shapes of one code
-    inputs = leaves(case)
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
-    outs = step(function, inputs, case)
+    outs = step(function, leaves(case), case)
     if CUDA:
         row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    row["errors"] = [case.error(outs[0])] if case.error else errors(outs, exacts)
-    value, *gradients = row["errors"]
+    value, *gradients = row["errors"] = [case.error(outs[0])] if case.error else errors(outs, exacts)
     # `not all <=`, for a NaN is over every tolerance
     if not all([value <= case.tolerance[0], *(e <= case.tolerance[1] for e in gradients)]):
         row["wrong"] = f"errors {', '.join(f'{e:.1e}' for e in row['errors'])} against {case.tolerance}"
-        return
-    if not peak:
-        return
+
+
+def time_form(case, function, peak, row):
+    inputs = leaves(case)
     with torch.no_grad():
         row["forward_ms"], row["n_forward"] = median_ms(lambda: function(*inputs))
     if case.gradients:
@@ -398,25 +369,27 @@ def run_part(part, folder):
     return not any("wrong" in row or "failed" in row for op in rows for row in rows[op])
 
 
+def commands(out):
+    """{part: words after the interpreter's} of all parts."""
+    size = ["--model", "amoe-0.3b", "--tokens", "16384"] if CUDA else []
+    whole, blocks = (["-m", "benchmarks.speed", *out, "step", *more, *size] for more in ([], ["--blocks"]))
+    agree = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_step.py", "-k", "compiled_steps"]
+    steps = {"agree": agree, "step": blocks, "step-triton": [*blocks, "--kernels", "triton"], "step-whole": whole}
+    return {part: ["kernels/bench.py", "--only", part, *out] for part in PARTS} | steps
+
+
 def run_all(folder):
     """Every part in a process of its own, within the time there is. Returns whether all of them were right."""
     until, outcomes = time.monotonic() + SECONDS, {}
-    out = ["--out", str(folder.resolve())] if folder else []
-    size = ["--model", "amoe-0.3b", "--tokens", "16384"] if CUDA else []
-    commands = {"agree": ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_step.py", "-k", "compiled_steps"]}
-    commands["step"] = ["-m", "benchmarks.speed", *out, "step", *size]
-    commands["step-triton"] = [*commands["step"], "--kernels", "triton"]
+    words = commands(["--out", str(folder.resolve())] if folder else [])
     for part, seconds in PARTS.items():
-        if part == "step-triton" and not CUDA:
-            continue
         began, left = time.monotonic(), until - time.monotonic()
-        command = commands.get(part, ["kernels/bench.py", "--only", part, *out])
         print(f"\n---- {part}, {min(seconds, left):.0f} s at most ----", flush=True)
         if left < 15:
             outcomes[part] = "not begun: no time was left"
         else:
             try:
-                done = subprocess.run([sys.executable, *command], cwd=ROOT, timeout=min(seconds, left))
+                done = subprocess.run([sys.executable, *words[part]], cwd=ROOT, timeout=min(seconds, left))
                 outcomes[part] = "right" if done.returncode == 0 else f"exit status {done.returncode}"
             except subprocess.TimeoutExpired:
                 outcomes[part] = "ran out of its time; what it had measured is written"

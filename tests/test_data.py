@@ -536,20 +536,9 @@ def test_the_command_line_caches_informs_and_verifies(plug_in, tmp_path):
 
 
 @pytest.mark.slow
-def test_bench_reads_what_plain_files_hold(cache, world, tmp_path):
+def test_bench_reads_what_plain_files_hold(cache, tmp_path):
     """Catches a bench that reads other packs than it counts, or leaves its files in the cache."""
-    words = [
-        "--out",
-        tmp_path,
-        "--repeats",
-        1,
-        "loader",
-        cache.path,
-        "--tokens",
-        400,
-        "--images",
-        world.folder / "images",
-    ]
+    words = ["--out", tmp_path, "--repeats", 1, "loader", cache.path, "--tokens", 400]
     command = [sys.executable, "-m", "benchmarks.speed", *map(str, words)]
     made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr[-2000:]
@@ -557,7 +546,7 @@ def test_bench_reads_what_plain_files_hold(cache, world, tmp_path):
     assert len(result["reads"]) == 8 and all(r["tokens_per_s"] > 0 for r in result["reads"].values())
     rows = sum(int(cache.shard(n).shapes[order_kept].prod(1).sum()) for n, order_kept in kept(cache))
     assert 0.5 < result["mb"] * 1e6 / (rows * (768 + 64 + 96)) < 1.5  # with summaries, without carried
-    assert result["decode"]["draft"] > 0 and data.verify(data.Cache(cache.path)) == []
+    assert data.verify(data.Cache(cache.path)) == []
 
 
 def kept(cache):

@@ -1,7 +1,11 @@
 """What the training step asks of a compiler and of the host: one graph, no waiting, the same numbers compiled."""
 
 import contextlib
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,6 +141,18 @@ def test_what_is_float32_stays_so_in_a_compiled_backward_pass(cache, monkeypatch
         gradients[form] = gate.grad.clone()
     error = {form: float((g - gradients["eager"]).norm() / gradients["eager"].norm()) for form, g in gradients.items()}
     assert error["ours"] < 0.1 * error["same_as_forward"], error
+
+
+@pytest.mark.slow
+def test_the_step_lowers_to_one_graph_for_hopper():
+    """Catches what no CPU shows: a graph a pack, a router or PHI-S that autocast takes to bfloat16 in either pass, a
+    parameter that the compiled backward pass forgets."""
+    command = [sys.executable, "-m", "benchmarks.lower", "--layers", "1", "--only", "table"]
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    run = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True)
+    if run.stdout.startswith("not run"):
+        pytest.skip(run.stdout)
+    assert run.returncode == 0 and run.stdout.rstrip().endswith("a gradient for every parameter"), run.stdout
 
 
 # kernels/bench.py --all runs this on a GPU, where compiled attention and the experts' kernels are others

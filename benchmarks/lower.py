@@ -1,0 +1,365 @@
+"""What torch makes of the training step for an H100, found without one: `python -m benchmarks.lower [--layers 1]`.
+
+A CUDA build of torch and a C compiler are needed, and no GPU: tensors are fake, a library of stand-ins answers where
+CUDA's own would, and nothing is run. Dynamo, AOT autograd and Inductor lower the step of packs that differ in what they
+hold; an error says what is not as it must be: one graph, float32 where the design asks for it, forward and backward, a
+gradient for every parameter. Every generated Triton kernel, and every one of ours, is compiled for sm_90a.
+
+The table counts each kernel's bytes as Inductor does (every tensor read and written once) and the operations of its
+products, and gives the time that these take at 3 TB/s and 0.8 PFLOP/s, whichever is longer: computed, not measured.
+
+`--only own` compiles our own kernels, which needs Triton alone. Shape letters: T tokens, H heads, d head width.
+"""
+
+import argparse
+import collections
+import contextlib
+import copy
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import types
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch._subclasses import fake_tensor
+
+import amoe
+import train
+from benchmarks.step import mixed_shapes, random_pack, random_spaces
+from common.process import Process
+from kernels import arkd as arkd_file
+from kernels import moe as moe_file
+from kernels import triton
+from kernels.attention import BLOCK, mask_blocks
+from kernels.bench import record
+
+ROOT = Path(__file__).resolve().parent.parent
+DEVICE = torch.device("cuda", 0)
+BYTES_PER_S, FLOPS_PER_S = 3e12, 0.8e15  # of an H100, as kernels reach them
+
+# ---- a machine with an H100, to those who ask ----
+
+STAND_INS = """
+int cudaGetDeviceCount(int *n) { *n = 1; return 0; }
+int cudaGetDevice(int *n) { *n = 0; return 0; }
+int cudaStreamIsCapturing(void *stream, int *n) { *n = 0; return 0; }
+"""
+SILENT = """cudaSetDevice cudaGetLastError cudaPeekAtLastError cudaDeviceGetStreamPriorityRange cuCtxGetCurrent
+cuCtxSetCurrent cuDeviceGet cuDeviceGetAttribute cuDevicePrimaryCtxGetState cuDevicePrimaryCtxRetain cuFuncGetAttribute
+cuFuncSetAttribute cuFuncSetCacheConfig cuGetErrorString cuLaunchCooperativeKernel cuLaunchKernel cuLinkAddData_v2
+cuLinkComplete cuLinkCreate_v2 cuModuleGetFunction cuModuleLoad cuModuleLoadData cuModuleLoadDataEx cuModuleUnload
+cuOccupancyMaxActiveBlocksPerMultiprocessor cuPointerGetAttribute cuTensorMapEncodeTiled cuInit cuDriverGetVersion
+cuGetProcAddress cuGetProcAddress_v2 cuDeviceGetCount"""
+H100 = dict(name="NVIDIA H100 80GB HBM3", major=9, minor=0, total_memory=80 << 30, multi_processor_count=132)
+H100 |= dict(max_threads_per_multi_processor=2048, regs_per_multiprocessor=65536, warp_size=32, L2_cache_size=50 << 20)
+H100 |= dict(shared_memory_per_block_optin=232448, max_threads_per_block=1024, gcnArchName="")
+
+
+def hopper():
+    return triton.backends.compiler.GPUTarget("cuda", 90, 32)
+
+
+def run_with_stand_ins(words):
+    """This command in a process that finds one CUDA device; its exit status."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder, "cuda.c"), Path(folder, "libcuda.so.1")
+        source.write_text(STAND_INS + "".join(f"int {name}() {{ return 0; }}\n" for name in SILENT.split()))
+        build = ["cc", "-w", "-shared", "-fPIC", f"-Wl,-soname,{library.name}", "-o", library, source]
+        subprocess.run(build, check=True)
+        caches = {"TRITON_CACHE_DIR": folder, "TORCHINDUCTOR_CACHE_DIR": folder}
+        command, environment = [sys.executable, "-m", "benchmarks.lower", *words], os.environ | caches
+        return subprocess.run(command, env=environment | {"LD_PRELOAD": str(library)}).returncode
+
+
+def pretend():
+    """Let torch, Inductor and Triton find an H100, for fake tensors. Before any of torch's compilers is imported."""
+    properties = types.SimpleNamespace(**H100)
+    answers = dict(_lazy_init=None, is_available=True, device_count=1, current_device=0, set_device=None)
+    answers |= dict(get_device_properties=properties, get_device_capability=(9, 0), device=contextlib.nullcontext())
+    answers |= dict(_exchange_device=0, _maybe_exchange_device=0, get_rng_state=torch.get_rng_state())
+    answers |= dict(synchronize=None, get_device_name=H100["name"], is_current_stream_capturing=False)
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+    for name in ("getCurrentRawStream", "exchangeDevice", "maybeExchangeDevice", "setDevice"):
+        setattr(torch._C, f"_cuda_{name}", lambda *_: 0)
+    torch.Tensor.pin_memory = lambda self, *_: self
+    fake_tensor.init_gpu_context = lambda *_: None
+    fake_tensor.FakeTensorMode.avoid_device_init = property(lambda self: True)
+    driver = dict(get_current_target=hopper, get_current_device=lambda: 0, get_current_stream=lambda *_: 0)
+    driver |= dict(get_device_interface=lambda: torch.cuda, get_active_torch_device=lambda: DEVICE)
+    triton.runtime.driver.set_active(types.SimpleNamespace(**driver))
+
+
+# ---- lowering ----
+
+
+class Lowered:
+    """What a step was lowered to."""
+
+    def __init__(self):
+        self.graphs = 0  # that Dynamo made
+        self.traced = []  # torch.fx graphs, forward and backward
+        self.scheduled = []  # (what a kernel belongs to, bytes, operations)
+        self.sources = {}  # of generated Triton kernels: their names
+        self.without_gradient = []
+        self.parameters = [0, 0]  # outside of layers, in them
+
+
+def backend(lowered, pairs, heads_d):
+    """A backend of torch.compile that lowers what it is given and runs it on fake tensors."""
+    from torch._inductor import async_compile, compile_fx, config, graph
+
+    config.fx_graph_cache = config.joint_graph_constant_folding = config.shape_padding = False  # they compute, or look
+    config.use_static_cuda_launcher = False
+    config.compile_threads = 1
+    torch._functorch.config.enable_autograd_cache = False
+    load = graph.GraphLowering._compile_to_module_lines
+
+    def load_and_count(self, code):
+        lowered.scheduled += [describe(node, pairs, heads_d) for node in self.scheduler.nodes]
+        return load(self, code)
+
+    graph.GraphLowering._compile_to_module_lines = load_and_count
+    async_compile.AsyncCompile.triton = lambda self, name, source, **_: lowered.sources.setdefault(source, name)
+
+    def lower(graph_module, inputs, **how):
+        traced = torch.fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
+        lowered.traced.append(traced)
+        compile_fx.compile_fx_inner(graph_module, inputs, **how)
+
+        def run(arguments):
+            out = traced(*arguments)
+            arguments.clear()
+            return out
+
+        run._boxed_call = True
+        return run
+
+    def compile(graph_module, inputs):
+        lowered.graphs += 1
+        return compile_fx.compile_fx(graph_module, inputs, inner_compile=lower)
+
+    return compile
+
+
+def lower_step(config, tokens, experts, n_packs):
+    """A Lowered of the step's forward and backward passes over packs of 256-token images, then of mixed ones."""
+    with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True) as mode, DEVICE:
+        spaces = random_spaces(small=False)
+        model, process = amoe.AMoE(config, spaces), Process(0, 1, DEVICE)
+    for module in model.modules():
+        if isinstance(module, amoe.MoE):
+            module.impl = experts
+    shapes = [[(16, 16)] * (tokens // 261), mixed_shapes(tokens, 0), mixed_shapes(tokens, 1)]
+    packs, lowered = [random_pack(some, tokens, spaces, seed) for seed, some in enumerate(shapes)], Lowered()
+    blocks = mask_blocks(packs[0].starts, tokens)
+    pairs = int(blocks["partial_count"].sum() + blocks["full_count"].sum()) * BLOCK**2
+    torch._functorch.config.backward_pass_autocast = "off"  # as train.compile_forward has it
+    run = torch.compile(train.forward, backend=backend(lowered, pairs, config.heads * config.head_dim), fullgraph=True)
+    with mode:
+        for pack in packs:
+            fake = pack.map_tensors(lambda tensor: mode.from_tensor(tensor, static_shapes=True))
+            some = [train.to_device(fake, process, True, [], spaces) for _ in range(n_packs)]
+            train.gradients(model, some, spaces, train.Flags(arkd=0), process, run)
+    for name, p in model.named_parameters():
+        lowered.parameters[name.startswith("layers.")] += p.numel() * p.requires_grad
+    lowered.without_gradient = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    return lowered
+
+
+# ---- what belongs where ----
+
+# The first pattern found in "KERNEL MODULE FILE:FUNCTION" says the group.
+GROUPS = {
+    "experts: grouped products": r"grouped_mm",
+    "attention: FlexAttention": r"^flex",
+    "attention: q, k, v, o": r"mm \S*attention",
+    "weights: casts, float32 gradients": r"^cast \S*layers",
+    "attention: norms, rotation, sinks": r"rope|attention\.py|attention ",
+    "experts: routing": r"router|by_expert",
+    "experts: gather, SiLU, combine": r"\bmoe",
+    "blocks: norms, residuals": r"layers",
+    "embedding, heads, losses": "",
+}
+CAST = re.compile("convert_element|permute|cat|slice|split|view|clone|select|_grouped_mm|transpose")  # of weights alone
+LAYER = [*GROUPS][:-1]  # those of a layer
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm")
+FLOAT32 = "router", "pool", ":invert"  # places whose products have float32 operands, forward and backward
+
+
+def place(origin):
+    """ "MODULE FILE:FUNCTION" of a node of a traced graph: ours, not torch's."""
+    modules = origin.meta.get("nn_module_stack") or origin.meta.get("fwd_nn_module_stack") or {}
+    path = re.sub(r"L\['model'\]\.?", "", [("",), *modules.values()][-1][0])
+    frames = re.findall(r'File "(.*?)", line \d+, in (\w+)', origin.meta.get("stack_trace") or "")
+    ours = [f"{Path(file).name}:{function}" for file, function in frames if Path(file).is_relative_to(ROOT)]
+    return f"{path} {ours[-1] if ours else ''}"
+
+
+def is_product(node):
+    return getattr(node.target, "_opname", "") in PRODUCTS
+
+
+def product_flops(node):
+    """Of two matrices, or of batches or groups of them."""
+    tensors = [x.meta["val"] for x in node.args if hasattr(x, "meta")]
+    left, right = tensors[node.target._opname in ("addmm", "baddbmm") :][:2]
+    hint = lambda n: n if isinstance(n, int) else n.node.hint  # noqa: E731  # int() would make it a constant
+    return 2 * math.prod(map(hint, left.shape)) * hint(right.shape[-1])
+
+
+def describe(node, pairs, heads_d):
+    """(group, bytes, operations) of one of the scheduler's kernels; pairs: of tokens whose score is computed."""
+    parts = [part.node for part in node.get_nodes() if part.node is not None]
+    origins, kernel, flops = {o for part in parts for o in part.origins}, "", 0
+    made = [o for o in (getattr(part, "origin_node", None) for part in parts) if o is not None]
+    if node.get_template_node():
+        backward = any("backward" in o.name for o in origins)  # which computes the scores once more
+        kernel, flops = "flex", (10 if backward else 4) * pairs * heads_d
+    elif made and is_product(made[0]):
+        kernel, flops, origins = made[0].target._opname, product_flops(made[0]), made[:1]
+    elif all(CAST.match(o.name) for o in origins):
+        kernel = "cast"
+    groups = [next(g for g, what in GROUPS.items() if re.search(what, f"{kernel} {place(o)}")) for o in origins]
+    known = [group for group, o in zip(groups, origins, strict=True) if place(o).strip()]
+    group = collections.Counter(known or groups or [*GROUPS][-1:]).most_common(1)[0][0]
+    return group, node.get_read_write_buffers_sizes(), flops
+
+
+def must_be_float32(traced):
+    """["PLACE: dtype"] of products, and of RoPE's angles, that are not float32 and ought to be, or were not found."""
+    wrong, found = [], set()
+    for node in traced.graph.nodes:
+        where, values = place(node), []
+        if is_product(node):
+            values = [x.meta["val"] for x in node.args if hasattr(x, "meta")]
+            values *= any(name in where for name in FLOAT32)
+        elif ":rotations" in where and isinstance(node.meta.get("val"), torch.Tensor):
+            values = [node.meta["val"]]
+        dtypes = [v.dtype for v in values if v.is_floating_point()]
+        found |= {name for name in FLOAT32 if dtypes and name in where}
+        wrong += [f"{node.name} of {where}: {dtype}" for dtype in dtypes if dtype != torch.float32]
+    return wrong + [f"no product of '{name}' was found to look at" for name in FLOAT32 if name not in found]
+
+
+# ---- kernels for sm_90a ----
+
+
+def print_resources(name, binary):
+    """What one block of a compiled kernel takes: bytes of shared memory, registers a thread, bytes spilled, wgmma."""
+    assembler = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(binary.asm["ptx"])
+        file.flush()
+        words = [assembler, "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"]
+        said = subprocess.run(words, capture_output=True, text=True, check=True).stderr
+    spilled = sum(map(int, re.findall(r"(\d+) bytes spill", said)))
+    registers, products = re.search(r"Used (\d+) registers", said)[1], binary.asm["ptx"].count("wgmma.mma_async")
+    print(f"{name[:72]:<72}{binary.metadata.shared:>8}{registers:>6}{spilled:>9}{products:>7}", flush=True)
+
+
+def compile_generated(sources):
+    """Inductor's kernels, each at the first of the sizes that it would try."""
+    from torch._inductor.codecache import PyCodeCache
+    from torch._inductor.runtime import triton_helpers
+
+    triton_helpers.set_driver_to_gpu = lambda: None  # it would ask for NVIDIA's
+    for source, name in sources.items():
+        kernel = getattr(PyCodeCache.load(source), name)
+        print_resources(name, kernel._precompile_config(kernel.configs[0]).kernel)
+
+
+def own_kernels():
+    """(kernel, dtype of its tensors, constants, launch options) of every kernel of ours at its tile sizes."""
+    for torch_dtype, dtype in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        options = moe_file.blocks(torch_dtype)
+        launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
+        yield moe_file.up_kernel, dtype, options, launch
+        yield moe_file.up_backward_kernel, dtype, options | {"BLOCK": 64}, launch
+        yield moe_file.down_kernel, dtype, options | {"BACKWARD": False, "w_stride_F": 1}, launch
+        yield moe_file.down_kernel, dtype, options | {"BACKWARD": True, "w_stride_D": 1}, launch
+        yield moe_file.outer_kernel, dtype, options | {"out_stride_D": 1}, launch
+    for flag in (False, True):
+        constants = arkd_file.BLOCK | {"CLOSE": arkd_file.CLOSE, "GATED": True, "SUMS": flag, "WEIGHTS": flag}
+        yield arkd_file.distance_kernel, "fp32", constants, {}
+        yield arkd_file.pair_kernel, "fp32", constants, {}
+
+
+def compile_own():
+    """Ours, with sizes that 16 divides."""
+    fixed = {"weight_ptr": "*fp32", "dweight_ptr": "*fp32"} | dict.fromkeys(
+        ("order_ptr", "tile_ptr", "end_ptr"), "*i64"
+    )
+    for kernel, dtype, constants, launch in own_kernels():
+        names, own = kernel.arg_names, fixed | ({"out_ptr": "*fp32"} if kernel is moe_file.outer_kernel else {})
+        constants = {(names.index(name),): value for name, value in constants.items() if name in names}
+        types_ = [own.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32") for name in names]
+        signature = {name: "constexpr" if (i,) in constants else types_[i] for i, name in enumerate(names)}
+        even = {(i,): [["tt.divisibility", 16]] for i in range(len(names)) if (i,) not in constants}
+        source = triton.compiler.ASTSource(kernel, signature, constants, even)
+        binary = triton.compile(source, target=hopper(), options=launch)
+        print_resources(f"{kernel.fn.__name__}.{dtype}", binary)
+
+
+# ---- the command ----
+
+
+def table(lowered, times):
+    """{group: {"gb", "tflop", "floor_ms"}}, clipping and AdamW added; the layers that were lowered count `times`."""
+    # The norm reads the gradient, clipping reads and writes it; AdamW reads four tensors and writes three, all float32.
+    parameters = lowered.parameters[0] + times * lowered.parameters[1]
+    rows = {group: {"gb": 0.0, "tflop": 0.0, "floor_ms": 0.0} for group in GROUPS}
+    for group, size, flops in [*lowered.scheduled, ("clip and AdamW", 4 * (3 + 7) * parameters, 0)]:
+        row, n = rows.setdefault(group, {"gb": 0.0, "tflop": 0.0, "floor_ms": 0.0}), times if group in LAYER else 1
+        row["gb"] += n * size / 1e9
+        row["tflop"] += n * flops / 1e12
+        row["floor_ms"] += n * 1e3 * max(size / BYTES_PER_S, flops / FLOPS_PER_S)
+    rows["sum"] = {key: sum(row[key] for row in rows.values()) for key in ("gb", "tflop", "floor_ms")}
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--model", default="amoe-0.3b", choices=amoe.CONFIGS)
+    parser.add_argument("--layers", type=int, default=1, help="to lower; all are counted, for they are alike")
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--packs", type=int, default=1, help="of a step")
+    parser.add_argument("--kernels", default="auto", choices=("auto", *moe_file.IMPLS), help="form of the experts")
+    parser.add_argument("--only", choices=("own", "table"), help="our own kernels, or the table and its checks alone")
+    parser.add_argument("--out", type=Path, help="folder of lower.json, which keeps the table")
+    args = parser.parse_args()
+    missing = "Triton" if triton is None else "a CUDA build of torch" if torch.version.cuda is None else ""
+    if missing and not (triton and args.only == "own"):
+        return print(f"not run: this needs {missing}, and here is torch {torch.__version__}")
+    if args.only == "own":
+        return compile_own()
+    if "libcuda.so.1" not in os.environ.get("LD_PRELOAD", ""):
+        sys.exit(run_with_stand_ins(sys.argv[1:]))
+    pretend()
+    torch.set_float32_matmul_precision("high")  # as common.process.setup has it on CUDA
+    config = amoe.CONFIGS[args.model]
+    lowered = lower_step(replace(config, layers=args.layers), args.tokens, args.kernels, args.packs)
+    wrong = [f"{lowered.graphs} graphs where one would do"] if lowered.graphs > 1 else []
+    wrong += [f"{name} gets no gradient" for name in lowered.without_gradient]
+    wrong += [said for traced in lowered.traced for said in must_be_float32(traced)]
+    rows = table(lowered, config.layers / args.layers)
+    print(f"{'computed, not measured':<40}{'GB':>8}{'TFLOP':>8}{'floor, ms':>11}")
+    for group, row in rows.items():
+        print(f"{group:<40}{row['gb']:>8.2f}{row['tflop']:>8.2f}{row['floor_ms']:>11.2f}", flush=True)
+    name = f"{args.model}, {args.tokens} tokens, {args.packs} packs, experts {args.kernels}"
+    record(args.out, "lower.json", name, {"torch": torch.__version__, "groups": rows})
+    print(*(wrong or ["one graph, float32 where it must be, a gradient for every parameter"]), sep="\n", flush=True)
+    if args.only is None:
+        print(f"{'kernel for sm_90a':<72}{'shared':>8}{'regs':>6}{'spilled':>9}{'wgmma':>7}")
+        compile_generated(lowered.sources)
+        compile_own()
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()
