@@ -14,7 +14,7 @@ import torch
 
 
 def in_range(kind, low, high):
-    """What reads a flag's number, an int or a float of that range (ends included): the `type` of every numeric flag."""
+    """The `type` of a numeric flag, for argparse: reads an int or a float (`kind`) from low to high, ends included."""
 
     def read(text):
         value = kind(text)
@@ -28,10 +28,11 @@ def in_range(kind, low, high):
 
 class Help(argparse.HelpFormatter):
     def _get_help_string(self, action):  # every default once: BooleanOptionalAction adds its own on some Pythons
-        shown = action.default not in (None, False, "", [], (), argparse.SUPPRESS) and "(default" not in action.help
-        several = isinstance(action.default, (list, tuple))
-        said = " ".join(map(str, action.default)) if several else "%(default)s"
-        return action.help + (f" (default: {said})" if shown else "")
+        default = action.default
+        if default in (None, False, "", [], (), argparse.SUPPRESS) or "(default" in action.help:
+            return action.help
+        words = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else "%(default)s"
+        return f"{action.help} (default: {words})"
 
 
 class Parser(argparse.ArgumentParser):
@@ -46,10 +47,12 @@ class Parser(argparse.ArgumentParser):
 
 def choose_device(name):
     """The torch device that --device names, as a string; auto is cuda where torch sees a GPU."""
-    there = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cuda"] * torch.cuda.is_available()
-    if name not in ("auto", "cpu", *there):
-        raise ValueError(f"--device {name} is none of {', '.join(['auto', 'cpu', *there])}" + ": no GPU" * (not there))
-    return ["cpu", *there][-1] if name == "auto" else name
+    gpus = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))] if torch.cuda.is_available() else []
+    if name not in ("auto", "cpu", *gpus):
+        raise ValueError(f"--device {name} is none of {', '.join(('auto', 'cpu', *gpus))}{'' if gpus else ': no GPU'}")
+    if name == "auto":
+        return "cuda" if gpus else "cpu"
+    return name
 
 
 @contextlib.contextmanager

@@ -12,9 +12,8 @@ def plug_in(spec, device, kind, needs):
 
     ValueError of one line for whatever the file raises.
     """
-    path, _, factory = spec.rpartition(":")
-    if spec.endswith(".py") or not factory:
-        path = path if not factory else spec
+    path, _, factory = (f"{spec}:" if spec.endswith(".py") else spec).rpartition(":")
+    if not factory:
         raise ValueError(f"{path} needs the name of its factory: write {path}:FACTORY")
     if not Path(path).is_file():
         raise ValueError(f"no plug-in {kind} at {path}")
