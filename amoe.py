@@ -297,8 +297,10 @@ class MoE(Float32Buffers):
         expert_TK, weight_TK = self.router(x_TD, self.expert_bias)
         w = self.experts
         out = moe(x_TD, expert_TK, weight_TK, w.w1, w.w2, w.w3, self.impl)
-        chosen_TKE = expert_TK[..., None] == torch.arange(len(self.expert_bias), device=x_TD.device)
-        return out, (chosen_TKE & counted_T[:, None, None]).sum((0, 1)).to(self.expert_bias.dtype)
+        # By token and expert first: added up at once, all rows would wait for the few addresses of the experts.
+        counted_TK = counted_T[:, None].expand_as(expert_TK).to(self.expert_bias.dtype)
+        load_TE = counted_TK.new_zeros(len(x_TD), len(self.expert_bias)).scatter(1, expert_TK, counted_TK)
+        return out, load_TE.sum(0)
 
     def balance(self, load_E, rate):
         """After an optimizer step: push the next routing towards the experts that were given less than the mean."""
