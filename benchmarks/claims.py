@@ -1,6 +1,6 @@
 """What each part of the method is worth: runs of train.py that differ in one flag, paired by seed.
 
-    python -m benchmarks.claims --work DIR [--seeds 0 1 2 3 4] [--only ARKD MoE] [--out FILE]
+    python -m benchmarks.claims --work DIR [--seeds 0 1 2 3 4] [--only ARKD "MoE: top-1 of 8"] [--out FILE]
 
 writes claims.json beside this file as runs end, and goes on from it. Runs are short, so that all can be had on a CPU:
 `SHORT` says how. They are compared on held-out images, by the toy's own scores and by how much of the teachers'
@@ -157,17 +157,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work", required=True, type=Path, help="folder for the toy and the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=range(5))
-    parser.add_argument("--only", nargs="+", default=ARMS, help="claims, all of them by default")
+    parser.add_argument("--only", nargs="+", help="claims, or arms as claims.json names them; all by default")
     parser.add_argument("--out", type=Path, default=HERE / "claims.json", help="one a process, where several run")
     args = parser.parse_args()
     found = json.loads(args.out.read_text()) if args.out.exists() else {}
-    for seed in args.seeds:
-        for claim in ("", *(c for c in args.only if c)):
-            for name, arm in ARMS[claim].items():
-                seeds = found.setdefault(f"{claim}: {name}" if claim else name, {})
-                if str(seed) not in seeds:
-                    seeds[str(seed)] = run(args.work, arm, seed)
-                    args.out.write_text(json.dumps(found, indent=1) + "\n")
+    arms = {(c, f"{c}: {name}" if c else name): words for c, group in ARMS.items() for name, words in group.items()}
+    for seed in map(str, args.seeds):
+        for (claim, arm), words in arms.items():
+            asked = not args.only or not claim or {claim, arm} & set(args.only)
+            if asked and seed not in found.setdefault(arm, {}):
+                found[arm][seed] = run(args.work, words, seed)
+                args.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
