@@ -1,6 +1,6 @@
 """The feature cache: its format, its writer, its reader; and the loader of packs, for any dataset.
 
-A cache is a folder, or what tensorstore makes of a URL, of format 3:
+A cache is a folder, or what tensorstore makes of a URL, of format 4:
 
     cache.json                    what it was made of: format, teachers, dtype, seed, token budget, hash of the sources;
                                   and its own hash, to which every shard is bound
@@ -83,7 +83,7 @@ import tensorstore as ts
 import torch
 from tqdm import tqdm
 
-FORMAT = 3
+FORMAT = 4
 INDEX = 2**31 - 1  # the number that the index has in the place of a shard's
 TEACHERS = ("patch.", "summary.", "registers.")  # arrays that training reads of teachers
 RERUN = "rerun the caching command"
