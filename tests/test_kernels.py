@@ -400,7 +400,7 @@ def test_every_kernel_compiles_for_hopper(tmp_path):
     lines = [line.split() for line in run.stdout.splitlines()]
     assert len(lines) == 14
     for name, shared, _, spilled, matrix_instructions in lines:
-        assert int(shared) <= 227 * 1024 and int(spilled) <= 256, name
+        assert int(shared) <= 227 * 1024 and int(spilled) <= 512, name
         assert (int(matrix_instructions) > 0) == name.endswith("bf16"), name
 
 
