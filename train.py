@@ -585,6 +585,8 @@ def with_sizes(config, sizes):
             raise ValueError(f"--sizes {said}: a size is NAME=NUMBER, with a name of {', '.join(asdict(config))}")
         changed[name] = type(getattr(config, name))(int(number))
     c = replace(config, **changed)
+    if c.dense_layers == c.layers:  # no layer has experts
+        c = replace(c, experts=0, top_k=0, expert_hidden=0)
     dense = c.dense_layers == 0 or c.dense_hidden > 0
     sparse = c.dense_layers >= c.layers or (1 <= c.top_k <= c.experts and c.expert_hidden > 0)
     possible = min(c.layers, c.dim, c.heads, c.head_dim) > 0 == c.head_dim % 2 and c.dense_layers <= c.layers
