@@ -16,6 +16,14 @@ import toy
 SHARED = Path(os.environ.get("AMOE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
 
+@pytest.fixture(autouse=True)
+def own_threads():
+    """A test that sets torch's threads sets them for itself: sums of another number of threads differ in a last digit."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def index(tmp_path_factory):
     """Tables of sources of the tests' images are kept apart from the user's."""
