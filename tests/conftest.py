@@ -18,7 +18,7 @@ SHARED = Path(os.environ.get("AMOE_SHARED", Path(__file__).resolve().parents[2] 
 
 @pytest.fixture(autouse=True)
 def own_threads():
-    """A test that sets torch's threads sets them for itself: sums of another number of threads differ in a last digit."""
+    """A test sets torch's threads for itself alone: sums of another number of threads differ in a last digit."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
