@@ -1,6 +1,6 @@
 """The pictures of README.md and docs/: `python -m docs.figures [--run FOLDER] [name ...]` draws them anew.
 
-pack and student need nothing; the others want the folder that `python train.py` leaves. Pillow is all they are made of.
+pack, student and evidence need nothing; the others want the folder that `python train.py` leaves. Pillow draws them.
 """
 
 import amoe
@@ -9,10 +9,12 @@ import data
 import evaluate
 import images
 import toy
+from benchmarks import claims
 from common import pictures
 
 # isort: split
 import argparse
+import json
 import tempfile
 from pathlib import Path
 
@@ -243,6 +245,27 @@ def curves(run):
     write("curves", pictures.curves(run / "log.jsonl"), 64)
 
 
+def evidence(_):
+    """Differences from the run as it is, and their 95% intervals, from benchmarks/claims.json."""
+    found = json.loads((Path(__file__).parents[1] / "benchmarks" / "claims.json").read_text())
+    arms, measures = claims.compared(found), ("zeroshot", "knn", "miou", "neighbours")
+    page, wide = Page(980, 50 + 19 * len(arms)), 170
+    for i, arm in enumerate(arms):
+        page.text(8, 42 + 19 * i, arm, 12)
+    for n, measure in enumerate(measures):
+        left = 270 + n * (wide + 8)
+        span = max(abs(mean) + half for mean, half, _ in (arms[arm][measure] for arm in arms))
+        at = lambda x, left=left, span=span: left + wide / 2 * (1 + x / span)  # noqa: E731
+        page.text(left + wide / 2, 12, f"{measure}, ± {span:.2f}", 12, GREY, "mm")
+        page.line([(at(0), 28), (at(0), 42 + 19 * len(arms))], FAINT, 2)
+        for i, arm in enumerate(arms):
+            mean, half, p = arms[arm][measure]
+            colour = GREY if p >= 0.05 else RED if mean < 0 else GREEN
+            page.line([(at(mean - half), 42 + 19 * i), (at(mean + half), 42 + 19 * i)], colour, 1.5)
+            page.box(at(mean) - 3, 39 + 19 * i, at(mean) + 3, 45 + 19 * i, fill=colour)
+    page.save("evidence", 32)
+
+
 def curation(run):
     """The toy's concepts by how often they occur, in the pool and in a curated subset, beside the contact sheet."""
     page, cache, world = Page(900, 622), data.Cache(run / "toy" / "cache"), toy.World(run / "toy")
@@ -290,7 +313,7 @@ def maps(run):
     page.save("toy", 256)
 
 
-FIGURES = {f.__name__: f for f in (pack, student, phi_s, arkd, curves, curation)} | {"toy": maps}
+FIGURES = {f.__name__: f for f in (pack, student, phi_s, arkd, curves, curation, evidence)} | {"toy": maps}
 
 
 def main(argv=None):
@@ -301,7 +324,7 @@ def main(argv=None):
     names, run = args.name or list(FIGURES), Path(args.run)
     if unknown := set(names) - set(FIGURES):
         parser.error(f"no picture is called '{min(unknown)}': choose of {', '.join(FIGURES)}")
-    if set(names) - {"pack", "student"} and not (run / "student" / "config.json").is_file():
+    if set(names) - {"pack", "student", "evidence"} and not (run / "student" / "config.json").is_file():
         parser.error(f"{run} holds no run: `python train.py` makes one, or --run names another")
     for name in names:
         FIGURES[name](run)
