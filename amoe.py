@@ -455,7 +455,7 @@ class Space:
 BALANCINGS = ("phi-s", "channels", "scale", "none")
 
 
-def rebalance(space, how, spread_C):
+def rebalance(space, how, spread_C=None):
     """The Space in which a student learns without PHI-S, to compare: an ablation.
 
     how: "channels" gives every channel unit variance (spread_C, its standard deviation), "scale" divides all by the one

@@ -569,11 +569,13 @@ def rebalanced(flags, dataset, spaces, teachers, device):
     """The spaces in which the student learns: the teachers' PHI-S, or another balancing of their channels."""
     if flags.balancing == "phi-s":
         return spaces
-    entries = evaluate.split(dataset, 512)[0][:512]
-    told = evaluate.stream(evaluate.of_targets(spaces, teachers, device), dataset, entries, stored=not teachers)
-    told = evaluate.gather(told)
-    spread = {s.name: torch.cat(told[s.name]["patch"]).std(0).clamp(min=1e-6).cpu() for s in spaces}
-    return [amoe.rebalance(space, flags.balancing, spread[space.name]) for space in spaces]
+    spread = {}
+    if flags.balancing == "channels":
+        entries = evaluate.split(dataset, 512)[0][:512]
+        told = evaluate.stream(evaluate.of_targets(spaces, teachers, device), dataset, entries, stored=not teachers)
+        patches = {name: torch.cat(kinds["patch"]) for name, kinds in evaluate.gather(told).items()}
+        spread = {name: patch.std(0).clamp(min=1e-6).cpu() for name, patch in patches.items()}
+    return [amoe.rebalance(space, flags.balancing, spread.get(space.name)) for space in spaces]
 
 
 def with_sizes(config, sizes):

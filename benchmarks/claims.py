@@ -39,8 +39,9 @@ ARMS = {  # claim: {arm: its flags}; "toy-DTYPE" as the first word is a cache st
     },
     "bias balancing": {"none": "--balance 0"},
     "optimiser": {"WSD schedule": "--schedule wsd", "Muon for matrices": "--optimizer muon"},
-    "int8 cache": {"bfloat16": "toy-bf16", "float32": "toy-float32"},
+    "int8 cache": {"bfloat16": "toy-bf16"},
 }
+MEASURES = ("zeroshot", "knn", "miou", "distances", "cka", "neighbours", "patch_cosine")
 
 
 def flags_of(arm):
@@ -121,8 +122,7 @@ def run(work, arm, seed):
     result = measure(evaluate.of_student(amoe.load(out / "student")), world, cache)
     losses = {key: value for key, value in log[-1].items() if key.startswith(("text_", "dense_"))}
     load = [float(np.ptp([step["expert_load_min"], step["expert_load_max"]])) for step in log[-5:]]
-    curve = [{"step": step["step"], "loss": step["loss"]} for step in log]
-    return result | {"losses": losses, "load_spread": float(np.mean(load)), "cpu_seconds": seconds, "curve": curve}
+    return result | {"losses": losses, "load_spread": float(np.mean(load)), "cpu_seconds": seconds}
 
 
 def compared(found):
@@ -143,9 +143,6 @@ def compared(found):
             low, high = test.confidence_interval(0.95)
             result[arm][measure] = float((a - b).mean()), float(high - low) / 2, float(test.pvalue)
     return result
-
-
-MEASURES = ("zeroshot", "knn", "miou", "distances", "cka", "neighbours", "patch_cosine")
 
 
 def value(result, measure):
