@@ -24,7 +24,6 @@ global batch, H heads, d head width, L tokens of an image, N points.
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -39,6 +38,7 @@ import torch.utils.benchmark
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository, also when run as a script
 
+from common.store import write_atomically
 from kernels import arkd as arkd_file
 from kernels import kmeans as kmeans_file
 from kernels import moe as moe_file
@@ -307,10 +307,10 @@ def record(folder, file, key, value):
     if folder is None:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    path, temporary = folder / file, folder / f".{file}.tmp"
+    path = folder / file
     content = json.loads(path.read_text()) if path.exists() else {}
-    temporary.write_text(json.dumps(content | {key: value}, indent=1) + "\n")
-    os.replace(temporary, path)
+    text = json.dumps(content | {key: value}, indent=1) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 # ---- the parts ----
