@@ -174,10 +174,23 @@ def skipped_lines(store):
 
 
 class Shard:
-    """One committed shard, or the index; it is read on first use. known: its (ids, shapes, the hash of its record)."""
+    """One committed shard, or the index; it is read on first use. listed: a `read` of its part of the index."""
 
-    def __init__(self, cache, number, known=None):
-        self.cache, self.number, self.known, self.arrays = cache, number, known, {}
+    def __init__(self, cache, number, listed=None):
+        self.cache, self.number, self.listed, self.arrays = cache, number, listed, {}
+
+    @cached_property
+    def known(self):
+        """(ids, shapes, the hash of its record) by the index; None without one, or where it is damaged."""
+        try:
+            rows = self.listed and self.cache.index.wait("images", self.listed).reshape(-1, 2)
+        except Damage:
+            rows = None
+        self.listed = None
+        if rows is None:
+            return None
+        shapes = np.stack([rows[:, 1] >> 16, rows[:, 1] & 0xFFFF], 1).astype(np.int32)
+        return rows[:, 0].copy(), shapes, self.cache.hashes[self.number]
 
     @cached_property
     def record(self):
@@ -311,15 +324,11 @@ class Cache:
         return Images(sources, images, **layout)
 
     def open_shard(self, number):
-        if self.index is None:
-            return Shard(self, number)
-        part = slice(2 * int(self.firsts[number]), 2 * int(self.firsts[number + 1]))
-        try:
-            rows = self.index.wait("images", self.index.read("images", part)).reshape(-1, 2)
-        except Damage:  # of the index: the shard says it itself
-            return Shard(self, number)
-        shapes = np.stack([rows[:, 1] >> 16, rows[:, 1] & 0xFFFF], 1).astype(np.int32)
-        return Shard(self, number, (rows[:, 0].copy(), shapes, self.hashes[number]))
+        """A Shard, of which the index is asked but not awaited: many are then read side by side."""
+        listed, part = None, slice(2 * int(self.firsts[number]), 2 * int(self.firsts[number + 1]))
+        with contextlib.suppress(Damage):  # of the index: then the shard says it itself
+            listed = self.index and self.index.read("images", part)
+        return Shard(self, number, listed)
 
     @property
     def shards(self):
@@ -884,7 +893,7 @@ def loader(order, position, rank=0, world=1, per_step=1, threads=0, on_corrupt="
     """
 
     def wanted():
-        packs = order.packs(position)
+        packs = order.packs(position, rank, world)
         while True:
             step = [next(packs) for _ in range(world * per_step)]
             for entries, _ in step[rank::world]:

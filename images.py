@@ -223,18 +223,18 @@ class Images:
 
     def headers(self, number):
         """The Headers of a shard, from the table of sources: no file is opened but those that cannot be used."""
-        rows, box = self.sources.part(*self.span_of(number)).repeat(self.n_views), (0.0, 0.0, 1.0, 1.0)
+        rows, box = self.sources.part(*self.span_of(number)), (0.0, 0.0, 1.0, 1.0)
+        ids, height, width = (rows[name].astype(np.int64).repeat(self.n_views) for name in ("id", "height", "width"))
         if self.n_views > 1:
-            views = zip(rows["id"].tolist(), itertools.cycle(range(self.n_views)), strict=False)
+            views = zip(ids.tolist(), itertools.cycle(range(self.n_views)), strict=False)
             box = np.transpose([choose_view(self.seed, i, n)[0] for i, n in views])
-        height, width = rows["height"].astype(np.int64), rows["width"].astype(np.int64)
         wrong = np.any([wrong for wrong, _ in faults(height, width, box)], axis=0)
         size = view_size(np.where(wrong, PATCH, height), np.where(wrong, PATCH, width), box)
-        shapes = np.stack(grid(*size, self.min_tokens, choose_budget(self.seed, rows["id"], self.max_tokens)), 1)
+        shapes = np.stack(grid(*size, self.min_tokens, choose_budget(self.seed, ids, self.max_tokens)), 1)
         shapes[wrong] = 0
         bad = [self.view((number, i)) for i in np.flatnonzero(wrong).tolist()]
-        self.without_reasons(bad, self.pool.map(self.shape, bad), self.quiet, len(rows) - len(bad))
-        return Headers(rows["id"], shapes)
+        self.without_reasons(bad, self.pool.map(self.shape, bad), self.quiet, len(ids) - len(bad))
+        return Headers(ids, shapes)
 
     def without_reasons(self, views, answers, quiet=False, others=0):
         """The answers, None in the place of those that are reasons, which are counted and reported once each.

@@ -102,7 +102,7 @@ def open_window(path, n_tokens):
     order = data.Order(cache, n_tokens)
     packs, position = order.plan(data.Position())[0], data.Position()
     # what threads read ahead at the end of the window is one image
-    order.packs = lambda _: ((entries, position) for entries in itertools.chain(packs, itertools.repeat(packs[-1][:1])))
+    order.packs = lambda *_: ((pack, position) for pack in itertools.chain(packs, itertools.repeat(packs[-1][:1])))
     return order, packs
 
 

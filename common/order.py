@@ -1,8 +1,8 @@
 """The order in which a dataset's images are seen: a seeded permutation of shards, windows of them, first-fit packs."""
 
+import itertools
 from bisect import bisect_right
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -51,13 +51,15 @@ class Order:
                 f"{dataset.path} holds no image to train on (a tenth is held out, --subset keeps its ids only)"
             )
 
+    def keeps(self, ids, shapes):
+        """Whether each image is trained on, by its id and its patches (h, w). Boolean, one an image."""
+        keep = ~held_out(ids) & (shapes[:, 0] > 0)
+        return keep if self.subset is None else keep & is_in(ids, self.subset)
+
     def kept(self, number):
         """Indices of the shard's images that are trained on."""
         shard = self.dataset.shard(number)
-        keep = ~held_out(shard.ids) & (shard.shapes[:, 0] > 0)
-        if self.subset is not None:
-            keep &= is_in(shard.ids, self.subset)
-        return np.flatnonzero(keep)
+        return np.flatnonzero(self.keeps(shard.ids, shard.shapes))
 
     def counts(self, most=64):
         """What is trained on and what is not, in words; of many shards some `most`, evenly spread, are counted."""
@@ -74,10 +76,9 @@ class Order:
         )
 
     def length(self, image):
-        """Tokens of an image (shard number, index), special ones included; of several, where index is an array."""
+        """Tokens of an image (shard number, index), special ones included."""
         number, i = image
-        shapes = self.dataset.shard(number).shapes[i]
-        return self.special + shapes[..., 0].astype(np.int64) * shapes[..., 1]
+        return self.special + int(self.dataset.shard(number).shapes[i].prod())
 
     def permuted(self, epoch):
         """The numbers of the shards in the order of an epoch, which is kept: a permutation of 390,625 takes 10 ms."""
@@ -85,38 +86,56 @@ class Order:
             self.epoch = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.dataset.n_shards)
         return self.epoch[1]
 
-    def plan(self, position):
-        """The packs of a window, [[(shard number, index), ...], ...], and the images that it carries over."""
+    def fill(self, position):
+        """Fill the packs of a window: (shard number, index) of images, as two arrays; [(first, end)] of the packs among
+        them; and the images carried over.
+
+        All shards are asked for before one is looked at: a cache reads what it knows of them side by side.
+        """
         numbers = self.permuted(position.epoch)[position.window * WINDOW : (position.window + 1) * WINDOW]
-        new = [(n, self.kept(n)) for n in numbers[is_in(numbers, self.there)].tolist()]
         over = np.array(position.carried, np.int64).reshape(-1, 2)
         over = over[is_in(over[:, 0], self.there)]
-        over_length = np.zeros(len(over), np.int64)
-        for n in np.unique(over[:, 0]).tolist():
-            over_length[over[:, 0] == n] = self.length((n, over[over[:, 0] == n, 1]))
-        number = np.concatenate([over[:, 0], *(np.full(len(index), n) for n, index in new)])
-        index = np.concatenate([over[:, 1], *(index for _, index in new)])
-        length = np.concatenate([over_length, *(self.length(part) for part in new)])
+        before, at = np.unique(over[:, 0], return_inverse=True)
+        numbers = np.concatenate([before, numbers[is_in(numbers, self.there)]])
+        shards = [self.dataset.shard(number) for number in numbers.tolist()]
+        # An image is a row from here on: its place among all images of these shards.
+        sizes = np.array([len(shard.ids) for shard in shards], np.int64)
+        starts, new = sizes.cumsum() - sizes, sizes[: len(before)].sum()
+        ids = np.concatenate([np.zeros(0, np.int64), *(shard.ids for shard in shards)])
+        shapes = np.concatenate([np.zeros((0, 2), np.int32), *(shard.shapes for shard in shards)])
+        fresh = new + np.flatnonzero(self.keeps(ids[new:], shapes[new:]))
         random = np.random.default_rng([self.seed, position.epoch, position.window + 1])
-        order = np.concatenate([np.arange(len(over)), len(over) + random.permutation(len(number) - len(over))])
-        number, index, length = (column[order] for column in (number, index, length))
-        if length.max(initial=0) > self.n_tokens:
-            raise ValueError(f"--tokens {self.n_tokens} is less than an image of {length.max()} of {self.dataset.path}")
+        row = np.concatenate([starts[at] + over[:, 1], random.permutation(fresh)])
+        length = self.special + shapes[row, 0].astype(np.int64) * shapes[row, 1]
+        if (longest := length.max(initial=0)) > self.n_tokens:
+            raise ValueError(f"--tokens {self.n_tokens} is less than an image of {longest} of {self.dataset.path}")
         pack, room = first_fit(length.tolist(), self.n_tokens)
+        # Equally long images side by side: attention runs them as one batch.
+        by_pack = np.argsort(pack * (self.n_tokens + 1) + length, kind="stable")
+        number, index = np.repeat(numbers, sizes)[row], row - np.repeat(starts, sizes)[row]
         late = [p for p in range(len(room))[-OPEN_PACKS:] if room[p] > (1 - FULL) * self.n_tokens]
-        left = np.concatenate([np.flatnonzero(pack == p) for p in late]) if late else []
-        carried = tuple((int(number[j]), int(index[j])) for j in left)
-        by_pack = np.lexsort((length, pack))  # equally long images side by side: attention runs them as one batch
-        images = list(zip(number[by_pack].tolist(), index[by_pack].tolist(), strict=True))
-        ends = [0, *np.bincount(pack).cumsum().tolist()] if images else [0]
-        return [images[ends[p] : ends[p + 1]] for p in range(len(room)) if p not in late], carried
+        left = np.concatenate([np.zeros(0, np.int64), *(np.flatnonzero(pack == p) for p in late)])
+        ends = [0, *np.bincount(pack, minlength=len(room)).cumsum().tolist()]
+        spans = [(ends[p], ends[p + 1]) for p in range(len(room)) if p not in late]
+        carried = tuple(zip(number[left].tolist(), index[left].tolist(), strict=True))
+        return number[by_pack], index[by_pack], spans, carried
 
-    def packs(self, position):
-        """(pack, position after it), for ever."""
+    def plan(self, position):
+        """The packs of a window, [[(shard number, index), ...], ...], and the images that it carries over."""
+        number, index, spans, carried = self.fill(position)
+        images = list(zip(number.tolist(), index.tolist(), strict=True))
+        return [images[first:end] for first, end in spans], carried
+
+    def packs(self, position, rank=0, world=1):
+        """(pack, position after it), for ever; every world-th pack is `rank`'s, and None stands for those of others."""
+        turns = itertools.cycle(range(world))
         while True:
-            packs, carried = self.plan(position)
-            for n in range(position.pack, len(packs)):
-                yield packs[n], replace(position, pack=n + 1)
+            number, index, spans, carried = self.fill(position)
+            for n, (first, end) in enumerate(spans[position.pack :], position.pack + 1):
+                pack = None
+                if next(turns) == rank:
+                    pack = list(zip(number[first:end].tolist(), index[first:end].tolist(), strict=True))
+                yield pack, Position(position.epoch, position.window, n, position.carried)
             last = position.window + 1 >= self.windows
             position = Position(position.epoch + last, 0 if last else position.window + 1, 0, carried)
 
@@ -139,7 +158,7 @@ def first_fit(lengths, n_tokens):
     bisection of their summed lengths, up to one that an earlier pack may have room for: `most` is at least the largest
     room in the `earlier` packs, those that could still take the shortest image.
     """
-    ends, n, least = list(accumulate(lengths)), len(lengths), min(lengths, default=0)
+    ends, n, least = list(itertools.accumulate(lengths)), len(lengths), min(lengths, default=0)
     pack_of, room, earlier, most = np.empty(n, np.int64), [], [], 0
     j, newest, left = 0, -1, 0
     while j < n:
