@@ -24,6 +24,7 @@ import tempfile
 import types
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch._subclasses import fake_tensor
@@ -60,8 +61,12 @@ H100 |= dict(max_threads_per_multi_processor=2048, regs_per_multiprocessor=65536
 H100 |= dict(shared_memory_per_block_optin=232448, max_threads_per_block=1024, gcnArchName="")
 
 
-def hopper():
-    return triton.backends.compiler.GPUTarget("cuda", 90, 32)
+def pretend_driver():
+    """Let Triton compile for an H100; nothing can be run."""
+    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+    driver = dict(get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda *_: 0)
+    driver |= dict(get_device_interface=lambda: torch.cuda, get_active_torch_device=lambda: DEVICE)
+    triton.runtime.driver.set_active(types.SimpleNamespace(**driver))
 
 
 def run_with_stand_ins(words):
@@ -90,9 +95,7 @@ def pretend():
     torch.Tensor.pin_memory = lambda self, *_: self
     fake_tensor.init_gpu_context = lambda *_: None
     fake_tensor.FakeTensorMode.avoid_device_init = property(lambda self: True)
-    driver = dict(get_current_target=hopper, get_current_device=lambda: 0, get_current_stream=lambda *_: 0)
-    driver |= dict(get_device_interface=lambda: torch.cuda, get_active_torch_device=lambda: DEVICE)
-    triton.runtime.driver.set_active(types.SimpleNamespace(**driver))
+    pretend_driver()
 
 
 # ---- lowering ----
@@ -274,36 +277,25 @@ def compile_generated(sources):
         print_resources(name, kernel._precompile_config(kernel.configs[0]).kernel)
 
 
-def own_kernels():
-    """(kernel, dtype of its tensors, constants, launch options) of every kernel of ours at its tile sizes."""
-    for torch_dtype, dtype in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-        options = moe_file.blocks(torch_dtype)
-        launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
-        yield moe_file.up_kernel, dtype, options, launch
-        yield moe_file.up_backward_kernel, dtype, options | {"BLOCK": 64}, launch
-        yield moe_file.down_kernel, dtype, options | {"BACKWARD": False, "w_stride_F": 1}, launch
-        yield moe_file.down_kernel, dtype, options | {"BACKWARD": True, "w_stride_D": 1}, launch
-        yield moe_file.outer_kernel, dtype, options | {"out_stride_D": 1}, launch
-    for flag in (False, True):
-        constants = arkd_file.BLOCK | {"CLOSE": arkd_file.CLOSE, "GATED": True, "SUMS": flag, "WEIGHTS": flag}
-        yield arkd_file.distance_kernel, "fp32", constants, {}
-        yield arkd_file.pair_kernel, "fp32", constants, {}
-
-
 def compile_own():
-    """Ours, with sizes that 16 divides."""
-    fixed = {"weight_ptr": "*fp32", "dweight_ptr": "*fp32"} | dict.fromkeys(
-        ("order_ptr", "tile_ptr", "end_ptr"), "*i64"
-    )
-    for kernel, dtype, constants, launch in own_kernels():
-        names, own = kernel.arg_names, fixed | ({"out_ptr": "*fp32"} if kernel is moe_file.outer_kernel else {})
-        constants = {(names.index(name),): value for name, value in constants.items() if name in names}
-        types_ = [own.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32") for name in names]
-        signature = {name: "constexpr" if (i,) in constants else types_[i] for i, name in enumerate(names)}
-        even = {(i,): [["tt.divisibility", 16]] for i in range(len(names)) if (i,) not in constants}
-        source = triton.compiler.ASTSource(kernel, signature, constants, even)
-        binary = triton.compile(source, target=hopper(), options=launch)
-        print_resources(f"{kernel.fn.__name__}.{dtype}", binary)
+    """Ours, each as it is launched: forward and backward passes over small tensors, compiled and not run."""
+    compile_and_run, binaries = triton.runtime.JITFunction.run, {}
+
+    def compile_alone(kernel, *arguments, warmup, **options):
+        binary = compile_and_run(kernel, *arguments, warmup=True, **options)
+        binaries[binary.hash] = f"{kernel.fn.__name__}.{arguments[0].dtype}".replace("torch.", ""), binary
+
+    with mock.patch.object(triton.runtime.JITFunction, "run", compile_alone):
+        for dtype in (torch.bfloat16, torch.float32):
+            x, weight, w = (torch.ones(shape, requires_grad=True) for shape in ((64, 64), (64, 2), (2, 64, 64)))
+            expert = torch.zeros(64, 2, dtype=torch.int64)
+            moe_file.GroupedExperts.apply(x, expert, weight, w, w, w, dtype).sum().backward()
+        z, scalars = (torch.ones(64, 64), torch.ones(64)), torch.ones(4)
+        for flag in (False, True):
+            arkd_file.triton_distances(z, 0, 64, total=flag)
+            arkd_file.triton_pairs(z, z, scalars, "arkd", 0, 64, weights=flag)
+    for name, binary in binaries.values():
+        print_resources(name, binary)
 
 
 # ---- the command ----
@@ -337,6 +329,7 @@ def main():
     if missing and not (triton and args.only == "own"):
         return print(f"not run: this needs {missing}, and here is torch {torch.__version__}")
     if args.only == "own":
+        pretend_driver()
         return compile_own()
     if "libcuda.so.1" not in os.environ.get("LD_PRELOAD", ""):
         sys.exit(run_with_stand_ins(sys.argv[1:]))

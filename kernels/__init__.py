@@ -19,10 +19,21 @@ except ImportError:  # a torch build without it: the plain-torch forms remain
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def why_not_on(device):
-    """Why a Triton kernel cannot run on the device, or None."""
+def why_not_triton(device, dtype, dtypes):
+    """Why Triton kernels that compute in `dtypes` cannot run on the device in `dtype`, or None."""
     if triton is None:
         return "needs the triton package, which is not installed (pip install triton)"
     if device.type != "cuda" and not INTERPRETED:
         return f"needs a CUDA device and was asked to run on {device.type} (TRITON_INTERPRET=1 runs it there, slowly)"
+    if dtype not in dtypes:
+        return f"computes in {', '.join(map(str, dtypes))} and was given {dtype}".replace("torch.", "")
     return None
+
+
+def check_impl(operation, impl, reasons, instead):
+    """impl, if reasons {impl: why it cannot run, or None} has none for it; else ValueError, naming `instead`."""
+    if impl not in reasons:
+        raise ValueError(f"kernels.{operation} has no implementation '{impl}'; it has {', '.join(reasons)}")
+    if reasons[impl]:
+        raise ValueError(f"kernels.{operation}: '{impl}' {reasons[impl]}; use {instead}")
+    return impl

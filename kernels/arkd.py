@@ -21,20 +21,22 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from kernels import triton, why_not_on
+from kernels import check_impl, triton, why_not_triton
 
 if triton is not None:
     import triton.language as tl
 
+    BLOCK, BLOCK_D = tl.constexpr(64), tl.constexpr(32)  # 64 x 64 pairs of a tile: 32 registers of accumulator a thread
+
 MODES = ("arkd", "rkd")
 IMPLS = ("ref", "chunked", "triton")
+DTYPES = (torch.float32,)  # of the Triton kernels
 MEDIAN_EXACT = 4096  # images up to which the teacher's median is over every pair
 MEDIAN_SHIFTS = 128  # beyond, over MEDIAN_SHIFTS * B seeded pairs: at B = 4097 the rank of the median is off by 0.07%
 TIE = 4  # machine epsilons: distances this near the median count as equal to it, whichever form rounded them
 CLOSE = 1e-2  # |a|^2 - 2ab + |b|^2 below this share of |a|^2 + |b|^2 has cancelled: such pairs are taken by differences
 STRIP = 1024  # rows of a strip: its weights take 128 MiB at B = 32k
 SMALL = 128  # images up to which `auto` takes ref: one graph to a compiler, and 2.5 against 1.8 ms on 2 cores, D = 128
-BLOCK = {"BLOCK": 64, "BLOCK_D": 32}  # a Triton tile is 64 x 64 pairs: 32 registers of accumulator a thread
 
 
 # ---- the definition ----
@@ -80,10 +82,10 @@ def median_cut(teacher_BD, seed=0):
         z_BD = teacher_BD[order.to(teacher_BD.device, non_blocking=True)]
         shifts = torch.randint(1, B, (MEDIAN_SHIFTS,), generator=generator).tolist()
         d = torch.cat([torch.linalg.vector_norm(z_BD - z_BD.roll(shift, 0), dim=1) for shift in shifts])
-    return under(d.median())
+    return just_below(d.median())
 
 
-def under(median):
+def just_below(median):
     """Just under it, by more than any form's rounding of the same distance."""
     return median * (1 - TIE * torch.finfo(median.dtype).eps)
 
@@ -91,8 +93,8 @@ def under(median):
 # ---- strips of rows, in plain torch ----
 
 
-def strip_distances(z, start, stop):
-    """||z_i - z_j|| of rows start <= i < stop with all, [R, B], from (centred z_BD, its squared norms)."""
+def strip_distances(z, start, stop, total=False):
+    """||z_i - z_j|| of rows start <= i < stop with all, [R, B], or their total; z: centred z_BD, its squared norms."""
     z_BD, square_B = z
     scale_RB = square_B[start:stop, None] + square_B
     squared_RB = torch.addmm(scale_RB, z_BD[start:stop], z_BD.T, alpha=-2)
@@ -100,33 +102,22 @@ def strip_distances(z, start, stop):
     for pairs in (squared_RB < CLOSE * scale_RB).nonzero().split(16384):
         i, j = pairs.T
         squared_RB[i, j] = (z_BD[start + i] - z_BD[j]).square().sum(1)
-    return squared_RB.clamp_(min=0).sqrt_()
+    d_RB = squared_RB.clamp_(min=0).sqrt_()
+    return d_RB.sum(dtype=torch.float64) if total else d_RB
 
 
-def chunked_distance_sum(z, start, stop):
-    return strip_distances(z, start, stop).sum(dtype=torch.float64)
-
-
-def excess_and_slope(student_RB, teacher_RB, scalars, mode):
-    """What each pair is penalised for, and its loss's derivative by D^S."""
+def strip_pairs(student, teacher, scalars, mode, start, stop, weights):
+    """Totals of pairs' losses and of slope * d, slope being its derivative by D^S; or the gradient's weights [R, B]."""
+    student_RB, teacher_RB = strip_distances(student, start, stop), strip_distances(teacher, start, stop)
     mean_student, mean_teacher, cut = scalars[:3]
     excess_RB = student_RB / mean_student - teacher_RB / mean_teacher
     if mode == "arkd":
         excess_RB = torch.where(teacher_RB < cut, excess_RB.clamp(min=0), excess_RB.clamp(max=0))
-    return excess_RB, excess_RB.clamp(-1, 1)
-
-
-def chunked_pair_sums(student, teacher, scalars, mode, start, stop):
-    student_RB, teacher_RB = strip_distances(student, start, stop), strip_distances(teacher, start, stop)
-    excess_RB, slope_RB = excess_and_slope(student_RB, teacher_RB, scalars, mode)
+    slope_RB = excess_RB.clamp(-1, 1)
+    if weights:
+        return torch.where(student_RB > 0, (slope_RB - scalars[3]) / student_RB, 0)
     loss_RB = slope_RB * (excess_RB - slope_RB / 2)  # smooth L1: x^2 / 2 up to |x| = 1, |x| - 1/2 beyond
     return torch.stack([t.sum(dtype=torch.float64) for t in (loss_RB, slope_RB * student_RB)])
-
-
-def chunked_weights(student, teacher, scalars, mode, start, stop):
-    student_RB, teacher_RB = strip_distances(student, start, stop), strip_distances(teacher, start, stop)
-    _, slope_RB = excess_and_slope(student_RB, teacher_RB, scalars, mode)
-    return torch.where(student_RB > 0, (slope_RB - scalars[3]) / student_RB, 0)
 
 
 # ---- strips of rows, in Triton ----
@@ -134,7 +125,7 @@ def chunked_weights(student, teacher, scalars, mode, start, stop):
 if triton is not None:
 
     @triton.jit
-    def tile_distances(z_ptr, square_ptr, i, j, stop, B, D, CLOSE: tl.constexpr, BLOCK_D: tl.constexpr):
+    def tile_distances(z_ptr, square_ptr, i, j, stop, B, D, CLOSE: tl.constexpr):
         """||z_i - z_j|| of a tile, 0 on the diagonal and outside the strip."""
         row_i, row_j = i.to(tl.int64) * D, j.to(tl.int64) * D
         real_i, real_j = i < stop, j < B
@@ -163,22 +154,11 @@ if triton is not None:
         return tl.where(pair, tl.sqrt(tl.maximum(squared, 0.0)), 0.0)
 
     @triton.jit
-    def distance_kernel(
-        z_ptr,
-        square_ptr,
-        out_ptr,  # SUMS: a number a tile; else [R, B]
-        start,
-        stop,
-        B,
-        D,
-        SUMS: tl.constexpr,
-        CLOSE: tl.constexpr,
-        BLOCK: tl.constexpr,
-        BLOCK_D: tl.constexpr,
-    ):
+    def distance_kernel(z_ptr, square_ptr, out_ptr, start, stop, B, D, SUMS: tl.constexpr, CLOSE: tl.constexpr):
+        """A tile's distances to out [R, B], or where SUMS their sum, a number a tile."""
         i = start + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        d = tile_distances(z_ptr, square_ptr, i, j, stop, B, D, CLOSE, BLOCK_D)
+        d = tile_distances(z_ptr, square_ptr, i, j, stop, B, D, CLOSE)
         if SUMS:
             tl.store(out_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.sum(d, 1), 0))
         else:
@@ -201,13 +181,11 @@ if triton is not None:
         GATED: tl.constexpr,
         WEIGHTS: tl.constexpr,
         CLOSE: tl.constexpr,
-        BLOCK: tl.constexpr,
-        BLOCK_D: tl.constexpr,
     ):
         i = start + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        student = tile_distances(student_ptr, student_square_ptr, i, j, stop, B, D_student, CLOSE, BLOCK_D)
-        teacher = tile_distances(teacher_ptr, teacher_square_ptr, i, j, stop, B, D_teacher, CLOSE, BLOCK_D)
+        student = tile_distances(student_ptr, student_square_ptr, i, j, stop, B, D_student, CLOSE)
+        teacher = tile_distances(teacher_ptr, teacher_square_ptr, i, j, stop, B, D_teacher, CLOSE)
         excess = student / tl.load(scalar_ptr) - teacher / tl.load(scalar_ptr + 1)
         if GATED:
             near = teacher < tl.load(scalar_ptr + 2)
@@ -226,44 +204,30 @@ if triton is not None:
 
 
 def tiles(start, stop, B):
-    return triton.cdiv(stop - start, BLOCK["BLOCK"]), triton.cdiv(B, BLOCK["BLOCK"])
+    return triton.cdiv(stop - start, BLOCK.value), triton.cdiv(B, BLOCK.value)
 
 
-def triton_distances(z, start, stop, sums=False):
+def triton_distances(z, start, stop, total=False):
+    """`strip_distances`."""
     B, D = z[0].shape
     grid = tiles(start, stop, B)
-    out = z[0].new_empty(grid if sums else (stop - start, B))
-    distance_kernel[grid](*z, out, start, stop, B, D, SUMS=sums, CLOSE=CLOSE, **BLOCK)
-    return out
-
-
-def triton_distance_sum(*arguments):
+    out = z[0].new_empty(grid if total else (stop - start, B))
+    distance_kernel[grid](*z, out, start, stop, B, D, SUMS=total, CLOSE=CLOSE)
     # A sum per tile and no atomics: the order of addition, and so the result, is the same every time.
-    return triton_distances(*arguments, sums=True).sum(dtype=torch.float64)
+    return out.sum(dtype=torch.float64) if total else out
 
 
 def triton_pairs(student, teacher, scalars, mode, start, stop, weights):
-    B, grid = len(student[0]), tiles(start, stop, len(student[0]))
+    """`strip_pairs`."""
+    (B, D), grid = student[0].shape, tiles(start, stop, len(student[0]))
     out = student[0].new_empty((stop - start, B) if weights else (2, *grid))
-    pair_kernel[grid](
-        *(*student, *teacher, scalars, out, start, stop, B, student[0].shape[1], teacher[0].shape[1]),
-        **{"GATED": mode == "arkd", "WEIGHTS": weights, "CLOSE": CLOSE, **BLOCK},
-    )
-    return out
+    sizes = (start, stop, B, D, teacher[0].shape[1])
+    options = {"GATED": mode == "arkd", "WEIGHTS": weights, "CLOSE": CLOSE}
+    pair_kernel[grid](*student, *teacher, scalars, out, *sizes, **options)
+    return out if weights else out.sum((1, 2), dtype=torch.float64)
 
 
-def triton_pair_sums(*arguments):
-    return triton_pairs(*arguments, weights=False).sum((1, 2), dtype=torch.float64)
-
-
-def triton_weights(*arguments):
-    return triton_pairs(*arguments, weights=True)
-
-
-FORMS = {
-    "chunked": (strip_distances, chunked_distance_sum, chunked_pair_sums, chunked_weights),
-    "triton": (triton_distances, triton_distance_sum, triton_pair_sums, triton_weights),
-}
+FORMS = {"chunked": (strip_distances, strip_pairs), "triton": (triton_distances, triton_pairs)}
 
 
 # ---- autograd ----
@@ -286,25 +250,22 @@ class Relational(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, student_BD, teacher_BD, mode, impl, rows, group):
-        distances, distance_sum, pair_sums, _ = FORMS[impl]
+        distances, pairs = FORMS[impl]
         B, dtype = len(student_BD), student_BD.dtype
         span = rows if group is not None else (0, B)  # the rows whose sums this rank contributes
         with full_float32():
             student, teacher = centred(student_BD), centred(teacher_BD)
-            zero = student_BD.new_zeros((), dtype=torch.float64)  # a rank may have been given no rows
-
-            def total(sums, *arguments, rows=span):
-                return sum((sums(*arguments, *strip) for strip in strips(*rows)), zero)
-
-            sums_2 = torch.stack([total(distance_sum, student), total(distance_sum, teacher)])
-            means_2 = (over_ranks(sums_2, group) / (B * (B - 1))).to(dtype).clamp(min=torch.finfo(dtype).tiny)
-            cut = median_cut(teacher_BD) if B > MEDIAN_EXACT else under(strip_median(distances, teacher, span, group))
+            zero = student_BD.new_zeros(2, dtype=torch.float64)  # a rank may have been given no rows
+            total = lambda of, rows=span: sum((of(*strip) for strip in strips(*rows)), zero)  # noqa: E731
+            both = lambda *strip: torch.stack([distances(z, *strip, total=True) for z in (student, teacher)])  # noqa: E731
+            means_2 = (over_ranks(total(both), group) / (B * (B - 1))).to(dtype).clamp(min=torch.finfo(dtype).tiny)
+            exact = B <= MEDIAN_EXACT
+            cut = just_below(strip_median(distances, teacher, span, group)) if exact else median_cut(teacher_BD)
             scalars = torch.cat([means_2, cut[None]])
-            sums_2 = total(pair_sums, student, teacher, scalars, mode).expand(2).clone()
-            own = sums_2[0].clone()
-            if span != rows:
-                own = total(pair_sums, student, teacher, scalars, mode, rows=rows).expand(2)[0]
-            slope = over_ranks(sums_2[1], group).to(dtype) / means_2[0] / (B * (B - 1))
+            sums = lambda *strip: pairs(student, teacher, scalars, mode, *strip, weights=False)  # noqa: E731
+            sums_2 = total(sums)
+            own = (sums_2 if span == rows else total(sums, rows))[0].clone()
+            slope = over_ranks(sums_2[1].clone(), group).to(dtype) / means_2[0] / (B * (B - 1))
         ctx.save_for_backward(*student, *teacher, torch.cat([scalars, slope[None]]))
         ctx.mode, ctx.impl, ctx.rows = mode, impl, rows
         return (own / (B * (B - 1))).to(dtype)
@@ -317,7 +278,7 @@ class Relational(torch.autograd.Function):
         out_BD = torch.zeros_like(z_BD)
         with full_float32():
             for start, stop in strips(*ctx.rows):
-                weight_RB = FORMS[ctx.impl][3](student, teacher, scalars, ctx.mode, start, stop)
+                weight_RB = FORMS[ctx.impl][1](student, teacher, scalars, ctx.mode, start, stop, weights=True)
                 out_BD[start:stop] = z_BD[start:stop] * weight_RB.sum(1, keepdim=True) - weight_RB @ z_BD
         return out_BD * (grad * 2 / (B * (B - 1)) / scalars[0]), None, None, None, None, None
 
@@ -366,23 +327,11 @@ def choose(impl, device, dtype, n, rows=None):
     if impl == "auto":
         if n <= SMALL and rows is None:
             return "ref"
-        return "triton" if device.type == "cuda" and not why_not_triton(device, dtype) else "chunked"
-    if impl not in IMPLS:
-        raise ValueError(f"kernels.arkd has no implementation '{impl}'; it has {', '.join(IMPLS)}")
+        return "triton" if device.type == "cuda" and not why_not_triton(device, dtype, DTYPES) else "chunked"
     if impl == "ref" and rows is not None:
         raise ValueError("kernels.arkd: 'ref' computes every row and was given rows=; use chunked or triton")
-    if impl == "triton" and (reason := why_not_triton(device, dtype)):
-        raise ValueError(f"kernels.arkd: 'triton' {reason}; use chunked")
-    return impl
-
-
-def why_not_triton(device, dtype):
-    """Why the kernels cannot run here, or None."""
-    if reason := why_not_on(device):
-        return reason
-    if dtype != torch.float32:
-        return f"computes in float32 and was given {str(dtype).removeprefix('torch.')}"
-    return None
+    reasons = {"ref": None, "chunked": None, "triton": why_not_triton(device, dtype, DTYPES)}
+    return check_impl("arkd", impl, reasons, "chunked")
 
 
 def arkd(student_BD, teacher_BD, mode="arkd", impl="auto", rows=None, group=None):

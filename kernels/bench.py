@@ -1,13 +1,14 @@
 """Right first, then how fast: python kernels/bench.py [--all] [--only PART] [--out DIR].
 
 --all runs every part below in a process of its own, each within its share of nine minutes: what fails, hangs or spoils
-the GPU's context costs its own part only. Results are written after every measurement.
+the GPU's context costs its own part only. Results are written after every measurement. What a part compiles, the parts
+after it and the next run find in Inductor's cache.
 
     checks               every form of every operation at awkward sizes against float64, values and gradients
     agree                compiled against eager steps of a small model (tests/test_step.py, with pytest)
-    step, step-triton    amoe-0.3b's, compiled by blocks, and packed against padded (benchmarks/speed.py)
-    step-whole           the same as training compiles it, in the time that is left: minutes go to the compiler, whose
-                         results a second run finds in its cache
+    step, step-triton    amoe-0.3b's, a block and a head compiled once for all of them, and packed against padded
+                         (benchmarks/speed.py)
+    step-whole           the same as training compiles it, in the time that is left: minutes go to the compiler
     moe, attention, arkd, kmeans      an operation's forms at real sizes
 
 A form that is wrong against float64 on the inputs it is timed on is not timed, and the exit status is 1. Without a GPU
@@ -19,10 +20,11 @@ and its fewest bytes, each input read and each output written once, at the rate 
 same run. "% of floor" is floor over time: 100 is the best that machine allows.
 
 Shape letters: T tokens, D model width, E experts, F expert width, K experts a token or centroids, B images of the
-global batch, H heads, d head width, L tokens of an image, N points.
+global batch, H heads, d head width, N points.
 """
 
 import argparse
+import functools
 import json
 import platform
 import statistics
@@ -38,31 +40,26 @@ import torch.utils.benchmark
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository, also when run as a script
 
+import kernels
 from common.store import write_atomically
 from kernels import arkd as arkd_file
 from kernels import kmeans as kmeans_file
 from kernels import moe as moe_file
-from kernels.arkd import arkd
 from kernels.attention import attend, image_runs, mask_of
-from kernels.moe import moe
 
-if moe_file.triton is not None:
+if kernels.triton is not None:
     import triton.testing
 
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
-
-# In the order of their worth, with the seconds each may take; what one leaves over is there for those after it.
-PARTS = {"checks": 110, "agree": 130, "step": 130, "moe": 90, "attention": 60, "arkd": 50, "kmeans": 40}
-PARTS |= {"step-triton": 130, "step-whole": 400} if CUDA else {}
 SECONDS = 530  # of --all
 
 
 @dataclass
 class Case:
-    """One operation at one shape. Pairs are of the forward pass, and of forward and backward."""
+    """One operation at one shape; operations and bytes are of the backward pass too where there is one."""
 
     op: str
     shape: str
@@ -70,8 +67,8 @@ class Case:
     gradients: tuple  # which inputs get one; none: the operation has no backward
     forms: dict[str, Callable | str]  # by name; a string is the reason why that form does not run here
     exact: Callable | None  # the reference, given float64 inputs
-    flops: tuple
-    bytes: tuple
+    flops: float
+    bytes: float
     tolerance: tuple  # of |out - exact| / |exact|, of the value and of every gradient
     error: Callable | None = None  # of an output that is no float tensor
 
@@ -79,64 +76,73 @@ class Case:
 # ---- the operations ----
 
 
-def moe_case(dtype, shape, empty=(), compiled=False):
+def forms_of(file, function, *asked, compiled=()):
+    """{form: function of the inputs, or why it does not run or is not timed here} of a kernel file's IMPLS.
+
+    asked: what its `choose` wants to know beside the device. compiled: the forms to time compiled, too.
+    """
+    forms = {} if CUDA else {"triton": "Triton's interpreter is no measure of speed"}
+    for impl in [impl for impl in file.IMPLS if impl not in forms]:
+        try:
+            file.choose(impl, DEVICE, *asked)
+            forms[impl] = lambda *a, impl=impl: function(*a, impl=impl)
+        except ValueError as refusal:
+            forms[impl] = str(refusal)
+    # A graph break is no error here: ref reads the counts on the host.
+    return forms | {f"compiled {impl}": torch.compile(forms[impl], dynamic=False) for impl in compiled}
+
+
+def normal(*shape, dtype=FLOAT32, scale=1.0):
+    return torch.randn(shape, device=DEVICE, dtype=dtype) * scale
+
+
+def moe_case(dtype, shape, empty=(), compiled=()):
     T, D, E, F, K = shape
     score_TE = torch.rand(T, E, device=DEVICE)
     score_TE[:, list(empty)] = -1
-    expert_TK = score_TE.topk(K, dim=1).indices
-    w1, w3, w2 = (torch.randn(s, device=DEVICE, dtype=dtype) * s[2] ** -0.5 for s in [(E, F, D)] * 2 + [(E, D, F)])
-    inputs = (torch.randn(T, D, device=DEVICE, dtype=dtype), expert_TK, torch.rand(T, K, device=DEVICE), w1, w2, w3)
-    forms = {impl: form(moe_file.choose, moe, impl, dtype) for impl in moe_file.IMPLS}
+    w1, w3, w2 = (normal(*s, dtype=dtype, scale=s[2] ** -0.5) for s in [(E, F, D)] * 2 + [(E, D, F)])
+    weight_TK = torch.rand(T, K, device=DEVICE)
+    inputs = (normal(T, D, dtype=dtype), score_TE.topk(K, dim=1).indices, weight_TK, w1, w2, w3)
+    forms = forms_of(moe_file, moe_file.moe, dtype, compiled=compiled)
     if dtype != BFLOAT16:
         forms["grouped"] = "computes in bfloat16"
-    forms |= {
-        f"compiled {impl}": compiled_form(compiled, forms[impl])
-        for impl in (("grouped", "triton") if CUDA else ("ref",))
-    }
-    flops = 2 * T * K * 3 * D * F  # three products forward; each has two in the backward
-    read = w1.element_size() * (2 * T * D + 3 * E * F * D) + 12 * T * K
-    sizes, tolerance = ((flops, 3 * flops), (read, 3 * read)), 2e-2 if dtype == BFLOAT16 else 1e-5
+    flops = 3 * 2 * T * K * 3 * D * F  # three products forward; each has two in the backward
+    read = 3 * (w1.element_size() * (2 * T * D + 3 * E * F * D) + 12 * T * K)
+    exact, tolerance = functools.partial(moe_file.moe, impl="ref"), 2e-2 if dtype == BFLOAT16 else 1e-5
     shape = f"T{T} D{D} E{E} F{F} K{K} {name(dtype)}"
-    return Case("moe", shape, inputs, (0, 2, 3, 4, 5), forms, lambda *a: moe(*a, "ref"), *sizes, (tolerance, tolerance))
+    return Case("moe", shape, inputs, (0, 2, 3, 4, 5), forms, exact, flops, read, (tolerance, tolerance))
 
 
-def arkd_case(B, D, teacher_D, spread=1.0, duplicates=0, compiled=False):
-    student_BD, teacher_BD = torch.randn(B, D, device=DEVICE), spread * torch.randn(B, teacher_D, device=DEVICE)
+def arkd_case(B, D, teacher_D, spread=1.0, duplicates=0, compiled=()):
+    student_BD, teacher_BD = normal(B, D), normal(B, teacher_D, scale=spread)
     student_BD[:duplicates] = student_BD[0]
-    loss = lambda s, t, impl: arkd(s, t, "arkd", impl)  # noqa: E731
-    forms = {impl: form(arkd_file.choose, loss, impl, FLOAT32, B) for impl in arkd_file.IMPLS}
+    forms = forms_of(arkd_file, arkd_file.arkd, FLOAT32, B, compiled=compiled)
     if B > arkd_file.MEDIAN_EXACT:
         forms["ref"] = f"its {B} x {B} tensors would take {B * B * 4 / 2**30:.0f} GiB each"
-    forms["compiled ref"] = compiled_form(compiled, forms["ref"])
-    gram, read = (
-        2 * B * B * D,
-        4 * 2 * B * D,
-    )  # two for the means, two for the loss; in the backward two and weights @ z
+    flops = 7 * 2 * B * B * D  # two products for the means, two for the loss; in the backward two and weights @ z
     # A gate is a step: in float32 a pair or two fall on the other side of the median, about 1 / B of the gradient.
-    sizes = (4 * gram, 7 * gram), (read, 2 * read), (1e-4, 2 / B)
-    exact = lambda s, t: loss(s, t, "chunked")  # noqa: E731
-    return Case("arkd", f"B{B} D{D} float32", (student_BD, teacher_BD), (0,), forms, exact, *sizes)
+    exact, tolerance = functools.partial(arkd_file.arkd, impl="chunked"), (1e-4, 2 / B)
+    inputs = (student_BD, teacher_BD)
+    return Case("arkd", f"B{B} D{D} float32", inputs, (0,), forms, exact, flops, 16 * B * D, tolerance)
 
 
-def attention_case(dtype, H, d, starts, T, compiled=False):
+def attention_case(dtype, H, d, starts, T):
     starts = torch.tensor(starts, dtype=torch.int32)
     extents, mask = image_runs(starts, T), mask_of(starts, T, DEVICE)
-    q, k, v = (torch.randn(T, H, d, device=DEVICE, dtype=dtype) for _ in range(3))
-    sdpa = lambda *a: attend(*a[:3], extents, a[3])  # noqa: E731
-    flex = compiled_form(compiled, lambda *a: attend(*a[:3], mask, a[3])) if CUDA else "has gradients on CUDA only"
+    inputs = (*(normal(T, H, d, dtype=dtype) for _ in range(3)), normal(H))
+    sdpa, flex = (lambda *a, runs=runs: attend(*a[:3], runs, a[3]) for runs in (extents, mask))
+    forms = {"ref": sdpa, "compiled flex": torch.compile(flex, dynamic=False) if CUDA else "has gradients on CUDA only"}
     lengths = [*starts.diff().tolist(), T - int(starts[-1])]
-    flops, size = 4 * H * d * sum(n * n for n in lengths), 4 * T * H * d * q.element_size()
-    # A flash backward is 2.5 forwards: it computes the scores once more.
+    flops = 3.5 * 4 * H * d * sum(n * n for n in lengths)  # a backward is 2.5: it computes the scores once more
     # 1e-4: some of CUDA's float32 attention splits its operands into three TF32 products
-    sizes = (flops, 3.5 * flops), (size, 3 * size), (2e-2, 2e-2) if dtype == BFLOAT16 else (1e-4, 1e-4)
-    inputs, shape = (q, k, v, torch.randn(H, device=DEVICE)), f"T{T} H{H} d{d} M{len(lengths)} {name(dtype)}"
-    return Case("attention", shape, inputs, (0, 1, 2, 3), {"ref": sdpa, "compiled flex": flex}, sdpa, *sizes)
+    tolerance, shape = 2e-2 if dtype == BFLOAT16 else 1e-4, f"T{T} H{H} d{d} M{len(lengths)} {name(dtype)}"
+    read = 3 * 4 * T * H * d * inputs[0].element_size()
+    return Case("attention", shape, inputs, (0, 1, 2, 3), forms, sdpa, flops, read, (tolerance, tolerance))
 
 
 def kmeans_case(N, D, K, dtype=FLOAT32):
     # bfloat16 products are exact and the sums are float32: the same tolerance
-    x_ND, c_KD = torch.randn(N, D, device=DEVICE, dtype=dtype), torch.randn(K, D, device=DEVICE, dtype=dtype)
-    bias_K = -c_KD.float().square().sum(1) / 2
+    x_ND, c_KD = normal(N, D, dtype=dtype), normal(K, D, dtype=dtype)
 
     def excess(answer):
         """How much further the labelled centroids are than the nearest ones, relative; over about 4096 points."""
@@ -145,11 +151,11 @@ def kmeans_case(N, D, K, dtype=FLOAT32):
         nearest = torch.cdist(x, c, compute_mode="donot_use_mm_for_euclid_dist").square().min(1).values.sum()
         return float(((x - c[label]).square().sum() - nearest) / nearest)
 
-    forms = {impl: lambda *a, impl=impl: kmeans_file.top3(*a, impl=impl) for impl in ("ref", "triton")}
-    if not CUDA:
-        forms["triton"] = "needs a CUDA device"
-    sizes = (2 * N * K * D,) * 2, (x_ND.element_size() * (N * D + K * D) + 28 * N,) * 2, (1e-5,)
-    return Case("kmeans", f"N{N} D{D} K{K} {name(dtype)}", (x_ND, c_KD, bias_K), (), forms, None, *sizes, excess)
+    forms, inputs = forms_of(kmeans_file, kmeans_file.top3), (x_ND, c_KD, -c_KD.float().square().sum(1) / 2)
+    read = x_ND.element_size() * (N * D + K * D) + 28 * N
+    return Case(
+        "kmeans", f"N{N} D{D} K{K} {name(dtype)}", inputs, (), forms, None, 2 * N * K * D, read, (1e-5,), excess
+    )
 
 
 def image_starts(low, high=261, T=16384):
@@ -159,52 +165,36 @@ def image_starts(low, high=261, T=16384):
     return [0, *starts[starts <= T].tolist()]
 
 
-# The arguments of every operation's cases, at awkward sizes and at real ones; the last says whether to compile, which
-# is most of the time.
-BOTH = (FLOAT32, BFLOAT16) if CUDA else (FLOAT32,)
-CHECKS = {
-    # one token, most experts empty; several tiles, the last one ragged
-    "moe": [(dtype, *rest) for dtype in BOTH for rest in
-            (((1, 16, 3, 24, 1), ()), ((1037, 72, 6, 40, 3), (0, 4)), ((512, 768, 28, 384, 6), ()))],
-    # on CUDA also several strips, then a median from a sample
-    "arkd": [(2, 3, 5), (131, 33, 70, 0.1, 5), *([(2500, 129, 65), (5000, 64, 64)] if CUDA else [])],
-    # images within a block, on its edges, over several; padding, none; an odd end
-    "attention": [(dtype, 2, 64, starts, T, CUDA) for dtype in BOTH
-                  for starts, T in (([0, 100, 230, 600], 700), ([0, 128, 256, 512], 512), ([0, 7], 384))
-                  if dtype == BFLOAT16 or not CUDA or T == 700],
-    "kmeans": [(*shape, dtype) for dtype in (FLOAT32, BFLOAT16)
-               for shape in ((1001, 33, 7), (1, 5, 1), (3000, 70, 300))],
-}  # fmt: skip
-CASES = {
-    "moe": [(BFLOAT16, (16384, 768, 28, 384, 6), (), True), (BFLOAT16, (16384, 768, 28, 384, 2)),
-            (BFLOAT16, (65536, 768, 28, 384, 6))],
-    "attention": [(BFLOAT16, 8, 128, image_starts(low), 16384, True) for low in (261, 21)],
-    "arkd": [(2048, 1152, 1152, 1.0, 0, True), (32768, 1152, 1152, 1.0, 0, True)],
-    "kmeans": [(1_000_000, 384, 1000, BFLOAT16), (1_000_000, 384, 1000, FLOAT32), (1_000_000, 256, 4096, BFLOAT16)],
-} if CUDA else {
-    "moe": [(FLOAT32, (1024, 128, 8, 128, 2))],
-    "attention": [(FLOAT32, 4, 32, list(range(0, 1024, 69)), 1024)],
-    "arkd": [(512, 384, 384)],
-    "kmeans": [(10_000, 64, 200)],
-}  # fmt: skip
-MAKE = {"moe": moe_case, "attention": attention_case, "arkd": arkd_case, "kmeans": kmeans_case}
-
-
-def form(choose, function, impl, *arguments):
-    """`function` with that impl, or the reason why it does not run or is not timed here."""
-    try:
-        choose(impl, DEVICE, *arguments)
-    except ValueError as refusal:
-        return str(refusal)
-    interpreted = impl == "triton" and not CUDA
-    return "Triton's interpreter is no measure of speed" if interpreted else lambda *a: function(*a, impl)
-
-
-def compiled_form(compiled, function):
-    if isinstance(function, str):
-        return function
-    # A graph break is no error here: ref reads the counts on the host.
-    return torch.compile(function, dynamic=False) if compiled else "not compiled here"
+# What makes a case, and its arguments: at awkward sizes, and at real ones (small ones without a GPU).
+FLOATS = (FLOAT32, BFLOAT16) if CUDA else (FLOAT32,)
+CHECKS = [
+    *((moe_case, dtype, (1, 16, 3, 24, 1)) for dtype in FLOATS),  # one token, most experts empty
+    *((moe_case, dtype, (1037, 72, 6, 40, 3), (0, 4)) for dtype in FLOATS),  # several tiles, the last one ragged
+    *((moe_case, dtype, (512, 768, 28, 384, 6)) for dtype in FLOATS),
+    *((arkd_case, *shape) for shape in ((2, 3, 5), (131, 33, 70, 0.1, 5))),
+    *((arkd_case, *shape) for shape in ((2500, 129, 65), (5000, 64, 64)) if CUDA),  # strips; a median from a sample
+    *((attention_case, dtype, 2, 64, [0, 100, 230, 600], 700) for dtype in FLOATS),  # within a block, over several
+    *((attention_case, FLOATS[-1], 2, 64, *starts) for starts in (([0, 128, 256, 512], 512), ([0, 7], 384))),
+    *((kmeans_case, *shape, dtype) for dtype in (FLOAT32, BFLOAT16) for shape in ((1, 5, 1), (3000, 70, 300))),
+    *((kmeans_case, 1001, 33, 7, dtype) for dtype in (FLOAT32, BFLOAT16)),
+]
+TIMED = [
+    (moe_case, FLOAT32, (1024, 128, 8, 128, 2)),
+    (attention_case, FLOAT32, 4, 32, list(range(0, 1024, 69)), 1024),
+    (arkd_case, 512, 384, 384),
+    (kmeans_case, 10_000, 64, 200),
+]
+if CUDA:  # compiling is most of the time: few are compiled
+    TIMED = [
+        (moe_case, BFLOAT16, (16384, 768, 28, 384, 6), (), ("grouped", "triton")),
+        (moe_case, BFLOAT16, (16384, 768, 28, 384, 2)),
+        (moe_case, BFLOAT16, (65536, 768, 28, 384, 6)),
+        *((attention_case, BFLOAT16, 8, 128, image_starts(low), 16384) for low in (261, 21)),
+        (arkd_case, 2048, 1152, 1152, 1.0, 0, ("ref",)),
+        (arkd_case, 32768, 1152, 1152),
+        *((kmeans_case, 1_000_000, *shape) for shape in ((384, 1000, BFLOAT16), (384, 1000), (256, 4096, BFLOAT16))),
+    ]
+OPS = {"moe": moe_case, "attention": attention_case, "arkd": arkd_case, "kmeans": kmeans_case}
 
 
 # ---- checking and timing ----
@@ -225,14 +215,8 @@ def step(function, inputs, case):
     out = function(*inputs)
     if not case.gradients:
         return [out]
-    cotangent = torch.ones_like(out) if out.ndim == 0 else case.cotangent.to(out.dtype)
+    cotangent = torch.ones_like(out) if out.ndim == 0 else case.inputs[0].sin().to(out.dtype)
     return [out, *torch.autograd.grad(out, [inputs[i] for i in case.gradients], cotangent)]
-
-
-def errors(outs, exacts):
-    """|out - exact| / |exact| of the value and of each gradient."""
-    pairs = zip([t.detach().double() for t in outs], [t.detach() for t in exacts], strict=True)
-    return [float((a - b).norm() / b.norm().clamp(min=1e-300)) for a, b in pairs]
 
 
 def median_ms(function, device=DEVICE):
@@ -245,11 +229,25 @@ def median_ms(function, device=DEVICE):
     return 1e3 * times.median, len(times.times) * times.number_per_run
 
 
+def in_turns(ways, repeats, before=lambda: None):
+    """{name: [seconds] of each turn} of ways {name: function}; `before` every run and a first turn are not timed."""
+    seconds = {name: [] for name in ways}
+    for turn in range(1 + repeats):
+        for name, way in ways.items():
+            before()
+            began = time.perf_counter()
+            way()
+            if CUDA:
+                torch.cuda.synchronize()
+            if turn:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
 def peaks():
     """Measured FLOP/s of a large matrix product and bytes/s of a large copy, read and written."""
-    n, dtype = (8192, torch.bfloat16) if CUDA else (2048, torch.float32)
-    a, b = (torch.randn(n, n, device=DEVICE, dtype=dtype) for _ in range(2))
-    source = torch.randn(2**28 if CUDA else 2**24, device=DEVICE)
+    n, dtype = (8192, BFLOAT16) if CUDA else (2048, FLOAT32)
+    a, b, source = normal(n, n, dtype=dtype), normal(n, n, dtype=dtype), normal(2**28 if CUDA else 2**24)
     target = torch.empty_like(source)
     product_ms, copy_ms = median_ms(lambda: a @ b)[0], median_ms(lambda: target.copy_(source))[0]
     return {"matmul_flops": 2 * n**3 / product_ms * 1e3, "copy_bytes": 8 * source.numel() / copy_ms * 1e3}
@@ -257,12 +255,10 @@ def peaks():
 
 def measure(case, peak):
     """One row a form: error and, given the peaks, milliseconds, TFLOP/s, share of the floor; or why it did not run."""
-    if case.gradients and case.op != "arkd":
-        case.cotangent = torch.randn_like(case.inputs[0])
     exacts = step(case.exact, leaves(case, torch.float64), case) if case.exact else None
     rows = []
-    for form_name, function in case.forms.items():
-        rows.append({"op": case.op, "shape": case.shape, "form": form_name})
+    for form, function in case.forms.items():
+        rows.append({"op": case.op, "shape": case.shape, "form": form})
         if isinstance(function, str):
             rows[-1]["not_run"] = function
             continue
@@ -277,29 +273,35 @@ def measure(case, peak):
 
 
 def check(case, function, exacts, row):
-    """Add a form's errors to the row, and what is wrong with them."""
+    """Add a form's errors to the row, |out - exact| / |exact| of value and gradients, and what is wrong with them."""
     torch._dynamo.reset()  # forms share their code, and a compiler's limit is on the shapes of one code
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
     outs = step(function, leaves(case), case)
     if CUDA:
         row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    value, *gradients = row["errors"] = [case.error(outs[0])] if case.error else errors(outs, exacts)
+    if case.error:
+        row["errors"] = [case.error(outs[0])]
+    else:
+        pairs = [(a.detach().double(), b.detach()) for a, b in zip(outs, exacts, strict=True)]
+        row["errors"] = [float((a - b).norm() / b.norm().clamp(min=1e-300)) for a, b in pairs]
+    value, *gradients = row["errors"]
     # `not all <=`, for a NaN is over every tolerance
     if not all([value <= case.tolerance[0], *(e <= case.tolerance[1] for e in gradients)]):
         row["wrong"] = f"errors {', '.join(f'{e:.1e}' for e in row['errors'])} against {case.tolerance}"
 
 
 def time_form(case, function, peak, row):
+    """Add its milliseconds to the row: of the forward pass and, where there is a backward, of both."""
     inputs = leaves(case)
     with torch.no_grad():
         row["forward_ms"], row["n_forward"] = median_ms(lambda: function(*inputs))
     if case.gradients:
         row["step_ms"], row["n_step"] = median_ms(lambda: step(function, inputs, case))
-    ms, part = (row["step_ms"], 1) if case.gradients else (row["forward_ms"], 0)
-    row |= {"tflops": case.flops[part] / ms / 1e9, "gbytes_per_s": case.bytes[part] / ms / 1e6}
-    floor = max(case.flops[part] / peak["matmul_flops"], case.bytes[part] / peak["copy_bytes"]) * 1e3
-    row |= {"floor_ms": floor, "percent_of_floor": 100 * floor / ms}
+    ms = row.get("step_ms", row["forward_ms"])
+    floor_ms = 1e3 * max(case.flops / peak["matmul_flops"], case.bytes / peak["copy_bytes"])
+    row |= {"tflops": case.flops / ms / 1e9, "gbytes_per_s": case.bytes / ms / 1e6}
+    row |= {"floor_ms": floor_ms, "percent_of_floor": 100 * floor_ms / ms}
 
 
 def record(folder, file, key, value):
@@ -323,76 +325,73 @@ def machine():
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": moe_file.triton and moe_file.triton.__version__,
+        "triton": kernels.triton and kernels.triton.__version__,
     }
 
 
-HEAD = f"{'op':<10}{'shape':<38}{'form':<18}{'error':>9}{'forward ms':>12}{'step ms':>10}{'TFLOP/s':>9}{'% floor':>9}"
-
-
 def line(row):
+    """A row as it is printed."""
     head = f"{row['op']:<10}{row['shape']:<38}{row['form']:<18}"
-    if reason := row.get("not_run"):
-        return f"{head}  not run: {reason}"
     if bad := row.get("wrong") or row.get("failed"):
-        return f"{head}  WRONG OR FAILED: {bad}"
-    text = f"{head}{max(row['errors']):>9.1e}"
-    if "forward_ms" in row:
-        step_ms = f"{row['step_ms']:.3f}" if "step_ms" in row else "-"
-        text += f"{row['forward_ms']:>12.3f}{step_ms:>10}{row['tflops']:>9.3f}{row['percent_of_floor']:>9.1f}"
-    return text
+        return f"{head}WRONG OR FAILED: {bad}"
+    if reason := row.get("not_run"):
+        return f"{head}not run: {reason}"
+    cells = ("forward_ms", "step_ms", "tflops", "percent_of_floor")
+    return f"{head}error {max(row['errors']):.1e}  " + "  ".join(f"{c} {row[c]:.3f}" for c in cells if c in row)
 
 
 def run_part(part, folder):
     """The checks, or one operation's figures; written and printed row by row. Returns whether all was right."""
     torch.manual_seed(0)
-    if part == "checks":
-        file, peak, cases = "checks.json", None, CHECKS
-    else:
-        file, peak, cases = "kernels.json", peaks(), {part: CASES[part]}
+    file, peak, cases = "checks.json", None, CHECKS
+    if part != "checks":
+        file, peak, cases = "kernels.json", peaks(), [case for case in TIMED if case[0] is OPS[part]]
         print(f"measured: matmul {peak['matmul_flops'] / 1e12:.2f} TFLOP/s, copy {peak['copy_bytes'] / 1e9:.1f} GB/s")
         record(folder, file, "peak", peak)
     record(folder, file, "machine", machine())
-    print(HEAD, flush=True)
-    rows = {op: [] for op in cases}
-    for op, arguments in [(op, arguments) for op, some in cases.items() for arguments in some]:
-        case = MAKE[op](*arguments)
+    rows = {}
+    for make, *arguments in cases:
+        case = make(*arguments)
         try:
             new = measure(case, peak)
         except Exception as failure:  # the reference itself: out of memory, say
-            new = [{"op": op, "shape": case.shape, "form": "reference", "failed": f"{failure}"[:500]}]
-        rows[op] += new
+            new = [{"op": case.op, "shape": case.shape, "form": "reference", "failed": f"{failure}"[:500]}]
+        rows.setdefault(case.op, []).extend(new)
         print(*map(line, new), sep="\n", flush=True)
-        record(folder, file, op, rows[op])
+        record(folder, file, case.op, rows[case.op])
         if CUDA:
             torch.cuda.empty_cache()
     return not any("wrong" in row or "failed" in row for op in rows for row in rows[op])
 
 
-def commands(out):
-    """{part: words after the interpreter's} of all parts."""
-    size = ["--model", "amoe-0.3b", "--tokens", "16384"] if CUDA else []
-    whole, blocks = (["-m", "benchmarks.speed", *out, "step", *more, *size] for more in ([], ["--blocks"]))
+def parts(out):
+    """{part: (seconds, words after the interpreter's)} in the order of their worth; what one leaves over is there for
+    those after it."""
+    step = ["-m", "benchmarks.speed", *out, "step"]
+    step += ["--model", "amoe-0.3b", "--tokens", "16384"] if CUDA else []
     agree = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_step.py", "-k", "compiled_steps"]
-    steps = {"agree": agree, "step": blocks, "step-triton": [*blocks, "--kernels", "triton"], "step-whole": whole}
-    return {part: ["kernels/bench.py", "--only", part, *out] for part in PARTS} | steps
+    own = lambda part: ["kernels/bench.py", "--only", part, *out]  # noqa: E731
+    found = {"checks": (110, own("checks")), "agree": (130, agree), "step": (130, [*step, "--blocks"])}
+    found |= {op: (seconds, own(op)) for op, seconds in {"moe": 90, "attention": 60, "arkd": 50, "kmeans": 40}.items()}
+    if CUDA:
+        found |= {"step-triton": (130, [*step, "--blocks", "--kernels", "triton"]), "step-whole": (400, step)}
+    return found
 
 
 def run_all(folder):
     """Every part in a process of its own, within the time there is. Returns whether all of them were right."""
     until, outcomes = time.monotonic() + SECONDS, {}
-    words = commands(["--out", str(folder.resolve())] if folder else [])
-    for part, seconds in PARTS.items():
-        began, left = time.monotonic(), until - time.monotonic()
-        print(f"\n---- {part}, {min(seconds, left):.0f} s at most ----", flush=True)
-        if left < 15:
-            outcomes[part] = "not begun: no time was left"
-        else:
-            try:
-                done = subprocess.run([sys.executable, *words[part]], cwd=ROOT, timeout=min(seconds, left))
-                outcomes[part] = "right" if done.returncode == 0 else f"exit status {done.returncode}"
-            except subprocess.TimeoutExpired:
-                outcomes[part] = "ran out of its time; what it had measured is written"
+    for part, (seconds, words) in parts(["--out", str(folder.resolve())] if folder else []).items():
+        began, seconds = time.monotonic(), min(seconds, until - time.monotonic())
+        print(f"\n---- {part}, {seconds:.0f} s at most ----", flush=True)
+        try:
+            if seconds < 15:
+                outcomes[part] = "not begun: no time was left"
+            else:
+                status = subprocess.run([sys.executable, *words], cwd=ROOT, timeout=seconds).returncode
+                outcomes[part] = f"exit status {status}" if status else "right"
+        except subprocess.TimeoutExpired:
+            outcomes[part] = "ran out of its time; what it had measured is written"
         outcomes[part] += f", {time.monotonic() - began:.0f} s"
         record(folder, "checks.json", "parts", outcomes)
     print(*(f"{part:<14}{outcome}" for part, outcome in outcomes.items()), sep="\n")
@@ -401,12 +400,13 @@ def run_all(folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parts = ("checks", *CASES)
     parser.add_argument("--all", action="store_true", help="every part, within nine minutes (the default)")
-    parser.add_argument("--only", "--op", choices=parts, action="append", help="one part in this process; repeatable")
+    parser.add_argument(
+        "--only", "--op", choices=("checks", *OPS), action="append", help="one part in this process; repeatable"
+    )
     parser.add_argument("--out", type=Path, help="folder to write checks.json, kernels.json and step.json to")
     flags = parser.parse_args()
-    if CUDA and moe_file.triton is None:
+    if CUDA and kernels.triton is None:
         raise SystemExit("kernels/bench.py times with triton.testing on CUDA: pip install triton")
     print(", ".join(f"{key} {value}" for key, value in machine().items()))
     if not CUDA:

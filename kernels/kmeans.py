@@ -20,11 +20,12 @@ from functools import cache
 
 import torch
 
-from kernels import triton, why_not_on
+from kernels import check_impl, triton, why_not_triton
 
 if triton is not None:
     import triton.language as tl
 
+IMPLS = ("ref", "triton")  # of top3
 GROUPS = 32  # of centroids; a point keeps one float for each
 UNIT = 2.0**-24  # half a unit in the last place of float32, relative
 TILE_BYTES = 16 << 20  # of scores at a time: 4 to 32 MiB ran within 4% of each other, 256 MiB 1.3x slower
@@ -150,12 +151,14 @@ def top3_triton(x_ND, c_KD, bias_K):
     return label_N2.long(), score_N3
 
 
-def obstacle(device):
-    """Why the Triton kernel cannot run on `device`, or None."""
-    reason = why_not_on(device)
+def choose(impl, device):
+    """The form that `impl` means on `device` (auto: triton on CUDA, else ref); ValueError where it cannot run."""
+    reason = why_not_triton(device, torch.float32, (torch.float32,))
     if reason is None and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return "this GPU has no bfloat16 (compute capability below 8.0)"
-    return reason
+        reason = "needs a GPU with bfloat16 (compute capability 8.0 on)"
+    if impl == "auto":
+        return "triton" if device.type == "cuda" and reason is None else "ref"
+    return check_impl("kmeans", impl, {"ref": None, "triton": reason}, "ref")
 
 
 def top3(x_ND, c_KD, bias_K, impl="auto"):
@@ -163,22 +166,15 @@ def top3(x_ND, c_KD, bias_K, impl="auto"):
 
     Raises ValueError for shapes or dtypes that do not fit and for an implementation that cannot run.
     """
-    if impl not in ("auto", "ref", "triton"):
-        raise ValueError(f"impl={impl!r}: choose auto, ref or triton")
-    if x_ND.ndim != 2 or c_KD.ndim != 2 or x_ND.shape[1] != c_KD.shape[1] or bias_K.shape != c_KD.shape[:1]:
-        shapes = f"x {list(x_ND.shape)}, c {list(c_KD.shape)}, bias {list(bias_K.shape)}"
-        raise ValueError(f"{shapes}: want [N, D] [K, D] [K]")
+    form = {"ref": top3_ref, "triton": top3_triton}[choose(impl, x_ND.device)]
+    alike = x_ND.ndim == c_KD.ndim == 2 and x_ND.shape[1] == c_KD.shape[1] and bias_K.shape == c_KD.shape[:1]
+    alike &= x_ND.dtype == c_KD.dtype and x_ND.dtype in (torch.float32, torch.bfloat16)
+    if not alike or bias_K.dtype != torch.float32:
+        given = ", ".join(f"{n} {list(t.shape)} {t.dtype}" for n, t in (("x", x_ND), ("c", c_KD), ("bias", bias_K)))
+        raise ValueError(f"{given}: want [N, D] [K, D] [K], x and c both float32 or both bfloat16, bias float32")
     if len(c_KD) == 0:
         raise ValueError("no centroids: K is 0")
-    if x_ND.dtype != c_KD.dtype or x_ND.dtype not in (torch.float32, torch.bfloat16) or bias_K.dtype != torch.float32:
-        dtypes = f"x {x_ND.dtype}, c {c_KD.dtype}, bias {bias_K.dtype}"
-        raise ValueError(f"{dtypes}: want x and c both float32 or both bfloat16, and a float32 bias")
-    reason = None if impl == "ref" else obstacle(x_ND.device)
-    if impl == "triton" and reason:
-        raise ValueError(f"impl='triton' cannot run: {reason}")
-    if impl == "triton" or (impl == "auto" and x_ND.is_cuda and not reason):
-        return top3_triton(x_ND, c_KD, bias_K)
-    return top3_ref(x_ND, c_KD, bias_K)
+    return form(x_ND, c_KD, bias_K)
 
 
 # ---- a search that proves its labels ----

@@ -14,12 +14,18 @@ of their experts, M tiles of rows.
 import torch
 import torch.nn.functional as F
 
-from kernels import INTERPRETED, triton, why_not_on
+from kernels import INTERPRETED, check_impl, triton, why_not_triton
 
 if triton is not None:
     import triton.language as tl
 
+    # Columns of a tile of `up_backward`, whose last step holds five tiles in registers: 128 spilled 1192 bytes a thread
+    # (sm_90), 64 none.
+    NARROW = tl.constexpr(64)
+
 IMPLS = ("ref", "grouped", "triton")
+# Of the Triton kernels; its interpreter would multiply the bit patterns of bfloat16 as integers.
+DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
 
 
 # ---- the definition, and torch's grouped GEMM ----
@@ -88,20 +94,26 @@ def moe_grouped(x_TD, expert_TK, weight_TK, w1_EFD, w2_EDF, w3_EFD):
 
 # ---- the Triton kernels ----
 #
-# Rows are cut into tiles that each belong to one expert. Four kernels make the layer, two ways:
-#   up           h1, h3 = x w1^T, x w3^T and silu(h1) * h3        rows of x gathered through the token index
-#   up_backward  from dy: dh1, dh3, the weights' gradient         rows of dy gathered likewise
-#   down         y = weight * (silu(h1) * h3) w2^T, dx = dh1 w1 + dh3 w3, one row written per (token, k)
-#   outer        dw = sum over an expert's rows of an outer product
+# Rows are cut into tiles that each belong to one expert. Five kernels make the layer:
+#   up             h1, h3 = x w1^T, x w3^T and silu(h1) * h3      rows of x gathered through the token index
+#   down           y = weight * (silu(h1) * h3) w2^T              one row written per (token, k)
+#   up_backward    from dy: dh1, dh3, the weights' gradient       rows of dy gathered likewise
+#   down_backward  dx = dh1 w1 + dh3 w3                           one row written per (token, k)
+#   outer          dw = sum over an expert's rows of an outer product
 # A token's K rows land next to each other, so a plain sum over K ends both ways: no atomics, the same bits every time.
 
 if triton is not None:
 
     @triton.jit
-    def tile_rows(tile_ptr, tile, BLOCK_N: tl.constexpr):
-        """A tile's expert, its rows and which of them are the expert's."""
-        row = tl.load(tile_ptr + 3 * tile + 1) + tl.arange(0, BLOCK_N)
-        return tl.load(tile_ptr + 3 * tile), row, row < tl.load(tile_ptr + 3 * tile + 2)
+    def open_tile(order_ptr, tile_ptr, WIDTH, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
+        """This program's tile: its expert, rows, which of them it has, places, columns; whether there is one."""
+        # The column varies fastest: neighbouring programs read the same rows of x, which stay in L2.
+        across = tl.cdiv(WIDTH, COLUMNS)
+        at, column = tile_ptr + 3 * (tl.program_id(0) // across), tl.program_id(0) % across
+        first, end = tl.load(at + 1), tl.load(at + 2)
+        row = first + tl.arange(0, BLOCK)
+        place = tl.load(order_ptr + row, mask=row < end, other=0)
+        return tl.load(at), row, row < end, place, column * COLUMNS + tl.arange(0, COLUMNS), first < end
 
     @triton.jit
     def add_product(out, a_ptr, row, real, w_ptr, column, stride_inner, stride_column, INNER, COLUMNS, BLOCK_K):
@@ -115,34 +127,15 @@ if triton is not None:
         return out
 
     @triton.jit
-    def up_kernel(
-        x_ptr,
-        w1_ptr,
-        w3_ptr,
-        h1_ptr,
-        h3_ptr,
-        hidden_ptr,
-        order_ptr,
-        tile_ptr,
-        E,
-        D,
-        F,
-        K,
-        BLOCK_N: tl.constexpr,
-        BLOCK: tl.constexpr,
-        BLOCK_K: tl.constexpr,
-    ):
-        # The column varies fastest: neighbouring programs read the same rows of x, which stay in L2.
-        columns = tl.cdiv(F, BLOCK)
-        tile, f = tl.program_id(0) // columns, tl.program_id(0) % columns * BLOCK + tl.arange(0, BLOCK)
-        expert, row, real = tile_rows(tile_ptr, tile, BLOCK_N)
-        if expert == E:
+    def up_kernel(x_ptr, w1_ptr, w3_ptr, h1_ptr, h3_ptr, hidden_ptr, order_ptr, tile_ptr, D, F, K, BLOCK: tl.constexpr):
+        expert, row, real, place, f, exists = open_tile(order_ptr, tile_ptr, F, BLOCK, BLOCK)
+        if not exists:
             return
-        token = tl.load(order_ptr + row, mask=real, other=0) // K
-        h1 = tl.zeros((BLOCK_N, BLOCK), dtype=tl.float32)
-        h3 = tl.zeros((BLOCK_N, BLOCK), dtype=tl.float32)
-        for k in range(0, D, BLOCK_K):
-            d = k + tl.arange(0, BLOCK_K)
+        token = place // K
+        h1 = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+        h3 = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+        for k in range(0, D, BLOCK // 2):
+            d = k + tl.arange(0, BLOCK // 2)
             x = tl.load(x_ptr + token[:, None] * D + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
             at, mask = expert * F * D + f[None, :] * D + d[:, None], (d < D)[:, None] & (f < F)[None, :]
             h1 = tl.dot(x, tl.load(w1_ptr + at, mask=mask, other=0.0), h1, input_precision="ieee")
@@ -162,123 +155,90 @@ if triton is not None:
         dh1_ptr,
         dh3_ptr,
         weighted_ptr,  # weight * silu(h1) * h3, for dw2
-        dweight_ptr,  # a column block's part each, at (token, k)
+        dweight_ptr,  # at (token, k), a part from each block of columns
         order_ptr,
         tile_ptr,
-        E,
         D,
         F,
         K,
-        N,
-        BLOCK_N: tl.constexpr,
         BLOCK: tl.constexpr,
-        BLOCK_K: tl.constexpr,
     ):
-        columns = tl.cdiv(F, BLOCK)
-        tile, column = tl.program_id(0) // columns, tl.program_id(0) % columns
-        f = column * BLOCK + tl.arange(0, BLOCK)
-        expert, row, real = tile_rows(tile_ptr, tile, BLOCK_N)
-        if expert == E:
+        expert, row, real, place, f, exists = open_tile(order_ptr, tile_ptr, F, BLOCK, NARROW)
+        if not exists:
             return
-        place = tl.load(order_ptr + row, mask=real, other=0)
-        g = tl.zeros((BLOCK_N, BLOCK), dtype=tl.float32)  # dy w2, the gradient of the hidden row before its weight
-        g = add_product(g, dy_ptr, place // K, real, w2_ptr + expert * D * F, f, F, 1, D, F, BLOCK_K)
+        g = tl.zeros((BLOCK, NARROW), dtype=tl.float32)  # dy w2, the gradient of the hidden row before its weight
+        g = add_product(g, dy_ptr, place // K, real, w2_ptr + expert * D * F, f, F, 1, D, F, BLOCK // 2)
         at, mask = row[:, None] * F + f[None, :], real[:, None] & (f < F)[None, :]
         h1 = tl.load(h1_ptr + at, mask=mask, other=0.0).to(tl.float32)
         h3 = tl.load(h3_ptr + at, mask=mask, other=0.0).to(tl.float32)
         weight = tl.load(weight_ptr + place, mask=real, other=0.0).to(tl.float32)[:, None]
         gate = tl.sigmoid(h1)
         hidden = h1 * gate * h3
-        tl.store(dweight_ptr + column * N + place, tl.sum(g * hidden, 1), mask=real)
+        across = tl.cdiv(F, NARROW)
+        tl.store(dweight_ptr + place * across + tl.program_id(0) % across, tl.sum(g * hidden, 1), mask=real)
         tl.store(weighted_ptr + at, weight * hidden, mask=mask)
         g = weight * g
         tl.store(dh1_ptr + at, g * h3 * gate * (1 + h1 * (1 - gate)), mask=mask)
         tl.store(dh3_ptr + at, g * h1 * gate, mask=mask)
 
     @triton.jit
-    def down_kernel(
-        a_ptr,
-        wa_ptr,
-        b_ptr,
-        wb_ptr,
-        weight_ptr,
-        out_ptr,
-        order_ptr,
-        tile_ptr,
-        E,
-        D,
-        F,
-        w_stride_D,
-        w_stride_F,
-        BACKWARD: tl.constexpr,  # a wa + b wb; else weight * (a wa)
-        BLOCK_N: tl.constexpr,
-        BLOCK: tl.constexpr,
-        BLOCK_K: tl.constexpr,
-    ):
-        columns = tl.cdiv(D, BLOCK)
-        tile, d = tl.program_id(0) // columns, tl.program_id(0) % columns * BLOCK + tl.arange(0, BLOCK)
-        expert, row, real = tile_rows(tile_ptr, tile, BLOCK_N)
-        if expert == E:
+    def down_kernel(a_ptr, wa_ptr, weight_ptr, out_ptr, order_ptr, tile_ptr, D, F, BLOCK: tl.constexpr):
+        expert, row, real, place, d, exists = open_tile(order_ptr, tile_ptr, D, BLOCK, BLOCK)
+        if not exists:
             return
-        place, w_at = tl.load(order_ptr + row, mask=real, other=0), expert * F * D
-        out = tl.zeros((BLOCK_N, BLOCK), dtype=tl.float32)
-        out = add_product(out, a_ptr, row, real, wa_ptr + w_at, d, w_stride_F, w_stride_D, F, D, BLOCK_K)
-        if BACKWARD:
-            out = add_product(out, b_ptr, row, real, wb_ptr + w_at, d, w_stride_F, w_stride_D, F, D, BLOCK_K)
-        else:
-            out *= tl.load(weight_ptr + place, mask=real, other=0.0).to(tl.float32)[:, None]
+        out = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+        out = add_product(out, a_ptr, row, real, wa_ptr + expert * F * D, d, 1, F, F, D, BLOCK // 2)
+        out *= tl.load(weight_ptr + place, mask=real, other=0.0).to(tl.float32)[:, None]
+        tl.store(out_ptr + place[:, None] * D + d[None, :], out, mask=real[:, None] & (d < D)[None, :])
+
+    @triton.jit
+    def down_backward_kernel(a_ptr, wa_ptr, b_ptr, wb_ptr, out_ptr, order_ptr, tile_ptr, D, F, BLOCK: tl.constexpr):
+        expert, row, real, place, d, exists = open_tile(order_ptr, tile_ptr, D, BLOCK, BLOCK)
+        if not exists:
+            return
+        out = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+        out = add_product(out, a_ptr, row, real, wa_ptr + expert * F * D, d, D, 1, F, D, BLOCK // 2)
+        out = add_product(out, b_ptr, row, real, wb_ptr + expert * F * D, d, D, 1, F, D, BLOCK // 2)
         tl.store(out_ptr + place[:, None] * D + d[None, :], out, mask=real[:, None] & (d < D)[None, :])
 
     @triton.jit
     def outer_kernel(
-        left_ptr,
-        right_ptr,
-        out_ptr,
-        order_ptr,
-        end_ptr,
-        D,
-        F,
-        K,
-        out_stride_D,
-        out_stride_F,
-        BLOCK_N: tl.constexpr,
-        BLOCK: tl.constexpr,
-        BLOCK_K: tl.constexpr,
+        left_ptr, right_ptr, out_ptr, order_ptr, end_ptr, D, F, K, TURNED: tl.constexpr, BLOCK: tl.constexpr
     ):
-        """out_e[f, d] = sum over the expert's rows n of left[n, f] right[token n, d]; zero for one without rows."""
+        """out_e[f, d] = sum over the expert's rows n of left[n, f] right[token n, d]; or [d, f], where TURNED."""
         expert = tl.program_id(0).to(tl.int64)
-        f = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         d = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
         begin, end = tl.load(end_ptr + expert - 1, mask=expert > 0, other=0), tl.load(end_ptr + expert)
-        out = tl.zeros((BLOCK_N, BLOCK), dtype=tl.float32)
-        for start in range(begin, end, BLOCK_K):
-            row = start + tl.arange(0, BLOCK_K)
+        out = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+        for start in range(begin, end, BLOCK // 2):
+            row = start + tl.arange(0, BLOCK // 2)
             token = tl.load(order_ptr + row, mask=row < end, other=0) // K
             mask = (f < F)[:, None] & (row < end)[None, :]
             left = tl.load(left_ptr + row[None, :] * F + f[:, None], mask=mask, other=0.0)
             mask = (row < end)[:, None] & (d < D)[None, :]
             right = tl.load(right_ptr + token[:, None] * D + d[None, :], mask=mask, other=0.0)
             out = tl.dot(left, right, out, input_precision="ieee")
-        at = expert * F * D + f[:, None] * out_stride_F + d[None, :] * out_stride_D
-        tl.store(out_ptr + at, out, mask=(f < F)[:, None] & (d < D)[None, :])
+        at = d[None, :] * F + f[:, None] if TURNED else f[:, None] * D + d[None, :]
+        tl.store(out_ptr + expert * F * D + at, out, mask=(f < F)[:, None] & (d < D)[None, :])
 
 
-def blocks(dtype):
-    """Tile sizes and launch options: rows, columns, reduction.
+def launch_options(dtype):
+    """BLOCK, the rows and columns of a tile whose products go BLOCK / 2 deep, with warps and stages.
 
     16-bit: 128 x 128 x 64 feeds Hopper's matrix units; two accumulators take 128 registers of each of 256 threads, and
     three stages of x, w1 and w3 take 144 of 227 KiB of shared memory. Float32 runs on the ordinary units.
     """
     if dtype == torch.float32:
-        return {"BLOCK_N": 64, "BLOCK": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_N": 128, "BLOCK": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
+        return {"BLOCK": 64, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK": 128, "num_warps": 8, "num_stages": 3}
 
 
 def schedule(end_E, n_rows, block):
     """Tiles of up to `block` rows that each lie in one expert: (expert, first row, expert's end), int64 [M, 3].
 
     Made on the device; the host knows only the bound M = n_rows // block + E on their number. Tiles past the last have
-    expert E. An expert without rows has no tile.
+    expert E and begin at their end or after it. An expert without rows has no tile.
     """
     begin_E = torch.cat([end_E.new_zeros(1), end_E[:-1]])
     tiles_E = (end_E - begin_E + block - 1) // block
@@ -299,16 +259,15 @@ class GroupedExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD, expert_TK, weight_TK, w1_EFD, w2_EDF, w3_EFD, dtype):
         (T, K), (E, n_hidden, D) = expert_TK.shape, w1_EFD.shape
-        options = blocks(dtype)
         x, w1, w2, w3 = (t.to(dtype).contiguous() for t in (x_TD, w1_EFD, w2_EDF, w3_EFD))
-        weight_TK = weight_TK.contiguous()
+        weight_TK, options = weight_TK.contiguous(), launch_options(dtype)
         order_N, end_E = by_expert(expert_TK, E)
-        tile_M3 = schedule(end_E, T * K, options["BLOCK_N"])
+        tile_M3 = schedule(end_E, T * K, options["BLOCK"])
         h1_NF, h3_NF, hidden_NF = (x.new_empty(T * K, n_hidden) for _ in range(3))
-        grid = (len(tile_M3) * triton.cdiv(n_hidden, options["BLOCK"]),)
-        up_kernel[grid](x, w1, w3, h1_NF, h3_NF, hidden_NF, order_N, tile_M3, E, D, n_hidden, K, **options)
-        y_TKD = x.new_empty(T, K, D)
-        down(hidden_NF, w2, hidden_NF, w2, weight_TK, y_TKD, order_N, tile_M3, (n_hidden, 1), False, options)
+        grid = grid_of(tile_M3, n_hidden, options["BLOCK"])
+        up_kernel[grid](x, w1, w3, h1_NF, h3_NF, hidden_NF, order_N, tile_M3, D, n_hidden, K, **options)
+        y_TKD, grid = x.new_empty(T, K, D), grid_of(tile_M3, D, options["BLOCK"])
+        down_kernel[grid](hidden_NF, w2, weight_TK, y_TKD, order_N, tile_M3, D, n_hidden, **options)
         ctx.save_for_backward(x, weight_TK, w1, w2, w3, order_N, end_E, tile_M3, h1_NF, h3_NF)
         ctx.dtypes = x_TD.dtype, weight_TK.dtype, w1_EFD.dtype
         return y_TKD.sum(1, dtype=torch.float32).to(x_TD.dtype)
@@ -316,39 +275,29 @@ class GroupedExperts(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy_TD):
         x, weight_TK, w1, w2, w3, order_N, end_E, tile_M3, h1_NF, h3_NF = ctx.saved_tensors
-        (T, K), (E, n_hidden, D) = weight_TK.shape, w1.shape
-        options = blocks(x.dtype)
+        (T, K), (E, n_hidden, D), options = weight_TK.shape, w1.shape, launch_options(x.dtype)
         dy = dy_TD.to(x.dtype).contiguous()
         dh1_NF, dh3_NF, weighted_NF = (torch.empty_like(h1_NF) for _ in range(3))
-        # Its last step holds five tiles in registers: 128 columns spilled 1192 bytes a thread (sm_90), 64 none.
-        narrow = {**options, "BLOCK": 64}
-        columns = triton.cdiv(n_hidden, narrow["BLOCK"])
-        dweight_CTK = torch.empty(columns, T, K, dtype=torch.float32, device=x.device)
-        made = (dh1_NF, dh3_NF, weighted_NF, dweight_CTK)
-        sizes = (E, D, n_hidden, K, T * K)
-        grid = (len(tile_M3) * columns,)
-        up_backward_kernel[grid](dy, w2, h1_NF, h3_NF, weight_TK, *made, order_N, tile_M3, *sizes, **narrow)
-        dx_TKD = x.new_empty(T, K, D)
-        down(dh1_NF, w1, dh3_NF, w3, weight_TK, dx_TKD, order_N, tile_M3, (1, D), True, options)
-
-        def weight_gradient(left_NF, right_TD, w, strides):
-            out = torch.empty_like(w, dtype=ctx.dtypes[2])
-            grid = (E, triton.cdiv(n_hidden, options["BLOCK_N"]), triton.cdiv(D, options["BLOCK"]))
-            outer_kernel[grid](left_NF, right_TD, out, order_N, end_E, D, n_hidden, K, *strides, **options)
-            return out
-
-        dw1, dw3 = (weight_gradient(left, x, w1, (1, D)) for left in (dh1_NF, dh3_NF))
-        dw2 = weight_gradient(weighted_NF, dy, w2, (n_hidden, 1))
+        dweight_TKC = torch.empty(T, K, triton.cdiv(n_hidden, NARROW.value), dtype=torch.float32, device=x.device)
+        made = (dh1_NF, dh3_NF, weighted_NF, dweight_TKC, order_N, tile_M3)
+        grid = grid_of(tile_M3, n_hidden, NARROW.value)
+        up_backward_kernel[grid](dy, w2, h1_NF, h3_NF, weight_TK, *made, D, n_hidden, K, **options)
+        dx_TKD, grid = x.new_empty(T, K, D), grid_of(tile_M3, D, options["BLOCK"])
+        down_backward_kernel[grid](dh1_NF, w1, dh3_NF, w3, dx_TKD, order_N, tile_M3, D, n_hidden, **options)
+        dws, grid = [], (E, *(triton.cdiv(width, options["BLOCK"]) for width in (n_hidden, D)))
+        for left_NF, right_TD, w, turned in (
+            (dh1_NF, x, w1, False),
+            (weighted_NF, dy, w2, True),
+            (dh3_NF, x, w3, False),
+        ):
+            dws.append(torch.empty_like(w, dtype=ctx.dtypes[2]))
+            outer_kernel[grid](left_NF, right_TD, dws[-1], order_N, end_E, D, n_hidden, K, turned, **options)
         dx = dx_TKD.sum(1, dtype=torch.float32).to(ctx.dtypes[0])
-        return dx, None, dweight_CTK.sum(0).to(ctx.dtypes[1]), dw1, dw2, dw3, None
+        return dx, None, dweight_TKC.sum(2).to(ctx.dtypes[1]), *dws, None
 
 
-def down(a_NF, wa, b_NF, wb, weight_TK, out_TKD, order_N, tile_M3, strides, backward, options):
-    """Rows of width F through [F, D] matrices with `strides` of (D, F), each written to its place in out_TKD."""
-    n_hidden, D = a_NF.shape[1], out_TKD.shape[2]
-    grid = (len(tile_M3) * triton.cdiv(D, options["BLOCK"]),)
-    arguments = (a_NF, wa, b_NF, wb, weight_TK, out_TKD, order_N, tile_M3, len(wa), D, n_hidden, *strides)
-    down_kernel[grid](*arguments, BACKWARD=backward, **options)
+def grid_of(tile_M3, width, block):
+    return (len(tile_M3) * triton.cdiv(width, block),)
 
 
 # ---- the operation ----
@@ -369,24 +318,11 @@ def choose(impl, device, dtype=torch.bfloat16):
     grouped = device.type == "cuda" and hasattr(F, "grouped_mm")
     if impl == "auto":
         return "grouped" if grouped and dtype == torch.bfloat16 else "ref"
-    if impl not in IMPLS:
-        raise ValueError(f"kernels.moe has no implementation '{impl}'; it has {', '.join(IMPLS)}")
-    if impl == "grouped" and not grouped:
-        raise ValueError(f"kernels.moe: 'grouped' needs a CUDA device and was asked to run on {device.type}; use ref")
-    if impl == "triton" and (reason := why_not_triton(device, dtype)):
-        raise ValueError(f"kernels.moe: 'triton' {reason}; use ref")
-    return impl
-
-
-def why_not_triton(device, dtype):
-    """Why the kernels cannot run here, or None."""
-    if reason := why_not_on(device):
-        return reason
-    if INTERPRETED and dtype == torch.bfloat16:  # it would multiply the bit patterns as integers
-        return "cannot compute in bfloat16 under TRITON_INTERPRET=1, whose dot product knows float32 and float16"
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"computes in float32, float16 or bfloat16 and was given {str(dtype).removeprefix('torch.')}"
-    return None
+    reasons = {
+        "ref": None,
+        "grouped": None if grouped else f"needs a CUDA device and was asked to run on {device.type}",
+    }
+    return check_impl("moe", impl, reasons | {"triton": why_not_triton(device, dtype, DTYPES)}, "ref")
 
 
 def moe(x_TD, expert_TK, weight_TK, w1_EFD, w2_EDF, w3_EFD, impl="auto"):
