@@ -29,7 +29,7 @@ import warnings
 import zlib
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError, features
@@ -77,8 +77,9 @@ def upright(image):
     return *(image.size if orientation in (5, 6, 7, 8) else image.size[::-1]), orientation
 
 
-def checksum(row, text):
-    return zlib.crc32(text, zlib.crc32(row.tobytes()[8:-4]))
+def checksum(raw, text):
+    """Of a row's bytes, less where its text ends and the checksum itself, and of its text."""
+    return zlib.crc32(text, zlib.crc32(raw[8:-4]))
 
 
 class Source:
@@ -87,7 +88,7 @@ class Source:
     def __init__(self, table, number):
         self.table, self.number, self.row = table, number, table.rows[number]
         text = table.text(number)
-        if checksum(self.row, text) != self.row["check"]:
+        if checksum(self.row.tobytes(), text) != self.row["check"]:
             raise ValueError(f"the table of sources in {table.folder} is damaged: remove it, and it is made anew")
         name, _, self.note = text.partition(b"\0")
         self.name, self.id = name.decode(), int(self.row["id"])
@@ -396,8 +397,8 @@ def scan(job):
         found = [(readable(name), note, scan_file(join(path, name), note)) for name, note in entries]
     texts = [name + b"\0" * bool(note) + note for name, note, _ in found]
     rows = np.array([(0, name_hash(name), place, *row, 0) for name, _, row in found], ROW_TYPE)
-    for row, text in zip(rows, texts, strict=True):
-        row["check"] = checksum(row, text)
+    raw, size = memoryview(rows.tobytes()), ROW_TYPE.itemsize
+    rows["check"] = [checksum(raw[k * size : (k + 1) * size], text) for k, text in enumerate(texts)]
     rows["name"] = np.cumsum([len(text) + 1 for text in texts]) - 1
     return rows, b"".join(text + b"\n" for text in texts)
 
@@ -457,11 +458,12 @@ def scan_tar(path):
 def tar_images(data, end, when):
     spans = dict(tar_members(data, end))
     for member, (first, size) in spans.items():
-        at = PurePosixPath(member)
-        if at.suffix.lower() in SUFFIXES:
+        stem, _, suffix = member.rpartition(".")
+        if f".{suffix}".lower() in SUFFIXES and not stem.endswith("/") and stem:
             read = lambda n, first=first: bytes(data[first : first + n])  # noqa: E731
             shape = size_of(read(min(size, HEAD)), lambda size=size, read=read: read(size))
             # webdataset splits names at the first dot ("1.left.jpg" has "1.txt"), people at the last
-            keys = (at.with_suffix("").as_posix(), (at.parent / at.name.split(".")[0]).as_posix())
+            folder, slash, name = stem.rpartition("/")
+            keys = (stem, folder + slash + name.split(".")[0])
             texts = [next((spans[key + s] for key in keys if key + s in spans), (0, 0)) for s in TEXTS]
             yield member, (*shape, first // BLOCK, min(size, 2**32 - 1), when, *(at // BLOCK for at, _ in texts))
