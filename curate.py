@@ -24,7 +24,7 @@ import data
 from common.commands import Parser, choose_device, in_range, one_line_errors, run_command
 from common.pictures import ACROSS, cluster_sheet
 from common.sources import find_sources
-from common.store import write_atomically
+from common.store import digest, write_atomically
 from images import load_image
 from kernels.kmeans import PRODUCTS, Assignment, product_for
 from kernels.seeds import draw_seeds, random_of, single_threaded
@@ -163,10 +163,10 @@ class Points:
 
         def work(block):
             raw = np.ascontiguousarray(self.read(slice(self.lo + block.start, self.lo + block.stop))).view(np.uint8)
-            return [data.digest(raw[first : first + BLOCK]) for first in range(0, len(raw), BLOCK)]
+            return [digest(raw[first : first + BLOCK]) for first in range(0, len(raw), BLOCK)]
 
         blocks = itertools.chain(*self.all_gather(list(itertools.chain(*self.each_block(work)))))
-        return data.digest("".join(blocks).encode())
+        return digest("".join(blocks).encode())
 
     def subset(self, ids, alone=False):
         """Some of the points as Points in memory, on every rank."""
@@ -587,7 +587,7 @@ def check_same_tree(out, points, config):
         before = dict(json.loads((out / "tree.json").read_bytes()))
     if differ := {k: (before.get(k), about.get(k)) for k in before | about if before.get(k) != about.get(k)}:
         raise ValueError(f"--out {out} holds the tree of another run, (then, now): {differ}; choose another folder")
-    return data.digest(json.dumps(about, sort_keys=True).encode())
+    return digest(json.dumps(about, sort_keys=True).encode())
 
 
 def run(config):

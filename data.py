@@ -34,7 +34,7 @@ Shape letters: T tokens of a pack, M images in it, N images, C channels of a tea
 
 from amoe import ROW, dequantise, pack, quantise
 from common.commands import Parser, choose_device, in_range, one_line, one_line_errors, run_command
-from common.order import FULL, OPEN_PACKS, WINDOW, Order, Position, held_out, read_subset  # noqa: F401  (for callers)
+from common.order import FULL, OPEN_PACKS, WINDOW, Order, Position, held_out, read_subset  # noqa: F401  (as data.Order too)
 from common.sources import Sources, find_sources, is_in
 from common.store import (
     SHARED,

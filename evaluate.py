@@ -15,10 +15,10 @@ patches, H x W pixels.
 import amoe
 from amoe import PATCH, pack, split_by_tokens, to_rows
 from common.commands import Parser, choose_device, in_range, one_line_errors, run_command
+from common.order import held_out
 from common.pictures import finite, pca_sheet
 from common.sources import find_sources, upright, with_image
 from common.store import write_atomically
-from data import held_out
 from images import Images, resized
 from teachers import embed_text, load_teachers, make_targets, run_teachers
 

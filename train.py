@@ -15,10 +15,11 @@ from common.checkpoints import checkpoints, newest_checkpoint, save
 from common.commands import Parser, in_range, locked, run_command
 from common.log import Interval, Log, first_line
 from common.muon import Muon
+from common.order import Order, Position, read_subset
 from common.pictures import curves, draw
 from common.process import setup
 from common.sources import find_sources
-from common.store import write_atomically
+from common.store import digest, open_store, unseal, write_atomically
 from hub.card import card
 from images import Images
 from kernels.attention import block_mask, image_runs, mask_blocks
@@ -184,7 +185,7 @@ class Run:
     writing: object = None  # the future of the newest checkpoint
     saved: float = field(default_factory=time.monotonic)  # when that was begun, or the run
     step: int = 0
-    position: data.Position = field(default_factory=data.Position)
+    position: Position = field(default_factory=Position)
     tokens: int = 0  # trained on, padding not counted
     seconds: float = 0.0  # in training
     recent: list = field(default_factory=lambda: [([], torch.tensor(0))])  # (image ids, bad_steps[1]) of recent steps
@@ -195,7 +196,7 @@ def train(flags, process, compiled):
     """A run: prepare, loop, finish. A signal saves, and leaves a student behind as well."""
     run = prepare(flags, process, compiled)
     signals = catch_signals()
-    order = data.Order(run.dataset, flags.tokens, flags.seed, run.subset, run.model.registers)
+    order = Order(run.dataset, flags.tokens, flags.seed, run.subset, run.model.registers)
     threads = flags.workers or (2 if process.device.type == "cuda" else 0)
     reading = {"per_step": flags.accumulate, "threads": threads, "on_corrupt": flags.on_corrupt}
     batches = data.loader(order, run.position, process.rank, process.world, **reading)
@@ -436,7 +437,7 @@ def state_of(run):
 def hash_of_data(run):
     """Of what packs and targets depend on: the dataset, its teachers' spaces included, and the ids of --subset."""
     subset = b"" if run.subset is None else run.subset.tobytes()
-    return data.digest(run.dataset.about["hash"].encode() + subset)
+    return digest(run.dataset.about["hash"].encode() + subset)
 
 
 def restore(run, path, state):
@@ -476,7 +477,7 @@ def restore(run, path, state):
     run.step, run.tokens, run.seconds = state["step"], state["tokens"], state["seconds"]
     run.began, run.skipped, run.recent = run.began - state["elapsed"], state["skipped"], [([], state["bad_steps"][1])]
     p = state["position"]
-    run.position = data.Position(p["epoch"], p["window"], p["pack"], tuple(tuple(c) for c in p["carried"]))
+    run.position = Position(p["epoch"], p["window"], p["pack"], tuple(tuple(c) for c in p["carried"]))
 
 
 # ---- preparing ----
@@ -487,7 +488,7 @@ def prepare(flags, process, compiled):
     folder, began = Path(flags.out), time.perf_counter()
     if process.rank == 0:
         clear_run_folder(folder, flags)
-    subset = data.read_subset(flags.subset)
+    subset = read_subset(flags.subset)
     dataset, spaces, teachers, world = open_data(flags, process, compiled)
     spaces = rebalanced(flags, dataset, spaces, teachers, process.device)
     model = build(flags, spaces, process.device)
@@ -552,7 +553,7 @@ def open_images(flags, process, compiled):
     skipped, quiet = out / "skipped.jsonl", process.rank > 0
     sources, said = find_sources(flags.images), " ".join(flags.images)
     dataset = Images(sources, said, **layout, seed=flags.seed, skipped=skipped, quiet=quiet)
-    store = data.open_store(out)
+    store = open_store(out)
     if process.rank == 0:
         print(f"running {', '.join(t.name for t in teachers)} at every step", flush=True)
         data.fit_or_read_spaces(store, "spaces.json", {}, out, dataset, teachers, flags.calibrate, process.device)
@@ -561,7 +562,7 @@ def open_images(flags, process, compiled):
         for teacher in teachers:
             if isinstance(teacher, Teacher):
                 teacher.compile()
-    dataset.about = data.unseal(store.read("spaces.json").result().value)
+    dataset.about = unseal(store.read("spaces.json").result().value)
     return dataset, data.read_spaces(store, dataset.about, out), teachers
 
 

@@ -9,6 +9,7 @@ others. DIR has real.py and cifar.py.
 import amoe
 import data
 import evaluate
+from common.order import Order, held_out
 from common.sources import find_sources
 
 # isort: split
@@ -67,7 +68,7 @@ def prepare(args):
         table = find_sources(images)
         ids = np.random.default_rng(0).permutation(table.part(0, len(table))["id"])[:most]
         np.save(args.work / f"{name}.npy", ids)
-        np.save(args.work / f"{name}-{few}.npy", ids[~data.held_out(ids)][:few])
+        np.save(args.work / f"{name}-{few}.npy", ids[~held_out(ids)][:few])
     for dim in (64, 256):
         config = amoe.Config(4, dim, dim // 32, 32, experts=8, top_k=2, expert_hidden=dim)
         amoe.save(amoe.AMoE(config, []), args.work / f"width-{dim}")
@@ -75,7 +76,7 @@ def prepare(args):
 
 def scores_of_seen(student, cache, subset):
     """(how many images are trained on; on 500 of them at most, the cosines that result.json has of those held out)."""
-    kept = data.Order(cache, 4096, 0, subset).kept
+    kept = Order(cache, 4096, 0, subset).kept
     entries = [(number, int(i)) for number in cache.numbers for i in kept(number)]
     models = {"student": evaluate.of_student(student), "teacher": evaluate.of_targets(cache.spaces)}
     how = {"neighbours": False, "progress": False, "entries": entries[:: -(-len(entries) // 500)]}

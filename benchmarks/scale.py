@@ -13,10 +13,12 @@ import data
 import images
 from amoe import PhiS, Space
 from benchmarks.tables import table
+from common.order import WINDOW, Order, Position, read_subset
 from common.sources import ROW_TYPE, Sources, find_sources
-from common.store import name_hash, seal, unseal
+from common.store import digest, name_hash, open_store, seal, unseal
 from common.tars import tar_members
 from images import Images
+from teachers import space_bytes
 
 # isort: split
 import argparse
@@ -61,19 +63,19 @@ def make_table(folder, n):
 
 def make_cache(folder, n, ids):
     """A cache of n images with an index, of which the first shards alone have their arrays, for the first batch."""
-    store, phi_s = data.open_store(folder), PhiS.fit(torch.from_numpy(np.random.default_rng(0).normal(size=(64, DIM))))
+    store, phi_s = open_store(folder), PhiS.fit(torch.from_numpy(np.random.default_rng(0).normal(size=(64, DIM))))
     space = Space("t", DIM, 0, phi_s=phi_s, summary_mean=phi_s.mean.float(), summary_variance=1.0)
-    raw = data.space_bytes(space, space.summary_mean.clone())
+    raw = space_bytes(space, space.summary_mean.clone())
     store.write("teachers/t.safetensors", raw).result()
     about = {"format": data.FORMAT, "dtype": "int8", "pixels": True, "patches": True, "shard_images": SHARD, "seed": 0}
     about |= {"teachers": {"t": {"dim": DIM, "registers": 0}}, "min_tokens": 1, "max_tokens": 256, "sources": n}
-    about |= {"views": 1, "sources_hash": "0", "teachers_hash": {"t": data.digest(raw)}}
+    about |= {"views": 1, "sources_hash": "0", "teachers_hash": {"t": digest(raw)}}
     store.write("cache.json", seal(about)).result()
     cache = data.Cache(folder)
     counts = np.minimum(SHARD, n - SHARD * np.arange(cache.n_shards))
     shards = np.stack([counts, np.zeros(cache.n_shards, np.int64)], 1)
     record = {"cache": cache.about["hash"], "images": n, "rows": 0, "skipped": [], "power": {}, "content": ""}
-    for number, m in enumerate(counts[: data.WINDOW].tolist()):
+    for number, m in enumerate(counts[:WINDOW].tolist()):
         arrays = {"pixels": np.zeros((256 * m, 768), np.uint8), "patch.t": np.ones((256 * m, DIM), np.int8)}
         arrays |= {"ids": ids[number * SHARD :][:m], "shapes": np.full((m, 2), 16, np.int32)}
         arrays |= {"summary.t": np.ones((m, DIM), np.float32)}
@@ -92,12 +94,12 @@ def open_table(folder):
 
 def plan(dataset, windows=25):
     """Images planned a second, in the fastest window: what runs beside changes the rest."""
-    order, position, best = data.Order(dataset, TOKENS), data.Position(), 0.0
+    order, position, best = Order(dataset, TOKENS), Position(), 0.0
     for window in range(min(windows, order.windows)):
         began = time.process_time()
         packs, carried = order.plan(position)
         best = max(best, sum(map(len, packs)) / (time.process_time() - began))
-        position = data.Position(0, min(window + 1, order.windows - 1), 0, carried)
+        position = Position(0, min(window + 1, order.windows - 1), 0, carried)
     return best
 
 
@@ -106,17 +108,17 @@ def start_with_images(folder):
 
 
 def start_with_cache(folder):
-    return data.Order(data.Cache(folder / "cache"), TOKENS)
+    return Order(data.Cache(folder / "cache"), TOKENS)
 
 
 def first_batch(folder):
     cache = data.Cache(folder / "cache")
-    cache.numbers = cache.numbers[: data.WINDOW]  # whose arrays are there
-    next(data.loader(data.Order(cache, TOKENS), data.Position()))
+    cache.numbers = cache.numbers[:WINDOW]  # whose arrays are there
+    next(data.loader(Order(cache, TOKENS), Position()))
 
 
 def subset(folder):
-    data.Order(open_table(folder), TOKENS, subset=data.read_subset(folder / "half.npy")).plan(data.Position())
+    Order(open_table(folder), TOKENS, subset=read_subset(folder / "half.npy")).plan(Position())
 
 
 def summaries(folder):
@@ -171,12 +173,12 @@ def headers_read(folder):
     (folder / "images").mkdir()
     for i in range(64):
         Image.new("RGB", (64, 64), (4 * i, 0, 0)).save(folder / f"images/{i}.png")
-    dataset, position, seen = Images(find_sources(folder / "images")), data.Position(), 0
+    dataset, position, seen = Images(find_sources(folder / "images")), Position(), 0
     with (
         mock.patch("common.sources.read_bytes", wraps=common.sources.read_bytes) as opened,
         mock.patch("images.image_shape", wraps=images.image_shape) as sized,
     ):
-        batches = data.loader(data.Order(dataset, 200), position)
+        batches = data.loader(Order(dataset, 200), position)
         while position.epoch == 0:
             batch, position = next(batches)
             seen += batch.n_images

@@ -31,6 +31,7 @@ import amoe
 import data
 import teachers
 from benchmarks.step import CUDA, in_turns, measure_step, padded
+from common.order import WINDOW, Order, Position
 from kernels.bench import record
 
 # ---- teachers ----
@@ -98,9 +99,9 @@ def drop_pages(folder):
 def open_window(path, n_tokens):
     """(order of the packs of a cache's first window of shards alone, those packs)."""
     cache = data.Cache(path)
-    cache.numbers = cache.numbers[: data.WINDOW]
-    order = data.Order(cache, n_tokens)
-    packs, position = order.plan(data.Position())[0], data.Position()
+    cache.numbers = cache.numbers[:WINDOW]
+    order = Order(cache, n_tokens)
+    packs, position = order.plan(Position())[0], Position()
     # what threads read ahead at the end of the window is one image
     order.packs = lambda *_: ((pack, position) for pack in itertools.chain(packs, itertools.repeat(packs[-1][:1])))
     return order, packs
@@ -136,8 +137,8 @@ def plain_reader(cache, packs, folder, maps):
 
 def waiting(path, n_tokens, threads, step_s=0.08, steps=30):
     """Share of the time that a consumer waits which, like a GPU's step, leaves the host idle for step_s."""
-    order = data.Order(data.Cache(path), n_tokens)
-    batches, waits = data.loader(order, data.Position(), threads=threads), []
+    order = Order(data.Cache(path), n_tokens)
+    batches, waits = data.loader(order, Position(), threads=threads), []
     for _ in range(12 + steps):
         began = time.perf_counter()
         next(batches)
@@ -156,7 +157,7 @@ def measure_loader(path, n_tokens, repeats):
     orders = [order]
 
     def read(threads):
-        batches = data.loader(orders[0], data.Position(), threads=threads)
+        batches = data.loader(orders[0], Position(), threads=threads)
         for _ in packs:
             next(batches)
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 import amoe
 import data
 import train
+from common.order import Order, Position
 from kernels.attention import mask_blocks
 from kernels.bench import median_ms, peaks
 
@@ -152,8 +153,8 @@ def open_packs(flags, process, compiled):
     """(endless packs, four of mixed lengths, spaces, teachers to run online): of --cache or --images, else random."""
     if flags.cache or flags.images:
         dataset, spaces, online, _ = train.open_data(flags, process, compiled)
-        order = data.Order(dataset, flags.tokens, flags.seed, registers=amoe.CONFIGS[flags.model].registers)
-        packs = (batch for batch, _ in data.loader(order, data.Position(), threads=2 if CUDA else 0))
+        order = Order(dataset, flags.tokens, flags.seed, registers=amoe.CONFIGS[flags.model].registers)
+        packs = (batch for batch, _ in data.loader(order, Position(), threads=2 if CUDA else 0))
         return packs, list(itertools.islice(packs, 4)), spaces, online
     spaces = random_spaces(small=not CUDA)
     uniform = [random_pack([(16, 16)] * (flags.tokens // 261), flags.tokens, spaces, seed) for seed in range(2)]

@@ -16,6 +16,7 @@ from PIL import Image
 import curate
 import data
 from common.commands import run_command
+from common.order import Order
 from kernels import kmeans as km
 from kernels import seeds
 
@@ -475,7 +476,7 @@ def test_command_takes_a_cache(cache, world, tmp_path):
     assert set(kept) <= set(world.index) and kept.max() > len(ids)  # ids are hashes, rows are small
     sheet = np.asarray(Image.open(tmp_path / "out" / "clusters.png"))
     assert (sheet != 255).any(2).mean() > 0.2
-    order = data.Order(cache, 512, subset=kept)  # what train.py --subset makes of it
+    order = Order(cache, 512, subset=kept)  # what train.py --subset makes of it
     trained = {int(i) for number in cache.numbers for i in np.array(cache.shard(number).ids)[order.kept(number)]}
     assert trained and trained <= set(kept)
 

@@ -19,6 +19,7 @@ from PIL import Image
 import amoe
 import data
 import toy
+from common.order import FULL, OPEN_PACKS, WINDOW, Order, Position, held_out
 from common.sources import find_sources
 from images import load_image
 from kernels import rope
@@ -293,7 +294,7 @@ def test_a_cache_without_pixels_gives_the_batches_of_one_with_them(plug_in, tmp_
             for number in kept.numbers:
                 entries = [(number, i) for i in range(len(kept.shard(number).ids))][::-2]
                 assert alike(opened.read(entries), kept.read(entries))
-        steps = [data.loader(data.Order(c, 300), data.Position()) for c in (lean, kept)]
+        steps = [data.loader(Order(c, 300), Position()) for c in (lean, kept)]
         assert all(alike(next(steps[0])[0], next(steps[1])[0]) for _ in range(12))
         pictures = [data.thumbnails(c.path, kept.all_ids()[3:30:3], folder) for c in (lean, kept)]
         assert all(np.array_equal(a, b) for a, b in zip(*pictures, strict=True))
@@ -366,25 +367,24 @@ def test_the_size_is_said_before_and_a_disk_without_room_is_an_error(world, orac
 
 
 def walk(order, n, position=None):
-    packs = order.packs(data.Position() if position is None else position)
+    packs = order.packs(Position() if position is None else position)
     return [next(packs) for _ in range(n)]
 
 
 def test_an_epoch_shows_every_trained_image_about_once(cache):
     """Catches images lost with the last, underfull pack, and held-out images that are trained on."""
-    order = data.Order(cache, 300, seed=3)
+    order = Order(cache, 300, seed=3)
     seen = [image for pack, position in walk(order, 60) if position.epoch < 2 for image in pack]
     trained = [(n, i) for n in cache.numbers for i in order.kept(n).tolist()]
     assert (
-        set(seen) == set(trained)
-        and len(trained) == 80 - data.held_out(np.concatenate([s.ids for s in cache.shards])).sum()
+        set(seen) == set(trained) and len(trained) == 80 - held_out(np.concatenate([s.ids for s in cache.shards])).sum()
     )
     assert max(seen.count(image) for image in trained) <= 3
 
 
 def test_packs_are_full(cache):
     """Catches a pack closed at the first image that does not fit."""
-    order = data.Order(cache, 1000)
+    order = Order(cache, 1000)
     fills = [sum(5 + int(cache.shard(n).shapes[i].prod()) for n, i in pack) / 1000 for pack, _ in walk(order, 40)]
     assert np.mean(fills) > 0.97 and max(fills) <= 1
 
@@ -405,7 +405,7 @@ def test_packs_of_mixed_resolutions_are_full(n_tokens):
     """Catches next-fit, which leaves a tenth of a pack of 4096 tokens empty."""
     dataset = Synthetic()
     dataset.shard = functools.cache(dataset.shard)
-    order = data.Order(dataset, n_tokens)
+    order = Order(dataset, n_tokens)
     fills = [sum(map(order.length, pack)) / n_tokens for pack, _ in walk(order, 500)]
     assert np.mean(fills) > 0.97 and max(fills) <= 1
 
@@ -413,7 +413,7 @@ def test_packs_of_mixed_resolutions_are_full(n_tokens):
 def planned_by_asking_every_pack(order, position):
     """The rule, as plainly as it can be said: every image into the first pack with room for it."""
     numbers = np.random.default_rng([order.seed, position.epoch]).permutation(order.dataset.numbers)
-    numbers = numbers[position.window * data.WINDOW : (position.window + 1) * data.WINDOW].tolist()
+    numbers = numbers[position.window * WINDOW : (position.window + 1) * WINDOW].tolist()
     images = [(number, int(i)) for number in numbers for i in order.kept(number)]
     shuffle = np.random.default_rng([order.seed, position.epoch, position.window + 1]).permutation(len(images))
     room, packs = [], []
@@ -425,7 +425,7 @@ def planned_by_asking_every_pack(order, position):
             room.append(order.n_tokens)
         packs[p].append(image)
         room[p] -= length
-    late = [p for p in range(len(packs))[-data.OPEN_PACKS :] if room[p] > (1 - data.FULL) * order.n_tokens]
+    late = [p for p in range(len(packs))[-OPEN_PACKS:] if room[p] > (1 - FULL) * order.n_tokens]
     carried = tuple(image for p in late for image in packs[p])
     return [sorted(packs[p], key=order.length) for p in range(len(packs)) if p not in late], carried
 
@@ -440,34 +440,34 @@ def test_packs_are_those_of_first_fit(low, high, n_tokens):
         shapes = np.random.default_rng(number).integers(low, high, (40, 2)).astype(np.int32)
         return SimpleNamespace(ids=np.arange(40) + 40 * number, shapes=shapes)
 
-    n, shard = 2 * data.WINDOW + 3, functools.cache(shard)
+    n, shard = 2 * WINDOW + 3, functools.cache(shard)
     dataset = SimpleNamespace(path="synthetic", numbers=list(range(n)), n_shards=n, shard=shard)
-    order, position = data.Order(dataset, n_tokens, seed=5, subset=np.arange(0, 1400, 3)), data.Position()
+    order, position = Order(dataset, n_tokens, seed=5, subset=np.arange(0, 1400, 3)), Position()
     for epoch, window in ((0, 0), (0, 1), (0, 2), (1, 0)):
-        position = data.Position(epoch, window, 0, position.carried)
+        position = Position(epoch, window, 0, position.carried)
         packs, carried = order.plan(position)
         assert (packs, carried) == planned_by_asking_every_pack(order, position)
         assert all(i in order.subset for p in packs for i in (dataset.shard(n).ids[j] for n, j in p))
-        position = data.Position(carried=carried)
+        position = Position(carried=carried)
 
 
 def test_the_order_goes_on_from_any_position(cache):
     """Catches a sampler that begins anew on resume."""
-    order = data.Order(cache, 300, seed=1)
+    order = Order(cache, 300, seed=1)
     whole = walk(order, 40)
     for cut in (1, 7, 20):
         assert walk(order, 40 - cut, whole[cut - 1][1]) == whole[cut:]
-    assert walk(data.Order(cache, 300, seed=2), 40) != whole
+    assert walk(Order(cache, 300, seed=2), 40) != whole
 
 
 @pytest.mark.parametrize("threads", [0, 2])
 def test_ranks_and_threads_share_one_global_order(cache, threads):
     """Catches ranks that draw orders of their own, and threads that return packs out of turn."""
-    order = data.Order(cache, 300, seed=1)
+    order = Order(cache, 300, seed=1)
     whole = [[int(cache.shard(n).ids[i]) for n, i in pack] for pack, _ in walk(order, 8)]
     ranks = []
     for rank in range(2):
-        batches = iter(data.loader(order, data.Position(), rank, 2, 2, threads))
+        batches = iter(data.loader(order, Position(), rank, 2, 2, threads))
         ranks.append([next(batches) for _ in range(4)])
     assert [ranks[n % 2][n // 2][0].ids.tolist() for n in range(8)] == whole
     after = walk(order, 8)[3][1]
@@ -477,30 +477,30 @@ def test_ranks_and_threads_share_one_global_order(cache, threads):
 def test_a_subset_is_all_that_is_trained_on(cache):
     """Catches a subset taken as indices."""
     ids = cache.shard(0).ids[:12]
-    order = data.Order(cache, 300, subset=ids)
+    order = Order(cache, 300, subset=ids)
     seen = {int(cache.shard(n).ids[i]) for pack, _ in walk(order, 10) for n, i in pack}
-    assert seen == {int(i) for i in ids if not data.held_out(i)}
+    assert seen == {int(i) for i in ids if not held_out(i)}
     with pytest.raises(ValueError, match="no image to train on"):
-        data.Order(cache, 300, subset=[1, 2])
+        Order(cache, 300, subset=[1, 2])
 
 
 def test_a_run_says_what_it_trains_on(cache):
     """Catches counts that include what is held out or unusable, and a large dataset whose every shard is opened."""
-    held = sum(int(data.held_out(shard.ids).sum()) for shard in cache.shards)
-    assert data.Order(cache, 300).counts() == f"images: {80 - held} to train on, {held} held out"
+    held = sum(int(held_out(shard.ids).sum()) for shard in cache.shards)
+    assert Order(cache, 300).counts() == f"images: {80 - held} to train on, {held} held out"
     ids = cache.shard(0).ids[:12]
-    kept = int((~data.held_out(ids)).sum())
-    said = data.Order(cache, 300, subset=ids).counts()
+    kept = int((~held_out(ids)).sum())
+    said = Order(cache, 300, subset=ids).counts()
     assert said == f"images: {kept} to train on, {held} held out, {80 - held - kept} left out by --subset"
-    few = data.held_out(cache.shard(0).ids).sum() + data.held_out(cache.shard(2).ids).sum()
-    said = data.Order(data.Cache(cache.path), 300).counts(2)
+    few = held_out(cache.shard(0).ids).sum() + held_out(cache.shard(2).ids).sum()
+    said = Order(data.Cache(cache.path), 300).counts(2)
     assert said == f"images: about {80 - 2 * few} to train on, about {2 * few} held out"
 
 
 def test_a_pack_smaller_than_an_image_is_an_error(cache):
     """Catches an endless loop over packs that nothing fits."""
     with pytest.raises(ValueError, match="--tokens 20"):
-        walk(data.Order(cache, 20), 1)
+        walk(Order(cache, 20), 1)
 
 
 # ---- the toy world and the command line ----
@@ -550,5 +550,5 @@ def test_bench_reads_what_plain_files_hold(cache, tmp_path):
 
 
 def kept(cache):
-    order = data.Order(cache, 400)
+    order = Order(cache, 400)
     return [(n, order.kept(n)) for n in cache.numbers]

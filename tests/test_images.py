@@ -20,9 +20,9 @@ import torch
 from PIL import Image, ImageOps, features
 
 import amoe
-import data
 import images
 from common import sources as sources_file
+from common.order import held_out
 from common.pixels import grid
 
 
@@ -437,7 +437,7 @@ def test_budgets_are_drawn_by_seed_and_id_in_training_and_held_out_images_alike(
     """Catches a budget by the remainder of the id, which decides as well what is held out, and one that a decoder does
     not share with the table of shapes."""
     ids = np.random.default_rng(0).integers(2**63, size=60_000)
-    for part in (ids[data.held_out(ids)], ids[~data.held_out(ids)]):
+    for part in (ids[held_out(ids)], ids[~held_out(ids)]):
         drawn = images.choose_budget(0, part, [256, 1024, 2304])
         assert all(abs((drawn == b).mean() - 1 / 3) < 0.02 for b in (256, 1024, 2304))
     both = [images.choose_budget(seed, ids, [256, 1024]) == 256 for seed in (0, 1)]

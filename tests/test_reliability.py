@@ -16,6 +16,8 @@ import torch
 from PIL import Image
 
 import data
+from common.order import Order, Position
+from common.store import seal
 from teachers import load_teachers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -215,7 +217,7 @@ def test_opening_a_cache_with_an_index_reads_no_shard(cache, tmp_path):
     opened = data.Cache(path)
     for number in range(4):
         (path / f"shards/{number:05d}/shard.json").rename(tmp_path / str(number))
-    assert reads() == known and len(data.Order(data.Cache(path), 300).plan(data.Position())[0]) > 5
+    assert reads() == known and len(Order(data.Cache(path), 300).plan(Position())[0]) > 5
     with pytest.raises(data.Damage, match="shard 00002: missing"):
         opened.read([(2, 1)])
     for number in range(4):
@@ -255,9 +257,7 @@ def test_an_index_of_other_shards_is_an_error(cache, world, oracles, tmp_path):
     shutil.rmtree(path / "index")
     shutil.copytree(Path(cache.path) / "index", path / "index")
     record = path / "shards/00001/shard.json"
-    record.write_bytes(
-        data.seal({k: v for k, v in json.loads(record.read_bytes()).items() if k != "hash"} | {"power": {}})
-    )
+    record.write_bytes(seal({k: v for k, v in json.loads(record.read_bytes()).items() if k != "hash"} | {"power": {}}))
     with pytest.raises(data.Damage, match="shard 00001: it is not the one that the index was made of"):
         data.Cache(path).read([(1, 3)])
 
@@ -316,7 +316,7 @@ def test_records_and_descriptions_of_other_kinds_are_refused(cache, tmp_path):
     ):
         before = (path / file).read_bytes()
         content = {k: v for k, v in json.loads(before).items() if k != "hash"}
-        (path / file).write_bytes(data.seal(content | wrong))
+        (path / file).write_bytes(seal(content | wrong))
         with pytest.raises(ValueError, match=f"{next(iter(wrong))}|shard 00001"):
             data.Cache(path).drop_damaged()
         (path / file).write_bytes(b"[]")

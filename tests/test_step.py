@@ -18,6 +18,7 @@ import data
 import kernels.moe
 import train
 from benchmarks.step import measure_step, padded
+from common.order import Order, Position
 from common.process import Process
 from kernels.attention import block_mask, image_runs, mask_blocks, mask_of
 
@@ -40,7 +41,7 @@ def test_model_and_losses_are_one_graph_whatever_the_pack_holds(cache, as_on_cud
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
     flags = flags_for(cache)
     model = student(cache, flags)
-    order = data.Order(cache, 512).packs(data.Position())
+    order = Order(cache, 512).packs(Position())
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(train.forward, backend=counter, fullgraph=True)
     sizes = set()
@@ -61,7 +62,7 @@ def test_model_and_losses_are_one_graph_whatever_the_pack_holds(cache, as_on_cud
 
 def test_the_loader_makes_what_attention_is_told(cache):
     """Catches a table of the images alone, without the padding, and one that a copy of the batch leaves behind."""
-    batch, _ = next(iter(data.loader(data.Order(cache, 512), data.Position())))
+    batch, _ = next(iter(data.loader(Order(cache, 512), Position())))
     want = mask_blocks(batch.starts, 512)
     assert want and all(torch.equal(blocks, want[name]) for name, blocks in batch.to("cpu").mask_blocks.items())
     assert torch.equal(block_mask(batch.mask_blocks, batch.image).to_dense(), mask_of(batch.starts, 512).to_dense())

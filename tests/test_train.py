@@ -23,6 +23,7 @@ import teachers
 import train
 from benchmarks.speed import random_state
 from common.checkpoints import read_checkpoint
+from common.order import Order, Position
 from common.process import Process
 from common.sources import find_sources
 from images import Images
@@ -346,7 +347,7 @@ def test_cached_and_online_training_see_the_same(world, oracles, cache, tmp_path
     model = student(cache, flags)
     found = []
     for dataset, asked in ((cache, []), (images, said)):
-        batches = data.loader(data.Order(dataset, 400, seed=1), data.Position())
+        batches = data.loader(Order(dataset, 400, seed=1), Position())
         batch, position = next(iter(batches))
         packs = [train.to_device(batch, place(), False, asked, cache.spaces)]
         measured, _ = train.gradients(model, packs, cache.spaces, flags, place())
@@ -614,16 +615,16 @@ def test_a_run_goes_on_after_a_shard_was_lost(cache, tmp_path):
 @pytest.mark.parametrize("window", [0, 1, 2, 7])
 def test_the_order_of_packs_ends_its_epoch_from_any_position_after_any_loss(cache, monkeypatch, window):
     """Catches a position beyond the windows that are left, and an order that is another for the shards that remain."""
-    monkeypatch.setattr(data, "WINDOW", 1)
+    monkeypatch.setattr("common.order.WINDOW", 1)
     whole = data.Cache(cache.path)
-    before = [set(map(tuple, pack)) for pack, _ in itertools.islice(data.Order(whole, 400).packs(data.Position()), 60)]
+    before = [set(map(tuple, pack)) for pack, _ in itertools.islice(Order(whole, 400).packs(Position()), 60)]
     lost = data.Cache(cache.path)
     lost.numbers = [0, 2]
-    position = data.Position(0, window, 0, ((1, 0), (2, 3), (3, 1)))
-    packs = list(itertools.islice(data.Order(lost, 400).packs(position), 20))
+    position = Position(0, window, 0, ((1, 0), (2, 3), (3, 1)))
+    packs = list(itertools.islice(Order(lost, 400).packs(position), 20))
     assert {number for pack, _ in packs for number, _ in pack} == {0, 2} and packs[-1][1].epoch > 0
     first = lambda packs: [n for n in dict.fromkeys(n for pack in packs for n, _ in sorted(pack)) if n in (0, 2)]  # noqa: E731
-    kept = [pack for pack, _ in itertools.islice(data.Order(lost, 400).packs(data.Position()), 20)]
+    kept = [pack for pack, _ in itertools.islice(Order(lost, 400).packs(Position()), 20)]
     assert first(before) == first(kept)
 
 
