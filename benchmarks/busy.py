@@ -1,61 +1,93 @@
-"""What idle OpenMP threads cost on an idle machine and on a busy one: `python -m benchmarks.busy`.
+"""What idle OpenMP threads cost, idle and beside four spinning processes: `python -m benchmarks.busy`, four minutes.
 
-A process takes steps of the toy's student on one pack and says the median. Processes whose idle threads spin (ACTIVE),
-sleep at once (PASSIVE) or do as kernels/__init__.py has them (default: a short spin, then sleep) take turns, first
-alone, then beside four processes that spin.
+Three processes take steps of the toy's student on one pack: their idle threads spin (ACTIVE), sleep at once (PASSIVE)
+or do as kernels/__init__.py has them (default: a short spin, then sleep). They take turns, and who has none is stopped.
+A turn's figure is its median step. `python -m benchmarks.tables` puts busy.json into docs/measured.md.
 """
-
-import os
-import statistics
-import subprocess
-import sys
-from pathlib import Path
 
 import amoe
 import train
-from benchmarks.step import in_turns, make_step, random_pack
-from kernels.bench import record
+from benchmarks.speed import make_step, random_pack
+from kernels.bench import machine, record
+
+# isort: split
+import argparse
+import contextlib
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 SPINNERS = 4
 POLICIES = "default", "PASSIVE", "ACTIVE"
 
 
-def median_step_ms(warmup=4, steps=12):
-    """The toy's step on one pack of 2048 tokens, cut into images of 16 to 64 patches."""
+def answer_turns(seconds):
+    """For every line of the standard input, a line with the median step in ms of `seconds`, or of two steps."""
     flags = train.parse(["--device", "cpu"])
-    process, _ = train.setup(flags)
+    with contextlib.redirect_stdout(sys.stderr):  # it says how it runs
+        process, _ = train.setup(flags)
     spaces = [amoe.Space("text", 64), amoe.Space("dense", 96, 2, register_variance=(1.0, 1.0))]
-    pack = random_pack([(4 + i % 5, 4 + i % 4) for i in range(54)], 2048, spaces)
+    pack = random_pack([(4 + i % 5, 4 + i % 4) for i in range(54)], 2048, spaces)  # images of 16 to 64 patches
     _, step = make_step(flags, process, False, spaces)
-    return 1e3 * statistics.median(in_turns({"step": lambda: step(pack)}, warmup + steps)["step"][warmup:])
+    step(pack)
+    for _ in sys.stdin:
+        taken = []
+        while len(taken) < 2 or sum(taken) < seconds:
+            began = time.perf_counter()
+            step(pack)
+            taken.append(time.perf_counter() - began)
+        print(1e3 * statistics.median(taken), flush=True)
 
 
-def run_step(policy):
+def start(policy, seconds):
+    """A process that answers turns under a policy."""
     environment = {name: v for name, v in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     environment |= {} if policy == "default" else {"OMP_WAIT_POLICY": policy}
-    command = [sys.executable, "-m", "benchmarks.busy", "step"]
-    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    return float(said.split()[-1])
+    command = [sys.executable, "-m", "benchmarks.busy", "--answer", "--seconds", str(seconds)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment, **pipes)
 
 
-def main(repeats=5):
-    result = {"name": "toy", "repeats": repeats, "cores": os.cpu_count(), "spinners": SPINNERS, "step_ms": {}}
-    for beside in (0, SPINNERS):
-        spinning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(beside)]
-        try:
-            turns = [{policy: run_step(policy) for policy in POLICIES} for _ in range(repeats)]
-        finally:
-            for process in spinning:
-                process.kill()
+def take_turn(process):
+    """Its figure; before and after it is stopped, for threads that spin would do so in the others' turns too."""
+    process.send_signal(signal.SIGCONT)
+    print(file=process.stdin, flush=True)
+    step_ms = float(process.stdout.readline())
+    process.send_signal(signal.SIGSTOP)
+    return step_ms
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=4, help="of a turn, at least (default: 4)")
+    parser.add_argument("--answer", action="store_true", help="be one of the three processes")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of busy.json")
+    args = parser.parse_args()
+    if args.answer:
+        return answer_turns(args.seconds)
+    result = machine() | {"cores": os.cpu_count(), "spinners": SPINNERS, "step_ms": {}}
+    processes, spinning = {}, []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that none of them is left behind
+    try:
         for policy in POLICIES:
-            result["step_ms"][f"{policy}, beside {beside}"] = statistics.median(turn[policy] for turn in turns)
-            ratio = statistics.median(turn[policy] / turn["default"] for turn in turns)
-            result[f"{policy}_over_default_beside_{beside}"] = ratio
-    medians = result["step_ms"]
-    result["busy_over_idle"] = medians[f"default, beside {SPINNERS}"] / medians["default, beside 0"]
-    print(result)
-    record(Path("benchmarks"), "busy.json", result["name"], result)
+            processes[policy] = start(policy, args.seconds)
+            take_turn(processes[policy])
+        for where in ("idle", "beside"):
+            turns = [{name: take_turn(process) for name, process in processes.items()} for _ in range(args.turns)]
+            result["step_ms"][where] = {policy: [turn[policy] for turn in turns] for policy in POLICIES}
+            print(where, result["step_ms"][where], flush=True)
+            if where == "idle":
+                spinning += [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(SPINNERS)]
+    finally:
+        for process in (*processes.values(), *spinning):
+            process.kill()
+    record(args.out, "busy.json", "toy", result)
 
 
 if __name__ == "__main__":
-    print(median_step_ms()) if "step" in sys.argv else main()
+    main()

@@ -31,7 +31,7 @@ from torch._subclasses import fake_tensor
 
 import amoe
 import train
-from benchmarks.step import mixed_shapes, random_pack, random_spaces
+from benchmarks.speed import mixed_shapes, random_pack, random_spaces
 from common.process import Process
 from kernels import arkd as arkd_file
 from kernels import moe as moe_file

@@ -6,9 +6,9 @@ names the pages that say something else than the JSON does.
 
 import json
 import re
-import statistics
 import sys
 from pathlib import Path
+from statistics import mean, median, stdev
 
 from benchmarks.claims import MEASURES, compared, value
 
@@ -25,16 +25,19 @@ def table(head, rows, *notes):
     return lines + [line for note in notes for line in ("", note)]
 
 
+def spread(values, digits=3):
+    """The mean, with the standard deviation of more than one."""
+    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
 def scores(results, *notes):
     """A line a measure: means over runs of student (with standard deviation), teacher and untrained student."""
-    columns = ("student", "teacher", "untrained")
-    rows = []
+    columns, rows = ("student", "teacher", "untrained"), []
     for measure in results[0]["student"]:
-        values = {who: [r[who][measure] for r in results if measure in r[who]] for who in columns}
-        cells = [f"{statistics.mean(v):.3f}" if v else "" for v in values.values()]
-        cells[0] += f" ± {statistics.stdev(values['student']):.3f}" if len(results) > 1 else ""
-        shares = [s / t for s, t in zip(values["student"], values["teacher"], strict=False)]
-        rows.append((measure, *cells, f"{statistics.mean(shares):.0%}" if shares else ""))
+        student, *others = ([r[who][measure] for r in results if measure in r[who]] for who in columns)
+        shares = [s / t for s, t in zip(student, others[0], strict=False)]
+        cells = [f"{mean(v):.3f}" if v else "" for v in others]
+        rows.append((measure, spread(student), *cells, f"{mean(shares):.0%}" if shares else ""))
     return table(("measure", *columns, "share of the teacher"), rows, *notes)
 
 
@@ -99,8 +102,8 @@ def step():
 
 def int8():
     found, columns = load("int8"), ("int8", "bf16", "difference")
-    spread = "{mean:.3f} ± {std:.3f}"
-    rows = [(m, *(spread.format(**found[c][m]) for c in columns)) for m in ("zeroshot", "knn", "miou", "loss")]
+    cell = "{mean:.3f} ± {std:.3f}"
+    rows = [(m, *(cell.format(**found[c][m]) for c in columns)) for m in ("zeroshot", "knn", "miou", "loss")]
     note = f"n = {found['n']} seeds each, mean ± standard deviation (`{found['script']}` of commit {found['commit']})."
     return table(("measure", *columns), rows, note)
 
@@ -118,11 +121,8 @@ def loader():
 
 def lower():
     before, after, *_ = (found["groups"] for found in load("lower").values())
-    gb, ms = "{gb:.1f}", "{floor_ms:.1f}"
-    rows = []
-    for group, found in after.items():
-        both = (before[group], found)
-        rows.append((group, *(cell.format(**g) for cell in (gb, ms) for g in both), f"{found['tflop']:.1f}"))
+    cells = [(r, key) for key in ("gb", "floor_ms") for r in (before, after)] + [(after, "tflop")]
+    rows = [(group, *(f"{r[group][key]:.1f}" for r, key in cells)) for group in after]
     head = ("group", "GB, before", "GB", "floor, ms, before", "floor, ms", "TFLOP")
     note = "Computed, not measured: `python -m benchmarks.lower --only table`, torch 2.11.0 for CUDA 13.0, no GPU."
     return table(head, rows, note)
@@ -135,15 +135,12 @@ def adapt():
     for r in found["runs"]:
         name = f"{'--init' if r['init'] else 'from scratch'}, --lr {r['lr']:g}, --steps {r['steps']}"
         cases.setdefault(name, []).append(r["scores"])
-    keys, rows = [(where, m) for where in ("new", "old") for m in ("zeroshot", "knn", "miou")], []
-    for name, runs in cases.items():
-        values = [[scores[where][m] for scores in runs] for where, m in keys]
-        spread = lambda v: f" ± {statistics.stdev(v):.2f}" if len(v) > 1 else ""  # noqa: E731
-        rows.append((name, *(f"{statistics.mean(v):.2f}{spread(v)}" for v in values)))
+    keys = [(where, m) for where in ("new", "old") for m in ("zeroshot", "knn", "miou")]
+    rows = [(name, *(spread([r[w][m] for r in runs], 2) for w, m in keys)) for name, runs in cases.items()]
     note = (
-        f"`python -m benchmarks.adapt runs/toy`: {found['images']} images, n = {len(runs)} seeds of going on (which "
-        "images, in which order) from one student, mean ± standard deviation; scored on {new} held-out images of the "
-        "new domain and {old} of the old. kNN's bank and mIoU's probe come from the same domain."
+        f"`python -m benchmarks.adapt runs/toy`: {found['images']} images, n = {len([*cases.values()][-1])} seeds of "
+        "going on (which images, in which order) from one student, mean ± standard deviation; scored on {new} held-out "
+        "images of the new domain and {old} of the old. kNN's bank and mIoU's probe come from the same domain."
     )
     return table(("", *(f"{where}: {m}" for where, m in keys)), rows, note.format(**found["held_out"]))
 
@@ -154,10 +151,29 @@ def decode():
     for what, runs in load("decode").items():
         rates = [[r["images_per_cpu_s"] for r in runs if (".post" in r["pillow"]) == simd] for simd in (True, False)]
         ratios = [a / b for a, b in zip(*rates, strict=True)]
-        medians = [f"{statistics.median(r):.0f}" for r in rates]
-        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        rows.append((what, *medians, spread, len(ratios)))
+        cells = (*(f"{median(r):.0f}" for r in rates), f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+        rows.append((what, *cells, len(ratios)))
     return table(("images", "pillow-simd, images/CPU-s", "Pillow, images/CPU-s", "ratio", "n"), rows)
+
+
+def busy():
+    """Median steps of the toy, and how many times the default's of the same turn, under each policy of idle threads."""
+    if not (HERE / "busy.json").exists():
+        return ["Not measured yet: `python -m benchmarks.busy`, four minutes on an idle machine."]
+    found = load("busy")["toy"]
+    idle, beside = found["step_ms"].values()
+    rows = []
+    for policy in idle:
+        cells = [cell for at in (idle, beside) for cell in (at[policy], over(at[policy], at["default"]))]
+        rows.append((policy, *(f"{median(c):.{2 if i % 2 else 0}f}" for i, c in enumerate(cells))))
+    head = ("idle threads", "idle, ms", "over the default", f"beside {found['spinners']}, ms", "over the default")
+    slower = median(over(beside["default"], idle["default"]))
+    note = f"`python -m benchmarks.busy`: the toy's step, {found['cores']} cores, medians of {len(idle['default'])} "
+    return table(head, rows, note + f"turns; beside spinning processes the default takes {slower:.1f} times as long.")
+
+
+def over(a, b):
+    return [x / y for x, y in zip(a, b, strict=True)]
 
 
 def protocols():
@@ -184,18 +200,15 @@ def longer():
 def evidence():
     """A line an arm: its mean difference from the run as it is, with the 95% interval of a paired t-test."""
     found = load("claims")
-    base = found["as it is"]
-    cells = [[value(r, m) for r in base.values()] for m in MEASURES]
-    first = ["the run as it is", len(base), *(f"{statistics.mean(c):.3f} ± {statistics.stdev(c):.3f}" for c in cells)]
-    rows = [first]
+    base = found["as it is"].values()
+    rows = [["the run as it is", len(base), *(spread([value(r, m) for r in base]) for m in MEASURES)]]
     for arm, measured in compared(found).items():
-        said = [f"{mean:+.3f} ± {half:.3f}" for mean, half, _ in (measured[m] for m in MEASURES)]
-        clear = [f"**{x}**" if measured[m][2] < 0.05 else x for x, m in zip(said, MEASURES, strict=True)]
-        rows.append((arm, measured["n"], *clear))
+        said = [(f"{mean:+.3f} ± {half:.3f}", p) for mean, half, p in (measured[m] for m in MEASURES)]
+        rows.append((arm, measured["n"], *(f"**{x}**" if p < 0.05 else x for x, p in said)))
     return table(("arm", "n", *(m.replace("_", " ") for m in MEASURES)), rows)
 
 
-MAKERS = toy, photos, longer, evaluate, teachers, step, lower, int8, loader, adapt, decode, protocols, evidence
+MAKERS = toy, photos, longer, evaluate, teachers, step, lower, int8, loader, adapt, decode, busy, protocols, evidence
 TABLES = {make.__name__: make for make in MAKERS}
 
 

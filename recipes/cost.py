@@ -2,7 +2,7 @@
 
     python recipes/cost.py --budgets 256 [1024 ...] --gpus 8 --mfu 0.2 [flags of train.py]
 
-The teachers are SigLIP 2 So400m and DINOv3 ViT-L. Operations are by benchmarks/step.py's formula; a teacher's are twice
+Teachers are SigLIP 2 So400m and DINOv3 ViT-L. Operations are by benchmarks/speed.py's formula; a teacher's are twice
 its weights, and its attention, forward. MFU is the share of the GPU's dense bfloat16 peak, and what it will be is an
 assumption: 0.2 of an H100's is the rate that the trainer aims at. Images are counted as large as their budget.
 """
@@ -18,8 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import amoe
 import train
-from benchmarks.speed import REAL
-from benchmarks.step import flops_per_token
+from benchmarks.speed import REAL, flops_per_token
 
 REGISTERS = {"siglip2": 0, "dinov3": 4}
 

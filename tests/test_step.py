@@ -17,7 +17,7 @@ import amoe
 import data
 import kernels.moe
 import train
-from benchmarks.step import measure_step, padded
+from benchmarks.speed import measure_step, padded
 from common.order import Order, Position
 from common.process import Process
 from kernels.attention import block_mask, image_runs, mask_blocks, mask_of
