@@ -43,7 +43,7 @@ def answer_turns(seconds):
         print(1e3 * statistics.median(taken), flush=True)
 
 
-def start(policy, seconds):
+def start_process(policy, seconds):
     """A process that answers turns under a policy."""
     environment = {name: v for name, v in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     environment |= {} if policy == "default" else {"OMP_WAIT_POLICY": policy}
@@ -75,7 +75,7 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that none of them is left behind
     try:
         for policy in POLICIES:
-            processes[policy] = start(policy, args.seconds)
+            processes[policy] = start_process(policy, args.seconds)
             take_turn(processes[policy])
         for where in ("idle", "beside"):
             turns = [{name: take_turn(process) for name, process in processes.items()} for _ in range(args.turns)]

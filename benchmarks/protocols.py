@@ -10,8 +10,8 @@ images of TEST.tar, a folder a class.
 
 # isort: split
 import argparse
-import importlib.util
 import json
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +24,9 @@ from data import held_out
 from images import Images
 
 
-def load(spec):
+def read_function(spec):
     path, name = spec.rsplit(":", 1)
-    module = importlib.util.module_from_spec(found := importlib.util.spec_from_file_location(Path(path).stem, path))
-    found.loader.exec_module(module)
-    return getattr(module, name)
+    return runpy.run_path(path)[name]
 
 
 def dataset_of(path, kind=Images, square=False, budget=256):
@@ -38,11 +36,9 @@ def dataset_of(path, kind=Images, square=False, budget=256):
 
 
 def seen(teacher, dataset, most=None):
-    """[(entry, shape, features of the one head)] of all images of a dataset."""
+    """[(entry, shape, features of the one head)] of all images of a dataset, or of `most` drawn from them."""
     entries = sorted(e for part in evaluate.split(dataset) for e in part)
-    entries = (
-        entries if most is None else [entries[i] for i in np.random.default_rng(0).permutation(len(entries))[:most]]
-    )
+    entries = [entries[i] for i in sorted(np.random.default_rng(0).permutation(len(entries))[:most])]
     streamed = evaluate.stream(evaluate.of_teacher(teacher), dataset, entries, progress=teacher.name)
     return [(e, shape, {k: v.clone() for k, v in f[teacher.name].items()}) for e, shape, f in streamed]
 
@@ -89,26 +85,24 @@ def segmentation_rows(photos, native, square, rates):
 
     def parts(dataset, items, sided):
         out = held_out(np.array([dataset.view(e).source.id for e, _, _ in items]))
-        rows = [
-            (mask_of(photos, dataset, e, 16 * shape[0] if sided else None), shape, {"t": f}) for e, shape, f in items
-        ]
-        return [r for r, o in zip(rows, out, strict=True) if not o], [r for r, o in zip(rows, out, strict=True) if o]
+        sides = [16 * shape[0] if sided else None for _, shape, _ in items]
+        masks = [mask_of(photos, dataset, e, side) for (e, _, _), side in zip(items, sides, strict=True)]
+        rows = [(mask, shape, {"t": f}) for mask, (_, shape, f) in zip(masks, items, strict=True)]
+        return [[row for row, o in zip(rows, out, strict=True) if o == part] for part in (False, True)]
 
     def score(probe, test, void=None):
         pixels = sum(evaluate.confusion(probe, f["t"]["patch"], shape, m, 2) for m, shape, f in test)
         return evaluate.mean_iou(pixels, void)
 
     args = argparse.Namespace(head=["t"], void=255, probe_patches=200_000)
-    rows = {}
+    rows, epochs = {}, {}
     for name, (train, test) in (("strict", parts(*native, False)), ("+ images as squares", parts(*square, True))):
         total = sum(len(f["t"]["patch"]) for _, _, f in train)
         [probes] = evaluate.fit_probes(args, lambda train=train: iter(train), 2, total)
         rows[name] = score(probes["t"], test)
-    epochs = {}
-    for rate in rates:
-        args.lr = rate
+    for args.lr in rates:
         shuffled = lambda: (train[i] for i in torch.randperm(len(train)))  # noqa: E731
-        epochs[rate] = [score(p["t"], test, args.void) for p in evaluate.published_probes(args, shuffled, 2)]
+        epochs[args.lr] = [score(p["t"], test, args.void) for p in evaluate.published_probes(args, shuffled, 2)]
     rows["+ its head: bfloat16, AdamW 1e-3, the tenth epoch"] = epochs[1e-3][-1]
     rows["+ the best epoch on the test set: published"] = max(epochs[1e-3])
     rows["+ the best of eight rates on the test set (its search_lr.sh)"] = max(map(max, epochs.values()))
@@ -117,7 +111,7 @@ def segmentation_rows(photos, native, square, rates):
 
 def zeroshot_rows(test, spec):
     """(the teacher's name, its zero-shot on 1,000 images, each difference added)."""
-    teacher = load(spec)("cpu")
+    teacher = read_function(spec)("cpu")
     names = sorted({Path(s.name).parts[-2] for s in find_sources(test)})
     said = [teacher.encode_text([t.format(n) for t in evaluate.TEMPLATES]).float() for n in names]
     text, found = torch.stack([evaluate.unit(x).mean(0) for x in said]), []
@@ -146,11 +140,9 @@ def main():
     result = {measure: {} for measure in ("knn", "retrieval", "segmentation", "zeroshot")}
     result |= json.loads(out.read_text()) if out.exists() else {}
     for spec in args.teachers:
-        teacher = load(spec)("cpu")
-        datasets = (
-            dataset_of(args.photos),
-            *(dataset_of(args.photos, evaluate.PublishedImages, s) for s in (False, True)),
-        )
+        teacher = read_function(spec)("cpu")
+        kinds = (Images, False), (evaluate.PublishedImages, False), (evaluate.PublishedImages, True)
+        datasets = [dataset_of(args.photos, *kind) for kind in kinds]
         native, resized, square = ((dataset, seen(teacher, dataset)) for dataset in datasets)
         result["photos"] = len(native[1])
         result["knn"][teacher.name] = {
@@ -161,7 +153,9 @@ def main():
         rates = (4e-4, 8e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1e-2, 2e-2)
         result["segmentation"][teacher.name] = segmentation_rows(args.photos, native, square, rates)
         if spec == args.teachers[0]:
-            result["retrieval"][teacher.name] = retrieval_rows(args.photos, native, resized, load(args.captions)())
+            result["retrieval"][teacher.name] = retrieval_rows(
+                args.photos, native, resized, read_function(args.captions)()
+            )
         out.write_text(json.dumps(result, indent=1) + "\n")
     if args.classes:
         name, rows = zeroshot_rows(*args.classes)

@@ -5,6 +5,7 @@ import amoe  # noqa: F401 (before torch: it sets how OpenMP's threads wait)
 # isort: split
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -28,18 +29,14 @@ def show(value):
 def run(text, folder):
     """The page's text with the values of its lines as they are now; the toy's images go to `folder`."""
     names, out, in_code = {"folder": folder}, [], False
-    for line in text.splitlines():
-        if line.startswith("```"):
-            in_code = not in_code
-        if line.startswith(">>> "):
-            out.append(line)
-            code = line.removeprefix(">>> ")
-            if " = " in code or "import " in code:
-                exec(code, names)
-            elif (value := eval(code, names)) is not None:
-                out.append(show(value))
-        elif not in_code or line.startswith("```"):
-            out.append(line)
+    with mock.patch("sys.displayhook", lambda value: value is None or out.append(show(value))):
+        for line in text.splitlines():
+            in_code ^= line.startswith("```")
+            if line.startswith(">>> "):
+                out.append(line)
+                exec(compile(line.removeprefix(">>> "), str(PAGE), "single"), names)  # which displays what is no None
+            elif not in_code or line.startswith("```"):
+                out.append(line)
     return "\n".join(out) + "\n"
 
 

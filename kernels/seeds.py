@@ -96,7 +96,7 @@ def lower_squared_distances(points, d2_N, new):
     c_MD = points.rows(np.array(new))
     square_M = c_MD.square().sum(1)
 
-    def work(block):
+    def lower_block(block):
         x_BD, square_B = points.own_rows(block), points.norm_N[block].square()
         label_B2, score_B3 = top3(x_BD, c_MD, -square_M / 2)
         label_B, d2_B = label_B2[:, 0], square_B - 2 * score_B3[:, 0]
@@ -105,7 +105,7 @@ def lower_squared_distances(points, d2_N, new):
             d2_B[close] = (x_BD[close] - c_MD[label_B[close]]).square_().sum(1)
         d2_N[block] = np.minimum(d2_N[block], d2_B.cpu().numpy())
 
-    points.each_block(work)
+    points.each_block(lower_block)
 
 
 def draw_by_rejection(points, d2_N, at_most, seed, round_):
