@@ -14,6 +14,7 @@ import images
 from amoe import PhiS, Space
 from benchmarks.tables import table
 from common.order import WINDOW, Order, Position, read_subset
+from common.shards import FORMAT, INDEX, read_record, write_shard
 from common.sources import ROW_TYPE, Sources, find_sources
 from common.store import digest, name_hash, open_store, seal, unseal
 from common.tars import tar_members
@@ -67,7 +68,7 @@ def make_cache(folder, n, ids):
     space = Space("t", DIM, 0, phi_s=phi_s, summary_mean=phi_s.mean.float(), summary_variance=1.0)
     raw = space_bytes(space, space.summary_mean.clone())
     store.write("teachers/t.safetensors", raw).result()
-    about = {"format": data.FORMAT, "dtype": "int8", "pixels": True, "patches": True, "shard_images": SHARD, "seed": 0}
+    about = {"format": FORMAT, "dtype": "int8", "pixels": True, "patches": True, "shard_images": SHARD, "seed": 0}
     about |= {"teachers": {"t": {"dim": DIM, "registers": 0}}, "min_tokens": 1, "max_tokens": 256, "sources": n}
     about |= {"views": 1, "sources_hash": "0", "teachers_hash": {"t": digest(raw)}}
     store.write("cache.json", seal(about)).result()
@@ -79,10 +80,10 @@ def make_cache(folder, n, ids):
         arrays = {"pixels": np.zeros((256 * m, 768), np.uint8), "patch.t": np.ones((256 * m, DIM), np.int8)}
         arrays |= {"ids": ids[number * SHARD :][:m], "shapes": np.full((m, 2), 16, np.int32)}
         arrays |= {"summary.t": np.ones((m, DIM), np.float32)}
-        data.write_shard(cache, number, arrays, record | {"images": m, "rows": 256 * m})
-        shards[number, 1] = name_hash(data.read_record(store, number, cache.about["hash"])["hash"])
+        write_shard(cache, number, arrays, record | {"images": m, "rows": 256 * m})
+        shards[number, 1] = name_hash(read_record(store, number, cache.about["hash"])["hash"])
     images = np.stack([ids, np.full(n, 16 << 16 | 16)], 1).ravel()
-    data.write_shard(cache, data.INDEX, {"images": images, "shards": shards}, record)
+    write_shard(cache, INDEX, {"images": images, "shards": shards}, record)
 
 
 # ---- figures, each of a folder and in a process of its own ----

@@ -9,6 +9,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -438,3 +439,13 @@ def test_killed_writers_and_a_rerun_make_the_undisturbed_cache(world, tmp_path, 
         (tmp_path / f"killed{k}/shards/00003/pixels.__lock").unlink(missing_ok=True)  # in a shard committed before
         assert same(tmp_path / f"killed{k}", tmp_path / "undisturbed")
     print(f"{kills} kills in {seconds:.2f} s of writing each, shards committed at each: {shards}")
+
+
+def test_verify_reads_what_teachers_said_once(cache):
+    """Catches arrays that are read for their hash and again for their numbers: of an object store that is paid twice."""
+    opened, read = data.Cache(cache.path), []
+    store = opened.store
+    opened.store = SimpleNamespace(read=lambda key: read.append(key) or store.read(key))
+    assert data.verify(opened) == []
+    chunks = [key for key in read if "/c/" in key]
+    assert len(chunks) == len(set(chunks)) and sum("patch." in key for key in chunks) == 2 * len(cache.numbers)
