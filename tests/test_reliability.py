@@ -442,7 +442,7 @@ def test_killed_writers_and_a_rerun_make_the_undisturbed_cache(world, tmp_path, 
 
 
 def test_verify_reads_what_teachers_said_once(cache):
-    """Catches arrays that are read for their hash and again for their numbers: of an object store that is paid twice."""
+    """Catches arrays that are read for their hash and again for their numbers; an object store charges for both."""
     opened, read = data.Cache(cache.path), []
     store = opened.store
     opened.store = SimpleNamespace(read=lambda key: read.append(key) or store.read(key))
