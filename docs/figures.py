@@ -1,6 +1,7 @@
 """The pictures of README.md and docs/: `python -m docs.figures [--run FOLDER] [name ...]` draws them anew.
 
-pack, student and evidence need nothing; the others want the folder that `python train.py` leaves. Pillow draws them.
+pack and evidence need nothing; the others want the folder that `python train.py` leaves. Pillow draws them. Only
+student.svg holds nothing that a program finds: it is edited by hand.
 """
 
 import amoe
@@ -40,9 +41,8 @@ class Page:
         for i, line in enumerate(words.split("\n")):
             self.draw.text((x * SCALE, (y + i * size * 1.35) * SCALE), line, fill=colour, font=font, anchor=anchor)
 
-    def box(self, x0, y0, x1, y1, fill=None, edge=None, corner=0, width=1):
-        at = [round(v * SCALE) for v in (x0, y0, x1, y1)]
-        self.draw.rounded_rectangle(at, corner * SCALE, fill=fill, outline=edge, width=int(width * SCALE))
+    def box(self, x0, y0, x1, y1, fill=None, edge=None):
+        self.draw.rectangle([round(v * SCALE) for v in (x0, y0, x1, y1)], fill, edge, SCALE)
 
     def line(self, points, colour=INK, width=1.0):
         self.draw.line([(x * SCALE, y * SCALE) for x, y in points], colour, int(width * SCALE), "curve")
@@ -137,55 +137,6 @@ def pack(run):
     says += "changes no result, and images of any shape share\none batch.\n\nThe blocks follow from `starts` ="
     page.text(x0 + side + 60, y0 + 40, f"{says} {starts}\nalone: nothing of T x T is ever evaluated.", 16)
     page.save("pack")
-
-
-def student(run):
-    """From rows of pixels to the losses, shapes on the arrows."""
-    page, x = Page(900, 698), 170
-
-    def block(x, y, words, colour=INK, width=220):
-        page.box(x - width / 2, y - 23, x + width / 2, y + 23, "white", colour, 6, 1.4)
-        page.text(x, y - words.count("\n") * 13 * 1.35 / 2, words, 13, colour, "mm")
-
-    def flow(x, y, length, shape="", colour=INK):
-        page.arrow(x, y, x, y + length, colour)
-        page.text(x + 10, y + length / 2 - 2, shape, 13, GREY)
-
-    for n in (2, 1):
-        block(x + 5 * n, 230 - 5 * n, "", BLUE)
-    for y, words, shape, colour in (
-        (40, "rows of pixels, one a token", "[T, 768] uint8, taken to [-1, 1]", INK),
-        (130, "img_projector; CLS and\nregisters have learned tokens", "[T, D]", INK),
-        (230, "blocks, one a layer", "[T, D]", BLUE),
-    ):
-        block(x, y, words, colour)
-        flow(x, y + 23, 44, shape)
-    block(x, 320, "RMSNorm")
-    page.line([(x, 343), (x, 386), (660, 386)], INK, 1.4)
-    page.text(x + 10, 363, "[T, D], the trunk's own features", 13, GREY)
-    page.box(460, 17, 880, 318, (246, 249, 253), BLUE, 10)
-    page.line([(x + 122, 225), (460, 180)], BLUE)
-    page.text(478, 42, "a block: x = x + attention(x), then x = x + experts(x)", 14, BLUE)
-    page.text(478, 285, "Experts under the mean load gain bias: balance has no loss term.", 13, GREY)
-    for at, words in (
-        (566, ("RMSNorm", "q, k: RMSNorm, then\ngolden RoPE from yx", "attention inside each\nimage, with sinks")),
-        (774, ("RMSNorm", "router: K of E experts\na token, by sigmoid", "experts: gated SiLU,\nweighted by score")),
-    ):
-        for n, word in enumerate(words):
-            block(at, 88 + 68 * n, word, BLUE, 188)
-            if n < 2:
-                flow(at, 111 + 68 * n, 22, colour=BLUE)
-    for at, name, colour, more in ((240, "text", PURPLE, ""), (660, "dense", GREEN, "     registers [M, R, C]")):
-        flow(at, 386, 31)
-        block(at, 440, f"head of teacher '{name}': fc1, LayerNorm, GELU, fc2", colour, 350)
-        flow(at, 463, 34, "[T, C] in PHI-S space (E1)")
-        page.text(at, 510, f"patch [T, C]     summary [M, C]{more}", 13, colour, "mm")
-        flow(at, 522, 25)
-        says = "squared errors to the teacher, image by image (E2),\nall images alike (E3); its relations (E4)"
-        block(at, 570, says, colour, 350)
-        page.arrow(at, 593, 450 + (at - 450) * 0.4, 637)
-    block(450, 660, "loss: the sum over teachers (E5)", width=350)
-    page.save("student")
 
 
 def phi_s(run):
@@ -313,7 +264,7 @@ def maps(run):
     page.save("toy", 256)
 
 
-FIGURES = {f.__name__: f for f in (pack, student, phi_s, arkd, curves, curation, evidence)} | {"toy": maps}
+FIGURES = {f.__name__: f for f in (pack, phi_s, arkd, curves, curation, evidence)} | {"toy": maps}
 
 
 def main(argv=None):
@@ -324,7 +275,7 @@ def main(argv=None):
     names, run = args.name or list(FIGURES), Path(args.run)
     if unknown := set(names) - set(FIGURES):
         parser.error(f"no picture is called '{min(unknown)}': choose of {', '.join(FIGURES)}")
-    if set(names) - {"pack", "student", "evidence"} and not (run / "student" / "config.json").is_file():
+    if set(names) - {"pack", "evidence"} and not (run / "student" / "config.json").is_file():
         parser.error(f"{run} holds no run: `python train.py` makes one, or --run names another")
     for name in names:
         FIGURES[name](run)

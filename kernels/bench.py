@@ -89,7 +89,9 @@ def forms_of(file, function, *asked, compiled=()):
         except ValueError as refusal:
             forms[impl] = str(refusal)
     # A graph break is no error here: ref reads the counts on the host.
-    return forms | {f"compiled {impl}": torch.compile(forms[impl], dynamic=False) for impl in compiled}
+    return forms | {
+        f"compiled {impl}": torch.compile(forms[impl], dynamic=False) for impl in compiled if callable(forms[impl])
+    }
 
 
 def normal(*shape, dtype=FLOAT32, scale=1.0):
@@ -152,10 +154,8 @@ def kmeans_case(N, D, K, dtype=FLOAT32):
         return float(((x - c[label]).square().sum() - nearest) / nearest)
 
     forms, inputs = forms_of(kmeans_file, kmeans_file.top3), (x_ND, c_KD, -c_KD.float().square().sum(1) / 2)
-    read = x_ND.element_size() * (N * D + K * D) + 28 * N
-    return Case(
-        "kmeans", f"N{N} D{D} K{K} {name(dtype)}", inputs, (), forms, None, 2 * N * K * D, read, (1e-5,), excess
-    )
+    shape, read = f"N{N} D{D} K{K} {name(dtype)}", x_ND.element_size() * (N * D + K * D) + 28 * N
+    return Case("kmeans", shape, inputs, (), forms, None, 2 * N * K * D, read, (1e-5,), excess)
 
 
 def image_starts(low, high=261, T=16384):
@@ -255,20 +255,20 @@ def peaks():
 
 def measure(case, peak):
     """One row a form: error and, given the peaks, milliseconds, TFLOP/s, share of the floor; or why it did not run."""
-    exacts = step(case.exact, leaves(case, torch.float64), case) if case.exact else None
-    rows = []
+    exacts, rows = None, []
     for form, function in case.forms.items():
-        rows.append({"op": case.op, "shape": case.shape, "form": form})
+        rows.append(row := {"op": case.op, "shape": case.shape, "form": form})
         if isinstance(function, str):
-            rows[-1]["not_run"] = function
+            row["not_run"] = function
             continue
         try:
-            check(case, function, exacts, rows[-1])
-            if peak and "wrong" not in rows[-1]:
-                time_form(case, function, peak, rows[-1])
+            if case.exact and exacts is None:
+                exacts = step(case.exact, leaves(case, torch.float64), case)
+            check(case, function, exacts, row)
+            if peak and "wrong" not in row:
+                time_form(case, function, peak, row)
         except Exception as failure:  # of one form: the others are still worth their time
-            said = str(failure).strip().splitlines()[:1]
-            rows[-1]["failed"] = f"{type(failure).__name__}: {''.join(said)}"
+            row["failed"] = f"{type(failure).__name__}: {failure}".strip().splitlines()[0]
     return rows
 
 
@@ -351,14 +351,11 @@ def run_part(part, folder):
     record(folder, file, "machine", machine())
     rows = {}
     for make, *arguments in cases:
-        case = make(*arguments)
-        try:
-            new = measure(case, peak)
-        except Exception as failure:  # the reference itself: out of memory, say
-            new = [{"op": case.op, "shape": case.shape, "form": "reference", "failed": f"{failure}"[:500]}]
-        rows.setdefault(case.op, []).extend(new)
+        new = measure(make(*arguments), peak)
+        op = new[0]["op"]
+        rows[op] = rows.get(op, []) + new
         print(*map(line, new), sep="\n", flush=True)
-        record(folder, file, case.op, rows[case.op])
+        record(folder, file, op, rows[op])
         if CUDA:
             torch.cuda.empty_cache()
     return not any("wrong" in row or "failed" in row for op in rows for row in rows[op])

@@ -303,12 +303,6 @@ def grid_of(tile_M3, width, block):
 # ---- the operation ----
 
 
-def compute_dtype(x_TD):
-    """What the products run in: autocast's dtype inside autocast, else x's."""
-    kind = x_TD.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_TD.dtype
-
-
 def choose(impl, device, dtype=torch.bfloat16):
     """The form that `impl` means on `device` in `dtype`; an explicit one that cannot run raises ValueError.
 
@@ -318,20 +312,20 @@ def choose(impl, device, dtype=torch.bfloat16):
     grouped = device.type == "cuda" and hasattr(F, "grouped_mm")
     if impl == "auto":
         return "grouped" if grouped and dtype == torch.bfloat16 else "ref"
-    reasons = {
-        "ref": None,
-        "grouped": None if grouped else f"needs a CUDA device and was asked to run on {device.type}",
-    }
-    return check_impl("moe", impl, reasons | {"triton": why_not_triton(device, dtype, DTYPES)}, "ref")
+    why_not_grouped = None if grouped else f"needs a CUDA device and was asked to run on {device.type}"
+    reasons = {"ref": None, "grouped": why_not_grouped, "triton": why_not_triton(device, dtype, DTYPES)}
+    return check_impl("moe", impl, reasons, "ref")
 
 
 def moe(x_TD, expert_TK, weight_TK, w1_EFD, w2_EDF, w3_EFD, impl="auto"):
     """Every token through its K experts, weighted after the expert; no token is dropped. Returns [T, D] in x's dtype.
 
     expert_TK: int64 expert indices; weight_TK: float32 routing weights. ref accumulates the K results in x's dtype,
-    grouped and triton in float32. Raises ValueError where an explicit impl cannot run here.
+    grouped and triton in float32. Products run in autocast's dtype inside autocast, else in x's. Raises ValueError
+    where an explicit impl cannot run here.
     """
-    dtype = compute_dtype(x_TD)
+    kind = x_TD.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_TD.dtype
     impl = choose(impl, x_TD.device, dtype)
     if impl == "triton":
         return GroupedExperts.apply(x_TD, expert_TK, weight_TK, w1_EFD, w2_EDF, w3_EFD, dtype)
