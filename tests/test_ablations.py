@@ -93,11 +93,13 @@ def test_sizes_take_the_place_of_the_models(cache, tmp_path):
 def test_muon_makes_steps_orthogonal():
     """Catches coefficients in another order, a transposed tall matrix, and stacks taken for one matrix."""
     torch.manual_seed(0)
-    for shape in ((12, 40), (40, 12), (3, 16, 16)):
-        values = torch.linalg.svdvals(orthogonalise(torch.randn(shape)))
-        assert values.min() > 0.3 and values.max() < 1.3
+    for shape in ((1, 12, 40), (1, 40, 12), (3, 16, 16)):
+        x = torch.randn(shape)
+        before = torch.linalg.svdvals(x) / x.norm(dim=(1, 2))[:, None]
+        after = torch.linalg.svdvals(orthogonalise(x))[before > 0.01]
+        assert after.min() > 0.73 and after.max() < 1.28
     stack = torch.randn(3, 16, 16)
-    assert torch.allclose(orthogonalise(stack)[1], orthogonalise(stack[1]), atol=1e-5)
+    assert torch.allclose(orthogonalise(stack)[1:2], orthogonalise(stack[1:2]), atol=1e-5)
 
 
 def test_muon_learns_matrices_leaves_the_rest_to_adamw_and_skips_what_is_not_finite():
