@@ -13,6 +13,9 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -439,3 +442,11 @@ def test_a_bug_is_a_traceback():
     """Catches a net so wide that it hides where a program is wrong."""
     with pytest.raises(ZeroDivisionError):
         run_command("c.py", lambda: 1 / 0, "")
+
+
+@pytest.mark.parametrize("how", [(), ("-e",)], ids=["plain", "editable"])
+def test_pip_install_says_that_this_is_no_package(how):
+    """Catches setuptools' own complaint of several top-level modules, and an installation that would shadow `data`."""
+    words = [sys.executable, "-m", "pip", "install", "--no-deps", *how, str(Path(__file__).parents[1])]
+    ended = subprocess.run(words, capture_output=True, text=True)
+    assert ended.returncode and "use it from its checkout, by PYTHONPATH=CHECKOUT" in ended.stdout + ended.stderr
