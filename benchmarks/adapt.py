@@ -2,7 +2,7 @@
 
 RUN is a toy run (`python train.py`). The new domain is another toy world under other light: its images inverted, red,
 green and blue exchanged. Of its training images 500 are trained on, drawn by the seed, its held-out tenth is scored.
-Writes adapt.json, which docs/continue.md has its table from; what is in WORK is not done again.
+Writes adapt.json, which docs/continue.md has its table from; a run that is in WORK is not trained again.
 """
 
 import amoe
@@ -12,6 +12,7 @@ import toy
 import train
 
 # isort: split
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -20,11 +21,8 @@ import numpy as np
 from PIL import Image
 
 SEEDS = 3
-CASES = [  # (begins with the toy's student, peak learning rate, steps)
-    *((True, lr, 60) for lr in (6e-3, 6e-4, 2e-4)),
-    (False, 6e-3, 60),
-    (True, 6e-3, 180),
-]
+# (begins with the toy's student, peak learning rate, steps)
+CASES = *((True, lr, 60) for lr in (6e-3, 6e-4, 2e-4)), (False, 6e-3, 60), (True, 6e-3, 180)
 
 
 def new_domain(folder):
@@ -46,8 +44,7 @@ def go_on(run, cache, folder, seed, begun, lr, steps):
     """Trains on 500 images, with the weights of `run` or from scratch; answers the run's folder."""
     out = folder / f"{'init' if begun else 'scratch'}-{lr:g}-{steps}-{seed}"
     if not (out / "student" / "config.json").exists():
-        trained, _ = evaluate.split(cache)
-        ids = [int(cache.shard(number).ids[i]) for number, i in trained]
+        ids = np.array([int(cache.shard(number).ids[i]) for number, i in evaluate.split(cache)[0]])
         np.save(folder / "subset.npy", np.sort(np.random.default_rng(seed).choice(ids, 500, replace=False)))
         words = ["--cache", cache.path, "--subset", folder / "subset.npy", "--out", out, "--steps", steps, "--lr", lr]
         words += ["--warmup", 10, "--seed", seed, "--threads", 1, "--no-evaluate", "--overwrite"]
@@ -56,26 +53,22 @@ def go_on(run, cache, folder, seed, begun, lr, steps):
     return out
 
 
+def scores(path, worlds):
+    model = {"student": evaluate.of_student(amoe.load(path))}
+    return {name: toy.scores(*world, model)["student"] for name, world in worlds.items()}
+
+
 def main(run, folder):
     folder.mkdir(parents=True, exist_ok=True)
-    worlds = {"new": new_domain(folder)}
-    worlds["old"] = toy.World(run / "toy", train.Flags.toy_images), data.Cache(run / "toy" / "cache")
-
-    def scored(path):
-        kept = folder / f"{path.name}.json"
-        if not kept.exists():
-            model = {"student": evaluate.of_student(amoe.load(path))}
-            kept.write_text(json.dumps({name: toy.scores(*w, model)["student"] for name, w in worlds.items()}))
-        return json.loads(kept.read_text())
-
+    old = toy.World(run / "toy", train.Flags.toy_images), data.Cache(run / "toy" / "cache")
+    worlds = {"new": new_domain(folder), "old": old}
     held = {name: len(evaluate.split(cache)[1]) for name, (_, cache) in worlds.items()}
-    result = {"images": 500, "held_out": held, "before": scored(run), "runs": []}
-    for seed in range(SEEDS):
-        for begun, lr, steps in CASES:
-            scores = scored(go_on(run, worlds["new"][1], folder, seed, begun, lr, steps))
-            result["runs"].append({"seed": seed, "init": begun, "lr": lr, "steps": steps, "scores": scores})
-            print(result["runs"][-1], flush=True)
-            Path(__file__).with_name("adapt.json").write_text(json.dumps(result, indent=1) + "\n")
+    result = {"images": 500, "held_out": held, "before": scores(run, worlds), "runs": []}
+    for seed, (begun, lr, steps) in itertools.product(range(SEEDS), CASES):
+        found = scores(go_on(run, worlds["new"][1], folder, seed, begun, lr, steps), worlds)
+        result["runs"].append({"seed": seed, "init": begun, "lr": lr, "steps": steps, "scores": found})
+        print(result["runs"][-1], flush=True)
+        Path(__file__).with_name("adapt.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -37,8 +37,8 @@ ARMS = {  # name: (cache, images to train on or 0 for all, flags that the base h
     "photos, lr / 3": ("photos-1", 0, {"lr": 2e-3}),
     "photos, lr x 3": ("photos-1", 0, {"lr": 1.8e-2}),
     "photos, 160 images": ("photos-1", 160, {}),
-    "photos, half as wide": ("photos-1", 0, {"init": "width-64"}),
-    "photos, twice as wide": ("photos-1", 0, {"init": "width-256"}),
+    "photos, half as wide": ("photos-1", 0, {"sizes": "dim=64 heads=2 expert_hidden=64"}),
+    "photos, twice as wide": ("photos-1", 0, {"sizes": "dim=256 heads=8 expert_hidden=256"}),
     "photos, seed 1": ("photos-1", 0, {"seed": 1}),
     "photos, seed 2": ("photos-1", 0, {"seed": 2}),
     "photos, from CIFAR-10's": ("photos-1", 0, {"init": "CIFAR-10, longer"}),
@@ -63,15 +63,12 @@ def write_cache(args, name):
 
 
 def prepare(args):
-    """Lists of images, and students of other sizes."""
+    """Lists of images."""
     for images, name, most, few in ((args.cifar, "cifar", 5000, 500), (args.photos, "photos-1", None, 160)):
         table = find_sources(images)
         ids = np.random.default_rng(0).permutation(table.part(0, len(table))["id"])[:most]
         np.save(args.work / f"{name}.npy", ids)
         np.save(args.work / f"{name}-{few}.npy", ids[~held_out(ids)][:few])
-    for dim in (64, 256):
-        config = amoe.Config(4, dim, dim // 32, 32, experts=8, top_k=2, expert_hidden=dim)
-        amoe.save(amoe.AMoE(config, []), args.work / f"width-{dim}")
 
 
 def scores_of_seen(student, cache, subset):
@@ -88,10 +85,9 @@ def measure(args, name):
     cache, n, flags = ARMS[name]
     folder = lambda name: args.work / "runs" / name.replace(" ", "-").replace("/", "by")  # noqa: E731
     out, subset, flags = folder(name), args.work / f"{cache}-{n}.npy", BASE | flags
-    words = [word for key, value in flags.items() if key != "init" for word in (f"--{key}", value)]
+    words = [word for key, value in flags.items() if key != "init" for word in (f"--{key}", *str(value).split())]
     words += ["--subset", subset] if n else []
-    if begin := flags.get("init"):
-        words += ["--init", folder(begin) if begin in ARMS else args.work / begin]
+    words += ["--init", folder(flags["init"])] if "init" in flags else []
     run(f"{out}.log", "train.py", "--cache", args.work / cache, "--out", out, "--resume", "--threads", 1, *words)
     first, *_, last = map(json.loads, (out / "log.jsonl").read_text().splitlines())
     found = {"cache": cache, "flags": flags, "commit": first["commit"], "model": first["model"], "last_line": last}

@@ -213,7 +213,7 @@ def measure_step(words, repeats, save, blocks=False):
     process, compiled = train.setup(flags)
     packs, mixed, spaces, online = open_packs(flags, process, compiled)
     model, step = make_step(flags, process, compiled, spaces, online, blocks)
-    where = Path(flags.cache or flags.images).name or "random"
+    where = Path(flags.cache or (*flags.images, "random")[0]).name
     name = f"{flags.model} on {where}, experts {flags.kernels}" + (", compiled by blocks" if blocks else "")
     began = time.perf_counter()
     float(step(mixed[0])["loss"])

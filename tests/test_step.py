@@ -207,11 +207,14 @@ def test_a_padded_pack_is_the_same_images_at_one_length(cache):
 
 
 @pytest.mark.slow
-def test_the_step_is_measured_on_a_cache(cache, tmp_path):
+@pytest.mark.parametrize("random", [False, True])
+def test_the_step_is_measured_on_a_cache_and_on_random_packs(cache, tmp_path, random):
     """Catches a measurement that fails before its end, and padding that counts more than the images' own tokens."""
     saved = []
-    words = ["--cache", str(cache.path), "--tokens", "512", "--out", str(tmp_path), "--device", "cpu"]
+    words = ["--tokens", "530" if random else "512", "--out", str(tmp_path), "--device", "cpu"]  # two images of 261
+    words += [] if random else ["--cache", str(cache.path)]
     result = measure_step(words, 1, lambda so_far: saved.append(len(so_far)))
+    assert result["name"] == f"toy on {'random' if random else cache.path.name}, experts auto"
     assert len(saved) == 3 and saved == sorted(set(saved)) and saved[-1] < len(result)
     assert 0.9 < result["fill"] <= 1 and 0 < result["mfu"] < 1 and 0 <= result["data_wait_share"] < 1
     ratio = result["packed_tokens_per_s"] / result["padded_tokens_per_s"]
