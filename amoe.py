@@ -217,7 +217,7 @@ CONFIGS = {
     "dense-0.6b": Config(18, 1280, 16, 80, dense_layers=18, dense_hidden=5120),
     "dense-70m": Config(12, 512, 8, 64, dense_layers=12, dense_hidden=2048, norm_weight=False),
     "dense-30m": Config(12, 384, 6, 64, dense_layers=12, dense_hidden=1536, norm_weight=False),
-    "toy": Config(4, 128, 4, 32, experts=8, top_k=2, expert_hidden=128),
+    "toy": Config(3, 128, 4, 32, experts=8, top_k=2, expert_hidden=128),
 }
 
 

@@ -64,11 +64,11 @@ class Flags:
     student: str = flag("", RESULTS, "FILE.py:FACTORY of a trunk of your own, in the place of --model")
     sizes: tuple = flag((), RESULTS, "NAME=NUMBER of amoe.Config, in place of the model's: top_k=1 layers=2")
     init: str = flag("", RESULTS, "weights to begin with and take the sizes of: a run, its student/, or SigLino's")
-    steps: int = flag(640, RESULTS, "optimizer steps", COUNT)
+    steps: int = flag(340, RESULTS, "optimizer steps", COUNT)
     tokens: int = flag(2048, RESULTS, "tokens in a pack, padding included", (1, 2**20))
     accumulate: int = flag(1, RESULTS, "packs a rank adds up before a step; ARKD spans all of them", (1, 4096))
-    optimizer: str = flag("adamw", RESULTS, "muon steps matrices by Muon, and all else by AdamW", ("adamw", "muon"))
-    lr: float = flag(6e-3, RESULTS, "peak learning rate", (0, 100))
+    optimizer: str = flag("muon", RESULTS, "muon steps matrices by Muon, and all else by AdamW", ("muon", "adamw"))
+    lr: float = flag(2e-2, RESULTS, "peak learning rate", (0, 100))
     warmup: int = flag(30, RESULTS, "steps of linear warm-up", (0, 10**9))
     schedule: str = flag(
         "cosine", RESULTS, "after warm-up: to zero, or flat and down over the last fifth", ("cosine", "wsd")
@@ -148,7 +148,9 @@ def parse(argv=None):
     if flags.sizes and (flags.init or flags.student):
         raise ValueError("--sizes are those of --model: --init and --student bring their own")
     if flags.fsdp and flags.optimizer == "muon":
-        raise ValueError("--optimizer muon needs whole matrices and --fsdp shards them: leave one of them out")
+        raise ValueError(
+            "--fsdp shards matrices and Muon needs them whole: give --optimizer adamw, and a --lr that suits it"
+        )
     if flags.fsdp and flags.ema:
         raise ValueError("--ema averages whole weights and --fsdp shards them: leave one of them out")
     if not flags.out:

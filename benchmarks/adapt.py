@@ -47,7 +47,7 @@ def go_on(run, cache, folder, seed, begun, lr, steps):
         ids = np.array([int(cache.shard(number).ids[i]) for number, i in evaluate.split(cache)[0]])
         np.save(folder / "subset.npy", np.sort(np.random.default_rng(seed).choice(ids, 500, replace=False)))
         words = ["--cache", cache.path, "--subset", folder / "subset.npy", "--out", out, "--steps", steps, "--lr", lr]
-        words += ["--warmup", 10, "--seed", seed, "--threads", 1, "--no-evaluate", "--overwrite"]
+        words += f"--optimizer adamw --warmup 10 --seed {seed} --threads 1 --no-evaluate --overwrite".split()
         words += ["--init", run] if begun else []
         train.main([str(word) for word in words])
     return out

@@ -42,7 +42,12 @@ ARMS = {  # claim: {arm: its flags}; "toy-DTYPE" as the first word is a cache st
         "top-4 of 8": "top_k=4",
     },
     "bias balancing": {"none": "--balance 0"},
-    "optimiser": {"WSD schedule": "--schedule wsd", "Muon for matrices": "--optimizer muon"},
+    "optimiser": {
+        "WSD schedule": "--schedule wsd",
+        "AdamW, lr 2e-2": "--lr 2e-2",
+        "Muon for matrices": "--optimizer muon",
+    }
+    | {"Muon, lr 2e-2": "--optimizer muon --lr 2e-2"},
     "int8 cache": {"bfloat16": "toy-bf16"},
 }
 MEASURES = ("zeroshot", "knn", "miou", "distances", "cka", "neighbours", "patch_cosine")

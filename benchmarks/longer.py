@@ -24,7 +24,8 @@ from pathlib import Path
 import numpy as np
 
 FIGURES = Path(__file__).with_suffix(".json")
-BASE, LONG = {"steps": 200, "tokens": 2048}, {"steps": 600}
+BASE = {"optimizer": "adamw", "lr": 6e-3, "steps": 200, "tokens": 2048, "sizes": "layers=4"}
+LONG = {"steps": 600}
 ARMS = {  # name: (cache, images to train on or 0 for all, flags that the base has not)
     "photos": ("photos-1", 0, {}),
     "photos, longer": ("photos-1", 0, LONG),
@@ -37,8 +38,8 @@ ARMS = {  # name: (cache, images to train on or 0 for all, flags that the base h
     "photos, lr / 3": ("photos-1", 0, {"lr": 2e-3}),
     "photos, lr x 3": ("photos-1", 0, {"lr": 1.8e-2}),
     "photos, 160 images": ("photos-1", 160, {}),
-    "photos, half as wide": ("photos-1", 0, {"sizes": "dim=64 heads=2 expert_hidden=64"}),
-    "photos, twice as wide": ("photos-1", 0, {"sizes": "dim=256 heads=8 expert_hidden=256"}),
+    "photos, half as wide": ("photos-1", 0, {"sizes": "layers=4 dim=64 heads=2 expert_hidden=64"}),
+    "photos, twice as wide": ("photos-1", 0, {"sizes": "layers=4 dim=256 heads=8 expert_hidden=256"}),
     "photos, seed 1": ("photos-1", 0, {"seed": 1}),
     "photos, seed 2": ("photos-1", 0, {"seed": 2}),
     "photos, from CIFAR-10's": ("photos-1", 0, {"init": "CIFAR-10, longer"}),

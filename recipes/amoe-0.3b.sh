@@ -21,6 +21,6 @@ stage() { # name, budgets, words
   run "$python" -m torch.distributed.run --nproc-per-node "$gpus" train.py "${from[@]}" "$@" --out "$out/$name"
 }
 
-common=(--model amoe-0.3b --tokens 16384 --arkd 1 --workers 4 --save-every 2000 --eval-every 2000)
+common=(--model amoe-0.3b --optimizer adamw --tokens 16384 --arkd 1 --workers 4 --save-every 2000 --eval-every 2000)
 stage one "256" "${common[@]}" --steps 300000 --lr 1e-3 --warmup 2000 "$@"
 stage two "256 1024 2304" "${common[@]}" --steps 30000 --lr 2e-4 --warmup 500 --init "$out/one" "$@"

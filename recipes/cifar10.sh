@@ -10,7 +10,7 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do teachers+=(--teacher "$1") && shift; do
 [ $# -eq 0 ] || shift
 [ -d "$cifar/train" ] && train=$cifar/train test=$cifar/test || train=$cifar/train.tar test=$cifar/test.tar
 run "$python" data.py cache --images "$train" "${teachers[@]}" --out "$out/cache" --min-tokens 16 --max-tokens 16
-run "$python" train.py --cache "$out/cache" --out "$out/run" --steps 2000 --tokens 4096 --lr 3e-3 --eval-every 500 "$@"
+run "$python" train.py --cache "$out/cache" --out "$out/run" --steps 2000 --tokens 4096 --optimizer adamw --lr 3e-3 --eval-every 500 "$@"
 at=(--model "$out/run" --min-tokens 16 --max-tokens 16)
 run "$python" evaluate.py knn --train "$train" --test "$test" "${at[@]}" --out "$out/knn.json"
 run "$python" evaluate.py zeroshot --images "$test" --text "$text" "${at[@]}" --out "$out/zeroshot.json"

@@ -9,5 +9,5 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do teachers+=(--teacher "$1") && shift; do
 [ $# -eq 0 ] || shift
 run "$python" data.py cache --images "$photos" "${teachers[@]}" --out "$out/cache"
 run "$python" data.py verify "$out/cache"
-run "$python" train.py --cache "$out/cache" --out "$out/run" --steps 600 --tokens 4096 --lr 3e-3 --eval-every 200 "$@"
+run "$python" train.py --cache "$out/cache" --out "$out/run" --steps 600 --tokens 4096 --optimizer adamw --lr 3e-3 --eval-every 200 "$@"
 run "$python" evaluate.py pca --model "$out/run" --images "$photos" --out "$out/pca.json"
