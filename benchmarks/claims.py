@@ -4,12 +4,14 @@
                                 [--cache CACHE [--teacher NAME=SPEC]]
 
 writes claims.json beside this file as runs end, and goes on from it: on the toy world, or, with another --out, on a
-feature cache of images in a folder a class, whose --teacher embeds their names. Runs are short, so that all can be had
-on a CPU: `SHORT` says how. They are compared on held-out images, by scores and by how much of the teachers' geometry
-the student keeps; no arm was tuned. `python -m benchmarks.tables` makes the tables of docs/evidence.md.
+feature cache of images in a folder a class, whose --teacher embeds their names; its teachers are one that is aligned
+with text and a dense one, in this order. Runs are short, so that all can be had on a CPU: `SHORT` says how. They are
+compared on held-out images, by scores and by how much of the teachers' geometry the student keeps; no arm was tuned.
+`python -m benchmarks.tables` makes the tables of docs/evidence.md.
 """
 
 import argparse
+import functools
 import json
 import os
 import time
@@ -21,6 +23,7 @@ import torch
 import torch.nn.functional as F
 
 import amoe
+import curate
 import data
 import evaluate
 import toy
@@ -29,7 +32,10 @@ from teachers import embed_text, load_teachers
 
 HERE = Path(__file__).resolve().parent
 SHORT = "--optimizer adamw --lr 6e-3 --weight-decay 0.02 --steps 300 --tokens 1024 --sizes layers=2"
-ARMS = {  # claim: {arm: its flags}; "toy-DTYPE" as the first word is a cache stored otherwise
+BUDGETS = 16, 32, 64
+# {claim: {arm: its words}}: flags of train.py, sizes, and, of an arm that trains on other images, as the first word
+# toy-DTYPE or toy-BUDGETS (a cache stored otherwise), or how a part of them is chosen (`choose`)
+ARMS = {
     "": {"as it is": ""},
     "ARKD": {"none": "--arkd 0", "weight 2": "--arkd 2", "weight 8": "--arkd 8", "RKD, 0.5": "--arkd-mode rkd"}
     | {"RKD, 2": "--arkd-mode rkd --arkd 2"},
@@ -49,29 +55,110 @@ ARMS = {  # claim: {arm: its flags}; "toy-DTYPE" as the first word is a cache st
     }
     | {"Muon, lr 2e-2": "--optimizer muon --lr 2e-2"},
     "int8 cache": {"bfloat16": "toy-bf16"},
+    "token budgets": {
+        "16, 32 and 64": "toy-16-32-64",
+        "16, 32 and 64, mean over patches": "toy-16-32-64 --alike tokens",
+    }
+    | {"64": "toy-64", "16": "toy-16"},
+} | {
+    f"curation to 1/{part}": {"random": f"random/{part}", "by the text teacher": f"0:9,90/{part}"}
+    | {"by the dense teacher": f"1:9,90/{part}"}
+    | ({"by the dense teacher, one level": f"1:90/{part}"} if part == 8 else {})
+    for part in (16, 8, 4)
 }
 MEASURES = ("zeroshot", "knn", "miou", "distances", "cka", "neighbours", "patch_cosine")
 
 
-def flags_of(arm):
-    """The words for train.py of an arm, and the name of the toy whose cache it reads. A flag's last words win."""
+def words_of(arm):
+    """(the words for train.py of an arm, the toy whose cache it reads, how a part of it is chosen or "")."""
     words = arm.split()
     world = words.pop(0) if words and words[0].startswith("toy-") else "toy"
-    sizes = [word for word in words if "=" in word]
-    return SHORT.split() + sizes + [word for word in words if "=" not in word], world
+    chosen = words.pop(0) if words and "/" in words[0] else ""
+    sizes = [word for word in words if "=" in word]  # a flag's last words win
+    return SHORT.split() + sizes + [word for word in words if "=" not in word], world, chosen
 
 
-def make_toy(work, name):
-    """The toy world in work/NAME, its cache stored in int8 or as the name says; images are drawn once."""
-    world = toy.World(work / name, 5000)
+def base_of(arm):
+    """The arm that another is compared with: the run as it is, or the first of its claim."""
+    claim = arm.split(": ")[0]
+    own = claim.startswith(("token budgets", "curation"))
+    return f"{claim}: {next(iter(ARMS[claim]))}" if own else "as it is"
+
+
+class Pictures:
+    """A cache that runs are trained on, its images held out, their classes and what these are called."""
+
+    def __init__(self, cache, text_of=None, balanced=False):
+        """text_of: a class's name to embeddings [n, C], in the space of the first teacher. balanced: classes are alike
+        frequent, so that curation is asked of a long-tailed part of them."""
+        self.cache, (trained, self.held) = cache, evaluate.split(cache)
+        name = functools.partial(evaluate.category, cache)
+        names = sorted({name(entry) for entry in [*trained, *self.held]})
+        self.bank = trained[:: max(1, len(trained) // 2000)]
+        labels, self.labels, self.truth = (
+            torch.tensor([names.index(name(entry)) for entry in part]) for part in (trained, self.bank, self.held)
+        )
+        pool = long_tail(labels) if balanced else np.arange(len(trained))
+        self.ids = np.array([int(cache.shard(number).ids[i]) for number, i in trained])[pool]
+        self.frequency = labels[pool].bincount(minlength=len(names)).double()
+        self.text = torch.stack([F.normalize(text_of(n), dim=1).mean(0) for n in names]) if text_of else None
+
+    def scores(self, model, said):
+        """kNN in the dense teacher's space and zero-shot; with classes alike, and as frequent as in the pool."""
+        text, dense = (space.name for space in self.cache.spaces)
+        known, _ = evaluate.summaries(model, self.cache, self.bank, [dense])
+        right = {
+            "knn": lambda some: evaluate.knn(known[dense], self.labels, said[dense]["summary"][some], self.truth[some])
+        }
+        if self.text is not None:
+            right["zeroshot"] = lambda some: evaluate.zeroshot(said[text]["summary"][some], self.text, self.truth[some])
+        found, classes = {}, self.truth.unique()
+        weight = self.frequency[classes] / self.frequency[classes].sum()
+        for measure, share in right.items():
+            each = torch.tensor([share(self.truth == k) for k in classes], dtype=torch.float64)
+            found[measure], found[f"{measure}_balanced"] = share(slice(None)), float(each.mean())
+            found[f"{measure}_long_tail"] = float(each @ weight)
+        return found
+
+
+def long_tail(label_N, least=0.01):
+    """Indices of a part of a pool: all of its first class down to `least` of its last, evenly in log."""
+    most = label_N.bincount().double()
+    kept = most * least ** torch.linspace(0, 1, len(most), dtype=torch.float64)
+    return np.sort(curate.first_of_each(label_N.numpy(), kept.ceil().long().numpy(), np.arange(len(label_N))))
+
+
+def choose(pictures, how, seed):
+    """Ids of a part of the pool: "random/N" for one in N, or "TEACHER:L1,L2/N", curated by a teacher's summaries.
+
+    L1, L2: levels of one cluster in L1 images, and one in L2.
+    """
+    how, part = how.split("/")
+    n = len(pictures.ids) // int(part)
+    if how == "random":
+        return np.sort(np.random.default_rng(seed).choice(pictures.ids, n, replace=False))
+    teacher, levels = how.split(":")
+    ids, x_NC = data.summaries(pictures.cache.path, pictures.cache.spaces[int(teacher)].name)
+    at = np.argsort(ids)[np.searchsorted(np.sort(ids), pictures.ids)]
+    levels = [len(at) // int(size) for size in levels.split(",")]
+    return np.sort(pictures.ids[curate.curate(x_NC[:][at], levels, n, seed)])
+
+
+@functools.cache
+def toy_pictures(work, name="toy"):
+    """(the toy world in work/NAME, Pictures of its cache): in int8 and at most 64 patches, or as the name says."""
+    world, (_, *how) = toy.World(work / name, 5000), name.split("-")
     if not (work / name).exists() and name != "toy":
+        toy_pictures(work)  # draws the images
         (work / name).mkdir(parents=True)
         for part in ("images", "masks"):
             (work / name / part).symlink_to((work / "toy" / part).resolve())
-    dtype = name.partition("-")[2] or "int8"
+    dtype = "bf16" if "bf16" in how else "int8"
+    budgets = [int(word) for word in how if word.isdigit()] or 64
     oracles = [toy.TextOracle(world), toy.DenseOracle(world)]
-    data.cache(world.write(), oracles, world.folder / "cache", max_tokens=64, dtype=dtype)
-    return world, data.Cache(world.folder / "cache")
+    data.cache(world.write(), oracles, world.folder / "cache", max_tokens=budgets, dtype=dtype)
+    text_of = lambda name: oracles[0].encode_text([f"a {name} {shape}" for shape in toy.SHAPES])  # noqa: E731
+    return world, Pictures(data.Cache(world.folder / "cache"), text_of)
 
 
 def geometry(student_NC, teacher_NC):
@@ -99,9 +186,9 @@ def by_size(student, teacher, mean):
     ]
 
 
-def measure(model, cache, scores):
+def measure(model, pictures, scores):
     """All that is compared of a student, as plain numbers. scores(model, held-out summaries): more of them."""
-    _, held = evaluate.split(cache)
+    cache, held = pictures.cache, pictures.held
     said = evaluate.gather(evaluate.stream(model, cache, held))
     told = evaluate.gather(evaluate.stream(evaluate.of_targets(cache.spaces), cache, held, stored=True))
     result = scores(model, said)
@@ -115,44 +202,35 @@ def measure(model, cache, scores):
     return result
 
 
-def open_toy(work, name, out):
-    """(the flags that train on the toy in work/NAME, its cache, its scores for `measure`); `out`: the run's folder."""
-    world, cache = make_toy(work, name)
-    (out / "toy").unlink(missing_ok=True)
-    (out / "toy").symlink_to(world.folder.resolve())
-    return [], cache, lambda model, said: toy.scores(world, cache, {"student": model})["student"]
+def at_budgets(work, model):
+    """The toy's scores of a student that is shown images at each of BUDGETS."""
+    found = {}
+    for budget in BUDGETS:
+        world, pictures = toy_pictures(work, f"toy-{budget}")
+        scores = toy.scores(world, pictures.cache, {"student": model})["student"]
+        found |= {f"{name}_at_{budget}": score for name, score in scores.items()}
+    return found
 
 
-def open_photos(path, teacher):
-    """(the flags that train on a cache, the cache, its scores for `measure`): kNN, and zero-shot of the teacher's."""
-    cache = data.Cache(path)
-    bank, held = evaluate.split(cache)
-    bank = bank[:: max(1, len(bank) // 5000)]
-    names = sorted({evaluate.category(cache, entry) for entry in [*bank, *held]})
-    labels, truth = (torch.tensor([names.index(evaluate.category(cache, e)) for e in part]) for part in (bank, held))
-    templates = evaluate.TEMPLATES
-    text = [F.normalize(embed_text(teacher, [t.format(n) for t in templates]), dim=1).mean(0) for n in names if teacher]
-
-    def scores(model, said):
-        known, _ = evaluate.summaries(model, cache, bank, None)
-        found = {
-            f"{s.name}_knn": evaluate.knn(known[s.name], labels, said[s.name]["summary"], truth) for s in cache.spaces
-        }
-        if teacher:
-            found["zeroshot"] = evaluate.zeroshot(said[teacher.name]["summary"], torch.stack(text), truth)
-        return found
-
-    return ["--cache", str(path)], cache, scores
-
-
-def run(out, arm, seed, flags, cache, scores):
-    """One run of train.py in the folder `out`, and what came of it."""
+def run(args, out, arm, seed, photos):
+    """One run of train.py in the folder `out`, and what came of it. photos: Pictures, or None for the toy."""
+    flags, name, part = words_of(arm)
+    world, pictures = (None, photos) if photos else toy_pictures(args.work, name)
+    if part:
+        np.save(out / "subset.npy", choose(pictures, part, int(seed)))
+        flags = ["--subset", str(out / "subset.npy"), *flags]
+    fixed = "--threads", "1", "--no-evaluate", "--overwrite", "--save-every", str(10**6), "--out", str(out / "run")
     began = time.process_time()
-    fixed = ["--threads", "1", "--no-evaluate", "--overwrite", "--save-every", str(10**6), "--out", str(out)]
-    train.main([*fixed, *flags, *flags_of(arm)[0], "--seed", str(seed)])
+    train.main([*fixed, "--cache", str(pictures.cache.path), *flags, "--seed", seed])
     seconds = time.process_time() - began
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()][1:]
-    result = measure(evaluate.of_student(amoe.load(out / "student")), cache, scores)
+    log = [json.loads(line) for line in (out / "run" / "log.jsonl").read_text().splitlines()][1:]
+    model = evaluate.of_student(amoe.load(out / "run" / "student"))
+    scores = (
+        pictures.scores if part or photos else lambda m, _: toy.scores(world, pictures.cache, {"student": m})["student"]
+    )
+    result = measure(model, pictures, scores)
+    if name[-1].isdigit():
+        result |= at_budgets(args.work, model)
     losses = {
         key: value for key, value in log[-1].items() if key.endswith(("_patch", "_summary", "_registers", "_arkd"))
     }
@@ -170,19 +248,20 @@ def rounded(x):
     return [rounded(v) for v in x] if isinstance(x, list) else float(f"{x:.5g}")
 
 
-def compared(found):
-    """{arm: {measure: (mean difference from the run as it is, half of its 95% interval, p of the paired t-test)}}.
+def compared(found, measures=None):
+    """{arm: {measure: (mean difference from its base, half of its 95% interval, p of the paired t-test)}}.
 
-    found: claims.json. Seeds are paired; arms of fewer than two seeds in common are left out, and so are measures that
-    these images do not have. A measure that every teacher has is their mean.
+    found: claims.json. Seeds are paired; arms of fewer than two seeds in common are left out. measures: by default the
+    MEASURES that these images have. One that every teacher has is their mean.
     """
-    result, base = {}, found["as it is"]
+    result = {}
     for arm, runs in found.items():
+        base = found.get(base_of(arm), {})
         seeds = [seed for seed in runs if seed in base]
-        if arm == "as it is" or len(seeds) < 2:
+        if arm == base_of(arm) or len(seeds) < 2:
             continue
         result[arm] = {"n": len(seeds)}
-        for measure in measured(found):
+        for measure in measures or measured(found):
             a, b = (np.array([value(part[seed], measure) for seed in seeds]) for part in (runs, base))
             test = scipy.stats.ttest_rel(a, b)
             low, high = test.confidence_interval(0.95)
@@ -204,7 +283,7 @@ def value(result, measure):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work", required=True, type=Path, help="folder for the toy and the runs")
-    parser.add_argument("--seeds", type=int, nargs="+", default=range(5))
+    parser.add_argument("--seeds", nargs="+", default=list("01234"))
     parser.add_argument("--only", nargs="+", help="claims, or arms as claims.json names them; all by default")
     parser.add_argument("--out", type=Path, default=HERE / "claims.json", help="one a process, where several run")
     parser.add_argument("--cache", help="features to train on in the place of the toy's")
@@ -212,16 +291,18 @@ def main():
     args = parser.parse_args()
     found = json.loads(args.out.read_text()) if args.out.exists() else {}
     arms = {(c, f"{c}: {name}" if c else name): words for c, group in ARMS.items() for name, words in group.items()}
-    folder = args.work / f"run-{os.getpid()}"
-    folder.mkdir(parents=True, exist_ok=True)
-    teacher = load_teachers([args.teacher], args.work, torch.device("cpu"))[0] if args.teacher else None
-    photos = open_photos(args.cache, teacher) if args.cache else None
-    for seed in map(str, args.seeds):
+    out, photos, text_of = args.work / f"run-{os.getpid()}", None, None
+    out.mkdir(parents=True, exist_ok=True)
+    if args.teacher:
+        teacher = load_teachers([args.teacher], args.work, torch.device("cpu"))[0]
+        text_of = lambda name: embed_text(teacher, [t.format(name) for t in evaluate.TEMPLATES])  # noqa: E731
+    if args.cache:
+        photos = Pictures(data.Cache(args.cache), text_of, balanced=True)
+    for seed in args.seeds:
         for (claim, arm), words in arms.items():
-            world = flags_of(words)[1]
-            asked = (not args.only or not claim or {claim, arm} & set(args.only)) and (world == "toy" or not args.cache)
-            if asked and seed not in found.setdefault(arm, {}):
-                found[arm][seed] = run(folder, words, seed, *(photos or open_toy(args.work, world, folder)))
+            asked = not args.only or {claim, arm} & set(args.only)
+            if asked and not (photos and words.startswith("toy-")) and seed not in found.setdefault(arm, {}):
+                found[arm][seed] = run(args, out, words, seed, photos)
                 args.out.write_text(json.dumps(found, indent=1) + "\n")
 
 

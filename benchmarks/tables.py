@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 from statistics import mean, median, stdev
 
-from benchmarks.claims import MEASURES, compared, value
+from benchmarks.claims import BUDGETS, base_of, compared, measured, value
 
-HERE = Path(__file__).resolve().parent
+HERE, KINDS = Path(__file__).resolve().parent, ("summary", "patch")
 
 
 def load(name):
@@ -197,18 +197,81 @@ def longer():
     return table(("arm", "images", "steps", *(f"`{t}` {kind}" for t, kind in kinds)), rows)
 
 
-def evidence():
-    """A line an arm: its mean difference from the run as it is, with the 95% interval of a paired t-test."""
-    found = load("claims")
-    base = found["as it is"].values()
-    rows = [["the run as it is", len(base), *(spread([value(r, m) for r in base]) for m in MEASURES)]]
-    for arm, measured in compared(found).items():
-        said = [(f"{mean:+.3f} ± {half:.3f}", p) for mean, half, p in (measured[m] for m in MEASURES)]
-        rows.append((arm, measured["n"], *(f"**{x}**" if p < 0.05 else x for x, p in said)))
-    return table(("arm", "n", *(m.replace("_", " ") for m in MEASURES)), rows)
+def against_base(found, arms, measures, names=None, first=""):
+    """A line an arm: a base's mean and standard deviation, of others the mean difference and its 95% interval."""
+    differences, rows = compared(found, measures), []
+    for arm in arms:
+        cells = [spread([value(r, m) for r in found[arm].values()]) for m in measures]
+        if arm in differences:
+            said = [(f"{mean:+.3f} ± {half:.3f}", p) for mean, half, p in (differences[arm][m] for m in measures)]
+            cells = [f"**{x}**" if p < 0.05 else x for x, p in said]
+        if arm in differences or arm == base_of(arm):
+            rows.append(("the run as it is" if arm == "as it is" else arm, len(found[arm]), *cells))
+    return table((first, "n", *(names or (m.replace("_", " ") for m in measures))), rows)
 
 
-MAKERS = toy, photos, longer, evaluate, teachers, step, lower, int8, loader, adapt, decode, busy, protocols, evidence
+def evidence(name="claims"):
+    """The arms that are compared with the run as it is."""
+    found = load(name)
+    return against_base(found, [arm for arm in found if base_of(arm) == "as it is"], measured(found), first="arm")
+
+
+def evidence_cifar():
+    return evidence("claims_cifar")
+
+
+def curating():
+    """Students of a part of a long-tailed pool: chosen at random, or curated, at three sizes."""
+    measures = [f"{m}_{test}" for test in ("balanced", "long_tail") for m in ("zeroshot", "knn")]
+    names, lines = [m.replace("_", ", ", 1).replace("_", " ") for m in measures], []
+    for name, title in (("claims", "toy"), ("claims_cifar", "CIFAR-10")):
+        found = load(name)
+        lines += against_base(found, [arm for arm in found if arm.startswith("curation")], measures, names, title)
+        lines.append("")
+    return lines[:-1]
+
+
+def budgets():
+    found, measures = load("claims"), [f"{m}_at_{n}" for m in ("zeroshot", "knn", "miou") for n in BUDGETS]
+    arms = [arm for arm in found if arm.startswith("token budgets")]
+    return against_base(found, arms, measures, [m.replace("_at_", ", ") for m in measures], "trained at")
+
+
+def shares():
+    """What each teacher has of the loss and of the student, under each balancing."""
+    rows = []
+    for name, title in (("claims", "toy"), ("claims_cifar", "CIFAR-10")):
+        found = load(name)
+        for arm in ("as it is", *(arm for arm in found if arm.startswith("PHI-S"))):
+            runs, (text, dense) = [*found[arm].values()], ("text", "dense") if name == "claims" else ("eff", "vit")
+            part = [
+                sum(v for k, v in r["losses"].items() if k.startswith(text)) / sum(r["losses"].values()) for r in runs
+            ]
+            cosines = (spread([r[f"{who}_{kind}_cosine"] for r in runs]) for who in (text, dense) for kind in KINDS)
+            rows.append((title, "PHI-S" if arm == "as it is" else arm.split(": ")[1], f"{mean(part):.0%}", *cosines))
+    head = ("", "balanced by", "text teacher's share of the loss")
+    return table((*head, *(f"{who} teacher, {kind} cosine" for who in ("text", "dense") for kind in KINDS)), rows)
+
+
+def costs():
+    """CPU seconds of a run, when it reaches the loss of the run as it is, and how evenly its experts are loaded."""
+    found, rows = load("claims"), []
+    base = median(r["loss"][-1] for r in found["as it is"].values() if "loss" in r)
+    for arm, runs in found.items():
+        if base_of(arm) != "as it is" or not arm.startswith(("as it is", "MoE", "bias", "optimiser")):
+            continue
+        seconds, load_spread = ([r[key] for r in runs.values()] for key in ("cpu_seconds", "load_spread"))
+        curve = [median(losses) for losses in zip(*(r["loss"] for r in runs.values() if "loss" in r), strict=True)]
+        at = next((20 * (i + 1) for i, loss in enumerate(curve) if loss <= base), None)
+        reached = f"step {at}, {median(seconds) * at / (20 * len(curve)):.0f} CPU-s" if at else "not reached"
+        name = "the run as it is" if arm == "as it is" else arm
+        rows.append((name, len(runs), f"{median(seconds):.0f}", reached, f"{mean(load_spread):.2f}"))
+    head = ("arm", "n", "CPU-s", "loss of the run as it is reached at", "expert load, most less least")
+    return table(head, rows)
+
+
+MAKERS = toy, photos, longer, evaluate, teachers, step, lower, int8, loader, adapt, decode, busy, protocols
+MAKERS += evidence, evidence_cifar, curating, budgets, shares, costs
 TABLES = {make.__name__: make for make in MAKERS}
 
 

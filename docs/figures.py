@@ -90,6 +90,14 @@ class Axes:
         low, high, y = (np.log(v) for v in (*self.ys, max(y, 1e-9))) if self.log else (*self.ys, y)
         return x0 + (x1 - x0) * (x - self.xs[0]) / (self.xs[1] - self.xs[0]), y1 - (y1 - y0) * (y - low) / (high - low)
 
+    def band(self, xs, rows, colour):
+        """The mean of rows of values at xs, and a standard deviation to either side."""
+        middle, spread = np.mean(rows, 0), np.std(rows, 0, ddof=1)
+        edge = [*zip(xs, middle - spread, strict=True), *reversed([*zip(xs, middle + spread, strict=True)])]
+        pale = tuple(255 - (255 - c) // 4 for c in colour)
+        self.page.draw.polygon([tuple(SCALE * v for v in self.at(*point)) for point in edge], pale)
+        self.page.line([self.at(*point) for point in zip(xs, middle, strict=True)], colour, 2)
+
     def bars(self, heights, colour, first=0):
         for x, height in enumerate(heights, first):
             (left, y), (right, _) = self.at(x, height), self.at(x + 0.8, height)
@@ -196,10 +204,15 @@ def curves(run):
     write("curves", pictures.curves(run / "log.jsonl"), 64)
 
 
+def found_in(name):
+    """benchmarks/NAME.json."""
+    return json.loads((Path(__file__).parents[1] / "benchmarks" / f"{name}.json").read_text())
+
+
 def evidence(_):
     """Differences from the run as it is, and their 95% intervals, from benchmarks/claims.json."""
-    found = json.loads((Path(__file__).parents[1] / "benchmarks" / "claims.json").read_text())
-    arms, measures = claims.compared(found), ("zeroshot", "knn", "miou", "neighbours")
+    arms, measures = claims.compared(found_in("claims")), ("zeroshot", "knn", "miou", "neighbours")
+    arms = {arm: measured for arm, measured in arms.items() if claims.base_of(arm) == "as it is"}
     page, wide = Page(980, 50 + 19 * len(arms)), 170
     for i, arm in enumerate(arms):
         page.text(8, 42 + 19 * i, arm, 12)
@@ -215,6 +228,39 @@ def evidence(_):
             page.line([(at(mean - half), 42 + 19 * i), (at(mean + half), 42 + 19 * i)], colour, 1.5)
             page.box(at(mean) - 3, 39 + 19 * i, at(mean) + 3, 45 + 19 * i, fill=colour)
     page.save("evidence", 32)
+
+
+def optimisers(_):
+    """The loss by step under each optimiser: the mean over seeds, and a band of one standard deviation."""
+    found, page = found_in("claims"), Page(900, 330)
+    axes = Axes(
+        page, (60, 40, 620, 270), (20, 300), (1.8, 7), (20, 100, 200, 300), (2, 3, 4, 5, 6), "", "step", log=True
+    )
+    page.text(60, 20, "loss, the mean of 20 steps", 13, GREY)
+    arms = {"as it is": GREY, "optimiser: AdamW, lr 2e-2": ORANGE, "optimiser: Muon for matrices": BLUE}
+    for i, (arm, colour) in enumerate((arms | {"optimiser: Muon, lr 2e-2": GREEN}).items()):
+        curves = [run["loss"] for run in found[arm].values() if "loss" in run]
+        axes.band(range(20, 20 * len(curves[0]) + 1, 20), curves, colour)
+        words = "AdamW, lr 6e-3" if arm == "as it is" else arm.split(": ")[1].replace(" for matrices", ", lr 6e-3")
+        page.text(650, 70 + 26 * i, words, 15, colour)
+    page.save("optimisers", 64)
+
+
+def subsets(_):
+    """Scores with all classes alike of students of a part of a long-tailed pool, against its size."""
+    page, colours = Page(900, 360), {"random": GREY, "by the text teacher": PURPLE, "by the dense teacher": GREEN}
+    for n, (name, title, ys) in enumerate((("claims", "toy", (0.2, 0.8)), ("claims_cifar", "CIFAR-10", (0.1, 0.4)))):
+        found, box = found_in(name), (60 + 440 * n, 60, 430 + 440 * n, 280)
+        ticks = [round(ys[0] + i * (ys[1] - ys[0]) / 3, 2) for i in range(4)]
+        axes = Axes(page, box, (-0.1, 2.1), ys, (), ticks, f"{title}: kNN, mean over classes")
+        for i, (how, colour) in enumerate(colours.items()):
+            runs = [found[f"curation to 1/{part}: {how}"] for part in (16, 8, 4)]
+            seeds = set.intersection(*map(set, runs))
+            axes.band(range(3), [[at[seed]["knn_balanced"] for at in runs] for seed in sorted(seeds)], colour)
+            page.text(60 + 270 * i, 340, how, 15, colour) if not n else None
+        for i, part in enumerate(("a 16th of the pool", "an 8th", "a 4th")):
+            page.text(axes.at(i, ys[0])[0], box[3] + 14, part, 12, GREY, "mm")
+    page.save("subsets", 64)
 
 
 def curation(run):
@@ -264,7 +310,7 @@ def maps(run):
     page.save("toy", 256)
 
 
-FIGURES = {f.__name__: f for f in (pack, phi_s, arkd, curves, curation, evidence)} | {"toy": maps}
+FIGURES = {f.__name__: f for f in (pack, phi_s, arkd, curves, curation, evidence, optimisers, subsets)} | {"toy": maps}
 
 
 def main(argv=None):
@@ -275,7 +321,7 @@ def main(argv=None):
     names, run = args.name or list(FIGURES), Path(args.run)
     if unknown := set(names) - set(FIGURES):
         parser.error(f"no picture is called '{min(unknown)}': choose of {', '.join(FIGURES)}")
-    if set(names) - {"pack", "evidence"} and not (run / "student" / "config.json").is_file():
+    if set(names) - {"pack", "evidence", "optimisers", "subsets"} and not (run / "student" / "config.json").is_file():
         parser.error(f"{run} holds no run: `python train.py` makes one, or --run names another")
     for name in names:
         FIGURES[name](run)
