@@ -1,13 +1,12 @@
 """Measures k-means and curation beside their peers: `python -m benchmarks.curation [PART ...]` (all parts by default).
 
-Each part replaces its figures in benchmarks/curation.json, and docs/curation.md's tables are written anew from it.
+Each part replaces its figures in curation.json, of which `python -m benchmarks.tables` makes docs/curation.md's tables.
 CPU seconds (all threads), because the machine may be shared; every ratio is of runs that alternate in one process.
 faiss-cpu and scikit-learn are measured if installed (`pip install faiss-cpu scikit-learn`; nothing else uses them).
 """
 
 import curate
 import kernels.kmeans
-from benchmarks.tables import load, table
 
 # isort: split
 import importlib.util
@@ -225,89 +224,7 @@ def billion(n=400_000, d=128, levels=(4000, 200, 20), split_above=100, disk=2e9)
     }
 
 
-# ---- tables ----
-
-
-def speed_table(results):
-    runs = [results[name] for name in PARTS if name.startswith("speed")]
-    rows = [[name] for name in runs[0]["ratio_to_gemm"]]
-    for r in runs:
-        for row, c in zip(rows, r["ratio_to_gemm"].values(), strict=True):
-            row.append(f"{c['median']:.2f} ({min(c['all']):.2f}-{max(c['all']):.2f}); {c['inertia']:.1f}")
-    rows.append(["n", *(len(r["ratio_to_gemm"]["curate.kmeans"]["all"]) for r in runs)])
-    rows.append(["bare product, CPU-s", *(f"{r['gemm_cpu_s']:.2f}" for r in runs)])
-    seeding = [f"{r['seeding_and_one_assignment_over_gemm']:.2f}" for r in runs]
-    return table(["", *(r["data"] for r in runs)], [*rows, ["D^2 seeds and one assignment, in products", *seeding]])
-
-
-def spread(values, form, sign=""):
-    return f"{statistics.mean(values):{sign}{form}} ± {statistics.stdev(values):{form}}"
-
-
-def balance_table(results):
-    rows = [[way] for way in results["balance 1.0"]["ways"]]
-    for part in ("balance 1.0", "balance 0.5"):
-        for row, w in zip(rows, results[part]["ways"].values(), strict=True):
-            row += [
-                f"{spread(w['entropy'], '.3f')} (least {w['entropy_min']:.3f})",
-                f"{statistics.median(w['cpu_s']):.1f}",
-            ]
-    return table(["", "centres 1.0 apart: entropy", "CPU-s", "0.5 apart: entropy", "CPU-s"], rows)
-
-
-def plan_table(levels):
-    head = ["level", "points", "clusters", "flop", "core-hours", "hours, 8 machines of 64 cores", "GB a machine"]
-    cells = "{points:.3g} | {clusters:.3g} | {flop:.1e} | {core_hours:.3g} | {hours:.2g} | {gb:.2g}"
-    levels = [cells.format(gb=r["bytes_a_machine"] / 1e9, **r) for r in levels]
-    return table(head, [[i + 1, text] for i, text in enumerate(levels)])
-
-
-def check_table(planned, measured):
-    rows = []
-    for i, (p, seconds) in enumerate(zip(planned, measured["cpu_s"], strict=True)):
-        rows.append([i + 1, p["points"], p["clusters"], f"{3600 * p['core_hours']:.1f}", f"{seconds:.1f}"])
-    most = max(p["bytes_a_machine"] for p in planned), measured["bytes"]
-    rows.append(["memory", "", "", *(f"{b / 2**20:.0f} MiB" for b in most)])
-    return table(["level", "points", "clusters", "planned, CPU-s", "measured, CPU-s"], rows)
-
-
-def pays_table():
-    """Of curated.json: means over seeds, and the differences from the random subset of the same seed."""
-    runs = load("curated")["runs"]
-    wheres = {"tail": "rarer half of the concepts", "concepts": "mean over concepts", "all": "all"}
-    rows = {
-        f"{m}, {what}": (lambda r, m=m, w=w: r[m][w], ".3f") for m in ("zeroshot", "knn") for w, what in wheres.items()
-    }
-    rows["subset: entropy over concepts"] = (lambda r: r["entropy_over_concepts"], ".3f")
-    rows["subset: images of the rarer half"] = (lambda r: r["tail_images"], ".0f")
-    rows["subset: share of scenes with two things"] = (lambda r: r["two_things"], ".3f")
-    head, lines = ["", "random"], [[what] for what in rows]
-    for way in dict.fromkeys(r["way"] for r in runs):
-        head += [] if way == "random" else [f"curated from `{way}`", "less random"]
-        for line, (value, form) in zip(lines, rows.values(), strict=True):
-            values, random = ([value(r) for r in runs if r["way"] == w] for w in (way, "random"))
-            line.append(spread(values, form))
-            if way != "random":
-                line.append(spread(np.subtract(values, random).tolist(), form, "+"))
-    return table(head, lines)
-
-
-def write_tables(results):
-    """Replace what stands between <!-- name --> and <!-- end --> in docs/curation.md."""
-    page = ROOT / "docs" / "curation.md"
-    made = {
-        "speed": lambda: speed_table(results),
-        "balance": lambda: balance_table(results),
-        "plan": lambda: plan_table(results["billion"]["planned"]),
-        "plan check": lambda: check_table(**results["billion"]["scaled_down"]),
-        "pays": pays_table,
-    }
-    for name, make in made.items():
-        try:
-            before, rest = page.read_text().split(f"<!-- {name} -->\n")
-            page.write_text("\n".join([f"{before}<!-- {name} -->", *make(), rest[rest.index("<!-- end -->") :]]))
-        except KeyError as missing:
-            print(f"table {name}: not measured yet ({missing})")
+# ---- command line ----
 
 
 PARTS = {
@@ -325,13 +242,11 @@ PARTS = {
 def main(names):
     path = ROOT / "benchmarks" / "curation.json"
     results = json.loads(path.read_text()) if path.exists() else {}
-    if unknown := set(names) - {*PARTS, "tables"}:
-        raise SystemExit(f"no part {', '.join(unknown)}; there are: {', '.join(PARTS)}, tables")
+    if unknown := set(names) - {*PARTS}:
+        raise SystemExit(f"no part {', '.join(unknown)}; there are: {', '.join(PARTS)}")
     for name in names or PARTS:
-        if name != "tables":
-            results[name] = PARTS[name]() | {"machine": processor(), "torch": torch.__version__}
-            path.write_text(json.dumps(results, indent=1) + "\n")
-    write_tables(results)
+        results[name] = PARTS[name]() | {"machine": processor(), "torch": torch.__version__}
+        path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

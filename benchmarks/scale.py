@@ -1,10 +1,6 @@
-"""How time and memory grow with the number of images, and docs/scale.md: `python -m benchmarks.scale`.
+"""How time and memory grow with the number of images: `python -m benchmarks.scale` writes scale.json.
 
-Synthetic metadata in the repository's own formats: a table of sources, a cache of index, records and, for the first
-batch, arrays of some shards; features for k-means. Seconds are CPU seconds of one process, which a busy machine changes
-little; memory is what a process adds of its own pages (Anonymous of smaps_rollup: those of mapped files are shared).
-Each figure is taken in a fresh process. At 2e8 means the line through the two largest sizes: where a constant hides
-what grows, that says more than the exponent, the slope of log(figure) over log(images) between them.
+docs/scale.md says what is measured; `python -m benchmarks.tables` makes its table.
 """
 
 import common.sources
@@ -12,7 +8,6 @@ import curate
 import data
 import images
 from amoe import PhiS, Space
-from benchmarks.tables import table
 from common.order import WINDOW, Order, Position, read_subset
 from common.shards import FORMAT, INDEX, read_record, write_shard
 from common.sources import ROW_TYPE, Sources, find_sources
@@ -24,7 +19,6 @@ from teachers import space_bytes
 # isort: split
 import argparse
 import json
-import math
 import os
 import re
 import subprocess
@@ -42,8 +36,7 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARD, ALL, TOKENS, DIM = 512, 200_000_000, 16384, 8
-RANKS, RATE = 256, 200_000 / 261  # images a second and rank: 200k tokens/s of 256-token images
+SHARD, TOKENS, DIM = 512, 16384, 8
 
 
 def make_table(folder, n):
@@ -126,14 +119,14 @@ def summaries(folder):
     return data.summaries(folder / "cache", "t")[1][: 8 * SHARD]
 
 
-FIGURES = {  # what, in words, what it was before with 2e8 images, and what it has to be
-    "open table": (start_with_images, "a rank's start, --images", "46 min to 5.6 h, 160 GB", "10 s, 2 GB"),
-    "open cache": (start_with_cache, "a rank's start, --cache", "20 min; 22 h on an object store", "10 s, 2 GB"),
-    "first batch": (first_batch, "opening the cache, then the first batch", "", "5 s"),
-    "subset": (subset, "start and first window with --subset of half of the images", "16 s a shard", "10 s, 2 GB"),
-    "summaries": (summaries, "curating from a cache: ids and a block of summaries", "0.9 to 1.8 TB", ""),
+FIGURES = {
+    "open table": start_with_images,
+    "open cache": start_with_cache,
+    "first batch": first_batch,
+    "subset": subset,
+    "summaries": summaries,
 }
-PLANS = {"plan cache": "--cache", "plan table": "--images"}
+PLANS = "plan cache", "plan table"
 
 
 def own():
@@ -165,7 +158,7 @@ def measure(what, folder):
     if what == "k-means":
         return cluster(folder)
     before, began = own(), time.process_time()
-    FIGURES[what][0](folder)
+    FIGURES[what](folder)
     return {"s": time.process_time() - began, "mib": own() - before}
 
 
@@ -203,60 +196,13 @@ def scan_a_tar(folder, members=5000):
     return times
 
 
-# ---- the page ----
-
-
-def page(result):
-    """docs/scale.md."""
-    sizes, rows = result["sizes"], []
-    step = (ALL - sizes[-1]) / (sizes[-1] - sizes[-2])
-
-    def at(what, unit):
-        return [result["figures"][str(n)].get(what, {}).get(unit, math.nan) for n in sizes]
-
-    for what, (_, label, before, goal) in FIGURES.items():
-        for unit, name in (("s", "s"), ("mib", "MiB")):
-            *_, y0, y1 = values = at(what, unit)
-            slope = math.log(max(y1, 1e-3) / max(y0, 1e-3)) / math.log(sizes[-1] / sizes[-2])
-            far = y1 + max(0.0, y1 - y0) * step
-            rows.append((label, name, *(f"{y:.3g}" for y in values), f"{slope:.2f}", f"{far:.3g}", before, goal))
-            label = before = goal = ""
-    for what, label in PLANS.items():
-        rates = at(what, "images_per_s")
-        share = f"{RANKS * RATE / rates[-1]:.0%} of a core at {RANKS} ranks"
-        cells = [f"planning, {label}", "million images/s", *(f"{y / 1e6:.2f}" for y in rates), ""]
-        rows.append((*cells, share, "103% of a core", "15% of a core"))
-    each = [f"{mib / n * 2**20:.0f}" for n, mib in zip(sizes, at("k-means", "mib"), strict=True) if mib == mib]
-    spare = [""] * (len(sizes) - len(each) + 1)
-    rows.append(("k-means, beyond the features' file", "B a point", *each, *spare, each[-1], "720", "300"))
-    head = ("what", "", *(f"{n:.0e}" for n in sizes), "exponent", "at 2e8", "before, at 2e8", "goal")
-    about = result | result["read"] | dict(zip(("raw_us", "whole_us"), result["tar_us"], strict=True))
-    about |= {"doc": __doc__.split("\n\n", 1)[1].strip(), "table": "\n".join(table(head, rows))}
-    return PAGE.format(**about)
-
-
-PAGE = """# From a thousand images to two hundred million
-
-Made by `python -m benchmarks.scale`; {machine}.
-
-{doc}
-
-{table}
-
-An epoch of {images} images from a table at hand read {headers} headers and opened {opened} files. Before, every rank
-read every header: 257 readings of an image at 256 ranks.
-
-The table takes {table_bytes:.0f} bytes an image with a name of 29, the index of a cache {index_bytes:.0f}. A tar is
-scanned at {raw_us:.1f} us a member, with the images' own headers at {whole_us:.0f} (34 and 101 before), once, by as
-many processes as `data.py index` is given. Planning is reckoned at 200k tokens/s a rank, in the fastest window of 25:
-what runs beside changes the rest. Up to 1,000 shards train.py also looks at each commit record when it starts; beyond,
-on first use.
-"""
+# ---- command line ----
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=[10**4, 10**5, 10**6, 10**7])
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/scale.json")
     parser.add_argument("--measure", nargs=2, help="one figure of a folder, in this process")
     args = parser.parse_args()
     if args.measure:
@@ -283,8 +229,7 @@ def main():
                 result[kind] = sum(p.stat().st_size for p in (folder / path).rglob("*") if p.is_file()) / n
             if n == args.sizes[0]:
                 result |= {"tar_us": scan_a_tar(folder), "read": headers_read(folder)}
-    (ROOT / "benchmarks/scale.json").write_text(json.dumps(result, indent=1) + "\n")
-    (ROOT / "docs/scale.md").write_text(page(result))
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

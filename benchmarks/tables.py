@@ -5,6 +5,7 @@ names the pages that say something else than the JSON does.
 """
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -25,9 +26,9 @@ def table(head, rows, *notes):
     return lines + [line for note in notes for line in ("", note)]
 
 
-def spread(values, digits=3):
+def spread(values, digits=3, sign=""):
     """The mean, with the standard deviation of more than one."""
-    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+    return f"{mean(values):{sign}.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def scores(results, *notes):
@@ -270,8 +271,112 @@ def costs():
     return table(head, rows)
 
 
+SCALE = {  # what benchmarks.scale measures: in words, what it was before with 2e8 images, and what it has to be
+    "open table": ("a rank's start, --images", "46 min to 5.6 h, 160 GB", "10 s, 2 GB"),
+    "open cache": ("a rank's start, --cache", "20 min; 22 h on an object store", "10 s, 2 GB"),
+    "first batch": ("opening the cache, then the first batch", "", "5 s"),
+    "subset": ("start and first window with --subset of half of the images", "16 s a shard", "10 s, 2 GB"),
+    "summaries": ("curating from a cache: ids and a block of summaries", "0.9 to 1.8 TB", ""),
+    "plan cache": ("planning, --cache", "103% of a core", "15% of a core"),
+    "plan table": ("planning, --images", "103% of a core", "15% of a core"),
+    "k-means": ("k-means, beyond the features' file", "144 GB", "60 GB"),
+}
+
+
+def scale():
+    """What grows with the number of images; at 2e8 by the line through the two largest sizes."""
+    found, rows, units = load("scale"), [], {"mib": "MiB", "images_per_s": "images/s"}
+    sizes = found["sizes"]
+    for what, (label, before, goal) in SCALE.items():
+        measured = [figures[what] for figures in found["figures"].values() if what in figures]
+        for unit in measured[0]:
+            (n0, y0), (n1, y1) = [(n, m[unit]) for n, m in zip(sizes, measured, strict=False)][-2:]
+            growth = f"{math.log(max(y1, 1e-3) / max(y0, 1e-3)) / math.log(n1 / n0):.2f}"
+            far = f"{y1 + max(0.0, y1 - y0) * (2e8 - n1) / (n1 - n0):.3g}"
+            if unit == "images_per_s":  # of 200k tokens/s a rank, in images of 261
+                growth, far = "", f"{256 * 200_000 / 261 / y1:.0%} of a core at 256 ranks"
+            cells = [f"{m[unit]:.3g}" for m in measured] + [""] * (len(sizes) - len(measured))
+            rows.append((label, units.get(unit, unit), *cells, growth, far, before, goal))
+            label = before = goal = ""
+    head = ("what", "", *(f"{n:.0e}" for n in sizes), "exponent", "at 2e8", "before, at 2e8", "goal")
+    note = (
+        "`python -m benchmarks.scale`, {machine}. The table takes {table_bytes:.0f} bytes an image with a name of 29, "
+        "the index of a cache {index_bytes:.0f}. A tar is scanned at {tar_us[0]:.1f} us a member, with the images' own "
+        "headers at {tar_us[1]:.0f} (34 and 101 before). An epoch of {read[images]} images from a table at hand read "
+        "{read[headers]} headers and opened {read[opened]} files."
+    )
+    return table(head, rows, note.format(**found))
+
+
+def kmeans():
+    """A line a library, a column a data set."""
+    runs = [part for name, part in sorted(load("curation").items()) if name.startswith("speed")]
+    rows = [[name] for name in runs[0]["ratio_to_gemm"]]
+    for r in runs:
+        for row, c in zip(rows, r["ratio_to_gemm"].values(), strict=True):
+            row.append(f"{c['median']:.2f} ({min(c['all']):.2f}-{max(c['all']):.2f}); {c['inertia']:.1f}")
+    rows.append(["n", *(len(r["ratio_to_gemm"]["curate.kmeans"]["all"]) for r in runs)])
+    rows.append(["bare product, CPU-s", *(f"{r['gemm_cpu_s']:.2f}" for r in runs)])
+    seeding = [f"{r['seeding_and_one_assignment_over_gemm']:.2f}" for r in runs]
+    return table(["", *(r["data"] for r in runs)], [*rows, ["D^2 seeds and one assignment, in products", *seeding]])
+
+
+def balance():
+    parts, rows = [load("curation")[f"balance {distance}"]["ways"] for distance in (1.0, 0.5)], []
+    for way in parts[0]:
+        found = [part[way] for part in parts]
+        cells = [(f"{spread(w['entropy'])} (least {w['entropy_min']:.3f})", f"{median(w['cpu_s']):.1f}") for w in found]
+        rows.append((way, *cells[0], *cells[1]))
+    return table(("", "centres 1.0 apart: entropy", "CPU-s", "0.5 apart: entropy", "CPU-s"), rows)
+
+
+def plan():
+    columns = {
+        "points": "{points:.3g}",
+        "clusters": "{clusters:.3g}",
+        "flop": "{flop:.1e}",
+        "core-hours": "{core_hours:.3g}",
+        "hours, 8 machines of 64 cores": "{hours:.2g}",
+        "GB a machine": "{gb:.2g}",
+    }
+    levels = load("curation")["billion"]["planned"]
+    cells = [[cell.format(gb=r["bytes_a_machine"] / 1e9, **r) for cell in columns.values()] for r in levels]
+    return table(("level", *columns), [(i, *row) for i, row in enumerate(cells, 1)])
+
+
+def plan_check():
+    """The plan of a scaled-down tree beside what it took."""
+    planned, measured = load("curation")["billion"]["scaled_down"].values()
+    rows = []
+    for i, (p, seconds) in enumerate(zip(planned, measured["cpu_s"], strict=True), 1):
+        rows.append((i, p["points"], p["clusters"], f"{3600 * p['core_hours']:.1f}", f"{seconds:.1f}"))
+    most = max(p["bytes_a_machine"] for p in planned), measured["bytes"]
+    rows.append(("memory", "", "", *(f"{b / 2**20:.0f} MiB" for b in most)))
+    return table(("level", "points", "clusters", "planned, CPU-s", "measured, CPU-s"), rows)
+
+
+def pays():
+    """Of curated.json: means over seeds, and the differences from the random subset of the same seed."""
+    runs = load("curated")["runs"]
+    wheres = {"tail": "rarer half of the concepts", "concepts": "mean over concepts", "all": "all"}
+    rows = {f"{m}, {what}": (lambda r, m=m, w=w: r[m][w], 3) for m in ("zeroshot", "knn") for w, what in wheres.items()}
+    rows["subset: entropy over concepts"] = (lambda r: r["entropy_over_concepts"], 3)
+    rows["subset: images of the rarer half"] = (lambda r: r["tail_images"], 0)
+    rows["subset: share of scenes with two things"] = (lambda r: r["two_things"], 3)
+    head, lines = ["", "random"], [[what] for what in rows]
+    for way in dict.fromkeys(r["way"] for r in runs):
+        head += [] if way == "random" else [f"curated from `{way}`", "less random"]
+        for line, (read, digits) in zip(lines, rows.values(), strict=True):
+            values, random = ([read(r) for r in runs if r["way"] == w] for w in (way, "random"))
+            line.append(spread(values, digits))
+            if way != "random":
+                line.append(spread([a - b for a, b in zip(values, random, strict=True)], digits, "+"))
+    return table(head, lines)
+
+
 MAKERS = toy, photos, longer, evaluate, teachers, step, lower, int8, loader, adapt, decode, busy, protocols
 MAKERS += evidence, evidence_cifar, curating, budgets, shares, costs
+MAKERS += scale, kmeans, balance, plan, plan_check, pays
 TABLES = {make.__name__: make for make in MAKERS}
 
 
