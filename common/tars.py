@@ -15,14 +15,14 @@ OCTAL = 8 ** np.arange(11)[::-1]
 
 def tar_members(data, end):
     """(name, (first byte, size)) of a tar's files, by its raw headers. end: its size, None where that is not known."""
-    at, said, chunk, alone = 0, {}, BLOCK * 64, 0
+    at, said, chunk, alone = 0, {}, BLOCK * 256, 0
     while True:
         if not (said or alone):
             names, spans, size = plain_files(data[at : at + chunk], at)
             yield from zip(names, spans, strict=True)
             at += size
             few = len(names) < 16  # large members: their bytes are not to be read for their headers
-            chunk, alone = BLOCK * 64 if few else min(2 * chunk, CHUNK), 1024 * few
+            chunk, alone = BLOCK * 256 if few else min(2 * chunk, CHUNK), 1024 * few
         alone -= alone > 0
         if not (header := data[at : at + BLOCK]):
             break
