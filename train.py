@@ -147,10 +147,6 @@ def parse(argv=None):
         raise ValueError("--checkpoint recomputes blocks of --model: a --student that needs it does so itself")
     if flags.sizes and (flags.init or flags.student):
         raise ValueError("--sizes are those of --model: --init and --student bring their own")
-    if flags.fsdp and flags.optimizer == "muon":
-        raise ValueError(
-            "--fsdp shards matrices and Muon needs them whole: give --optimizer adamw, and a --lr that suits it"
-        )
     if flags.fsdp and flags.ema:
         raise ValueError("--ema averages whole weights and --fsdp shards them: leave one of them out")
     if not flags.out:
@@ -640,9 +636,12 @@ def make_optimizer(model, flags):
             groups["muon" if muon else "decayed" if matrix else "free"].append(p)
     decay = {"muon": flags.weight_decay, "decayed": flags.weight_decay, "free": 0.0}
     groups = [{"params": p, "weight_decay": decay[kind], "muon": kind == "muon"} for kind, p in groups.items() if p]
-    return (Muon if flags.optimizer == "muon" else torch.optim.AdamW)(
-        groups, lr=flags.lr, betas=(0.9, 0.95), fused=True
-    )
+    kind = Muon if flags.optimizer == "muon" else torch.optim.AdamW
+    optimizer = kind(groups, lr=flags.lr, betas=(0.9, 0.95), fused=True)
+    optimizer.found_inf = torch.zeros(
+        (), device=p.device
+    )  # `update` sets it; FSDP2 takes a step before, to make moments
+    return optimizer
 
 
 def wrap(model, flags, process):

@@ -27,11 +27,12 @@ class Muon(torch.optim.AdamW):
     """AdamW, but for the groups marked "muon": their parameters, [..., m, n], are stepped by Muon.
 
     Steps are scaled by 0.2 sqrt(max(m, n)), so that they are as large as AdamW's and take its learning rate and decay
-    (arXiv 2502.16982). `found_inf`, as the fused AdamW has it: where it is 1, nothing changes.
+    (arXiv 2502.16982). `found_inf`, as the fused AdamW has it: where it is 1, nothing changes. Of what FSDP2 shards,
+    a rank holds whole experts, and of a matrix some rows: these are brought together for the step.
     """
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):
         good = 1 - self.found_inf
         for group in self.param_groups:
             alike = {}  # small matrices of one shape are stepped together
@@ -39,19 +40,38 @@ class Muon(torch.optim.AdamW):
                 if p.grad is not None:
                     alike.setdefault(p.shape if p.ndim == 2 else p, []).append(p)
             for parameters in alike.values():
-                steps = orthogonalise(torch.cat([self.momentum(p, good) for p in parameters]))
+                moments = [self.momentum(p, good) for p in parameters]
+                steps = orthogonalise(torch.cat(moments))
                 size = (0.2 * max(steps.shape[1:]) ** 0.5) * good
-                counts = [p.numel() // steps[0].numel() for p in parameters]
-                for p, step in zip(parameters, steps.split(counts), strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"] * good)
-                    p.sub_(step.view(p.shape) * size, alpha=group["lr"])
+                for p, step in zip(parameters, steps.split([len(m) for m in moments]), strict=True):
+                    own = local(p).mul_(1 - group["lr"] * group["weight_decay"] * good)
+                    own.sub_(part(step, p).view(own.shape) * size, alpha=group["lr"])
                     p.grad = None  # AdamW passes over it
-        super().step()
+        return super().step(closure)
 
     def momentum(self, p, good):
         """Nesterov's momentum of a parameter, as matrices [N, m, n]; its state moves on where good is 1."""
-        grad, state = torch.where(good.bool(), p.grad, 0), self.state[p]
+        grad, state = torch.where(good.bool(), local(p.grad), 0), self.state[p]
         if not state:
             state |= {"momentum": torch.zeros_like(p), "step": torch.tensor(0.0)}  # AdamW reads back a "step"
-        state["momentum"].lerp_(grad, 0.05 * good)
-        return grad.lerp(state["momentum"], 0.95).view(-1, *p.shape[-2:])
+        momentum = local(state["momentum"]).lerp_(grad, 0.05 * good)
+        return whole(grad.lerp(momentum, 0.95), p).view(-1, *p.shape[-2:])
+
+
+def local(x):
+    """This rank's part of a tensor; all of one that is not sharded."""
+    return x.to_local() if hasattr(x, "to_local") else x
+
+
+def whole(x, p):
+    """The matrix p's likeness of which every rank has a part x; parts of stacks are left alone."""
+    if p.ndim > 2 or not hasattr(p, "to_local"):
+        return x
+    return type(p.data).from_local(x, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()).full_tensor()
+
+
+def part(x, p):
+    """The inverse of `whole`, for x [1, m, n]."""
+    if p.ndim > 2 or not hasattr(p, "to_local"):
+        return x
+    return type(p.data).from_local(x[0], p.device_mesh).redistribute(placements=p.placements).to_local()

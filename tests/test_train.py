@@ -138,7 +138,7 @@ def torchrun(*words):
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("more", [[], ["--fsdp", "--optimizer", "adamw"]], ids=["replicated", "sharded"])
+@pytest.mark.parametrize("more", [[], ["--fsdp"]], ids=["replicated", "sharded"])
 def test_two_ranks_give_the_loss_and_gradient_of_one(cache, tmp_path, more):
     """Catches DDP's mean left as it is, summaries gathered without their gradient, and loads of one rank only."""
     script = tmp_path / "worker.py"
@@ -476,12 +476,14 @@ def test_checkpoints_come_by_time_too_and_hold_the_step_that_they_name(cache, tm
 
 
 def test_two_ranks_train_and_resume_sharded_or_not(cache, tmp_path):
-    """Catches a checkpoint of one rank's shards, and ranks that stop at different steps."""
-    words = ["train.py", *command(cache, tmp_path / "run")[2:], "--fsdp", "--optimizer", "adamw", "--steps"]
-    first = torchrun(*words, "4")
-    assert first.returncode == 0, first.stderr[-3000:]
-    state = torch.load(train.checkpoints(tmp_path / "run")[-1], weights_only=True)
+    """Catches a checkpoint of one rank's shards, a step of Muon on a part of a matrix, and ranks that stop at different
+    steps."""
+    words = ["train.py", *command(cache, tmp_path / "run")[2:], "--fsdp", "--steps"]
+    first, whole = torchrun(*words, "4"), torchrun("train.py", *command(cache, tmp_path / "whole")[2:], "--steps", "4")
+    assert first.returncode == 0 == whole.returncode, first.stderr[-3000:] + whole.stderr[-3000:]
+    state, other = (torch.load(train.checkpoints(tmp_path / n)[-1], weights_only=True) for n in ("run", "whole"))
     assert state["model"]["norm.weight"].shape == (128,)
+    assert all(torch.allclose(v, other["model"][k], atol=1e-5) for k, v in state["model"].items())
     again = torchrun(*words, "6", "--resume")
     assert again.returncode == 0, again.stderr[-3000:]
     assert sorted(losses(tmp_path / "run")) == [1, 2, 3, 4, 5, 6]
