@@ -4,6 +4,7 @@ A function a table: `toy` makes the lines between <!-- toy --> and <!-- /toy -->
 names the pages that say something else than the JSON does.
 """
 
+import itertools
 import json
 import math
 import re
@@ -178,15 +179,18 @@ def over(a, b):
 
 
 def protocols():
-    """From the strict protocol to the published one, difference by difference."""
-    found, rows = load("protocols"), []
+    """From the strict protocol to the published one, difference by difference; a column a teacher."""
+    found, rows = load("protocols"), {}
     for measure, unit in (("knn", "kNN"), ("zeroshot", "zero-shot"), ("segmentation", "mIoU")):
         for teacher, scores in found[measure].items():
-            rows += [(unit, f"`{teacher}`", name, f"{score:.3f}") for name, score in scores.items()]
-    for teacher, scores in found["retrieval"].items():
-        for way in ("image to text", "text to image"):
-            rows += [(f"recall at 10, {way}", f"`{teacher}`", name, f"{s[way]:.3f}") for name, s in scores.items()]
-    return table(("measure", "teacher", "protocol", "score"), rows)
+            for name, score in scores.items():
+                rows.setdefault((unit, name), {})[teacher] = f"{score:.3f}"
+    for way, (teacher, scores) in itertools.product(("image to text", "text to image"), found["retrieval"].items()):
+        for name, score in scores.items():
+            rows.setdefault((f"recall at 10, {way}", name), {})[teacher] = f"{score[way]:.3f}"
+    names = [*found["knn"]]
+    lines = [(*row, *(cells.get(name, "") for name in names)) for row, cells in rows.items()]
+    return table(("measure", "protocol", *(f"`{name}`" for name in names)), lines)
 
 
 def longer():
