@@ -7,17 +7,12 @@ faiss-cpu and scikit-learn are measured if installed (`pip install faiss-cpu sci
 
 import curate
 import kernels.kmeans
+from kernels.bench import machine, record
 
 # isort: split
+import argparse
 import importlib.util
-import json
-import platform
-import re
 import statistics
-import subprocess
-import sys
-import tempfile
-import threading
 import time
 from pathlib import Path
 from unittest import mock
@@ -25,20 +20,12 @@ from unittest import mock
 import numpy as np
 import torch
 
-ROOT = Path(__file__).parent.parent
-
 
 def cpu(f):
     """(CPU seconds of all threads, result)."""
     begin = time.process_time()
     out = f()
     return time.process_time() - begin, out
-
-
-def processor():
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{len(names) or '?'} cores, {names[0] if names else platform.processor()}"
 
 
 def inertia(x, c):
@@ -126,19 +113,7 @@ def balance(distance, seeds):
             row["entropy"].append(curate.entropy(np.bincount(y[kept], minlength=50)))
             row["cpu_s"].append(seconds)
             print(f"centres {distance} apart, seed {seed}: {name} {row['entropy'][-1]:.3f}, {seconds:.1f} CPU-s")
-    for row in out.values():
-        row["entropy_mean"], row["entropy_min"] = statistics.mean(row["entropy"]), min(row["entropy"])
     return {"distance": distance, "seeds": list(seeds), "ways": out}
-
-
-def unequal_widths():
-    """Where balancing goes wrong: two equally frequent Gaussians in 8-d, one 3 times as wide; shares of the sample."""
-    rng = np.random.default_rng(0)
-    y = rng.integers(0, 2, 20_000)
-    x = rng.standard_normal((20_000, 8)) * np.where(y, 3.0, 1.0)[:, None]
-    x[:, 0] += 40 * y
-    kept = curate.curate(x.astype(np.float32), [400, 40], 1000)
-    return {"share_of_the_wide_one": float(y[kept].mean()), "share_in_the_data": float(y.mean())}
 
 
 # ---- a billion images ----
@@ -180,46 +155,16 @@ def plan(n, d, levels, split_above, rates, machines=1, cores=1, iterations=10, r
     return out
 
 
-def scaled_down(path, levels, split_above):
-    """Run in a process of its own: measured CPU seconds of every level, and the bytes by which it grew at most."""
-    seconds, held, done = [], [], threading.Event()
-
-    def watch():
-        while not done.wait(0.01):
-            status = Path("/proc/self/status").read_text()  # Linux; without the file's own pages
-            held.append(1024 * int(re.search(r"RssAnon:\s+(\d+)", status)[1]))
-
-    def log(line):
-        seconds.append(time.process_time())
-
-    x = np.load(path, mmap_mode="r")
-    curate.kmeans(x[: 2 * curate.BLOCK], k=32)  # libraries and threads
-    threading.Thread(target=watch).start()
-    log("start")
-    curate.build_tree(curate.Points(x), curate.Config(levels=levels, split_above=split_above), log=log)
-    done.set()
-    print(json.dumps({"cpu_s": np.diff(seconds).tolist(), "bytes": max(held) - held[0]}))
-
-
-def billion(n=400_000, d=128, levels=(4000, 200, 20), split_above=100, disk=2e9):
-    """Rates from two flat k-means, the plan of a scaled-down tree beside what it really took, and the plan at 1e9."""
+def billion(n=100_000, d=128, disk=2e9):
+    """Rates from two flat k-means, and what a tree over 1e9 summaries costs by them."""
     rng = np.random.default_rng(0)
     centre = rng.standard_normal((2000, d), dtype=np.float32)
     x = (centre[rng.integers(0, 2000, n)] + rng.standard_normal((n, d), dtype=np.float32)).astype(np.float16)
-    part, costs, seconds = x[: n // 4], [], []
-    for k in (32, 1000):
-        seconds.append(cpu(lambda k=k: curate.kmeans(part, k=k))[0])
-        costs.append([d * c for c in kmeans_cost(len(part), k, 10)])
-    rates = (*(float(v) for v in np.linalg.solve(costs, seconds)), disk)
-    with tempfile.TemporaryDirectory() as folder:
-        path = f"{folder}/x.npy"
-        np.save(path, x)
-        call = f"from benchmarks.curation import scaled_down; scaled_down({path!r}, {levels}, {split_above})"
-        done = subprocess.run([sys.executable, "-c", call], cwd=ROOT, capture_output=True, text=True, check=True)
-    planned = plan(n, d, levels, split_above, rates, cores=torch.get_num_threads())
+    seconds = [cpu(lambda k=k: curate.kmeans(x, k=k))[0] for k in (32, 1000)]
+    costs = [[d * cost for cost in kmeans_cost(n, k, 10)] for k in (32, 1000)]
+    rates = (*np.linalg.solve(costs, seconds).tolist(), disk)
     return {
         **dict(zip(("cpu_s_per_product", "cpu_s_per_reading", "disk_assumed"), rates, strict=True)),
-        "scaled_down": {"planned": planned, "measured": json.loads(done.stdout.splitlines()[-1])},
         "planned": plan(1e9, 1152, (10**7, 500_000, 50_000, 10_000), 50_000, rates, machines=8, cores=64),
     }
 
@@ -234,20 +179,16 @@ PARTS = {
     "speed, K = 4096, mixture": lambda: speed(200_000, 256, 4096, "mixture", repeats=2),
     "balance 1.0": lambda: balance(1.0, range(5)),
     "balance 0.5": lambda: balance(0.5, range(5)),
-    "unequal widths": unequal_widths,
     "billion": billion,
 }
 
 
-def main(names):
-    path = ROOT / "benchmarks" / "curation.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
-    if unknown := set(names) - {*PARTS}:
-        raise SystemExit(f"no part {', '.join(unknown)}; there are: {', '.join(PARTS)}")
-    for name in names or PARTS:
-        results[name] = PARTS[name]() | {"machine": processor(), "torch": torch.__version__}
-        path.write_text(json.dumps(results, indent=1) + "\n")
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("parts", nargs="*", choices=PARTS, default=[*PARTS])
+    for name in parser.parse_args().parts:
+        record(Path(__file__).parent, "curation.json", name, PARTS[name]() | machine())
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -328,8 +328,8 @@ def kmeans():
 def balance():
     parts, rows = [load("curation")[f"balance {distance}"]["ways"] for distance in (1.0, 0.5)], []
     for way in parts[0]:
-        found = [part[way] for part in parts]
-        cells = [(f"{spread(w['entropy'])} (least {w['entropy_min']:.3f})", f"{median(w['cpu_s']):.1f}") for w in found]
+        found = [(part[way]["entropy"], part[way]["cpu_s"]) for part in parts]
+        cells = [(f"{spread(entropy)} (least {min(entropy):.3f})", f"{median(cpu_s):.1f}") for entropy, cpu_s in found]
         rows.append((way, *cells[0], *cells[1]))
     return table(("", "centres 1.0 apart: entropy", "CPU-s", "0.5 apart: entropy", "CPU-s"), rows)
 
@@ -350,7 +350,7 @@ def plan():
 
 def plan_check():
     """The plan of a scaled-down tree beside what it took."""
-    planned, measured = load("curation")["billion"]["scaled_down"].values()
+    planned, measured = (load("curation")["scaled down"][key] for key in ("planned", "measured"))
     rows = []
     for i, (p, seconds) in enumerate(zip(planned, measured["cpu_s"], strict=True), 1):
         rows.append((i, p["points"], p["clusters"], f"{3600 * p['core_hours']:.1f}", f"{seconds:.1f}"))
