@@ -3,10 +3,8 @@
 docs/scale.md says what is measured; `python -m benchmarks.tables` makes its table.
 """
 
-import common.sources
 import curate
 import data
-import images
 from amoe import PhiS, Space
 from common.order import WINDOW, Order, Position, read_subset
 from common.shards import FORMAT, INDEX, read_record, write_shard
@@ -29,7 +27,6 @@ import threading
 import time
 from io import BytesIO
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
@@ -94,39 +91,17 @@ def plan(dataset, windows=25):
         packs, carried = order.plan(position)
         best = max(best, sum(map(len, packs)) / (time.process_time() - began))
         position = Position(0, min(window + 1, order.windows - 1), 0, carried)
-    return best
-
-
-def start_with_images(folder):
-    return open_table(folder).shard(0)
-
-
-def start_with_cache(folder):
-    return Order(data.Cache(folder / "cache"), TOKENS)
+    return {"images_per_s": best}
 
 
 def first_batch(folder):
     cache = data.Cache(folder / "cache")
     cache.numbers = cache.numbers[:WINDOW]  # whose arrays are there
-    next(data.loader(Order(cache, TOKENS), Position()))
+    return next(data.loader(Order(cache, TOKENS), Position()))
 
 
 def subset(folder):
-    Order(open_table(folder), TOKENS, subset=read_subset(folder / "half.npy")).plan(Position())
-
-
-def summaries(folder):
-    return data.summaries(folder / "cache", "t")[1][: 8 * SHARD]
-
-
-FIGURES = {
-    "open table": start_with_images,
-    "open cache": start_with_cache,
-    "first batch": first_batch,
-    "subset": subset,
-    "summaries": summaries,
-}
-PLANS = "plan cache", "plan table"
+    return Order(open_table(folder), TOKENS, subset=read_subset(folder / "half.npy")).plan(Position())
 
 
 def own():
@@ -151,32 +126,23 @@ def cluster(folder):
     return {"mib": max(held, default=before) - before}
 
 
+FIGURES = {
+    "open table": lambda folder: open_table(folder).shard(0),
+    "open cache": lambda folder: Order(data.Cache(folder / "cache"), TOKENS),
+    "first batch": first_batch,
+    "subset": subset,
+    "summaries": lambda folder: data.summaries(folder / "cache", "t")[1][: 8 * SHARD],
+    "plan cache": lambda folder: plan(data.Cache(folder / "cache")),
+    "plan table": lambda folder: plan(open_table(folder)),
+    "k-means": cluster,
+}
+
+
 def measure(what, folder):
-    """A figure of the folder, in this process: CPU seconds, and MiB of its own."""
-    if what in PLANS:
-        return {"images_per_s": plan(data.Cache(folder / "cache") if what == "plan cache" else open_table(folder))}
-    if what == "k-means":
-        return cluster(folder)
+    """A figure of the folder, in this process: its own dict, or CPU seconds and MiB of the process's own."""
     before, began = own(), time.process_time()
-    FIGURES[what](folder)
-    return {"s": time.process_time() - began, "mib": own() - before}
-
-
-def headers_read(folder):
-    """Headers read and files opened while an epoch of 64 images is trained on, from a table at hand."""
-    (folder / "images").mkdir()
-    for i in range(64):
-        Image.new("RGB", (64, 64), (4 * i, 0, 0)).save(folder / f"images/{i}.png")
-    dataset, position, seen = Images(find_sources(folder / "images")), Position(), 0
-    with (
-        mock.patch("common.sources.read_bytes", wraps=common.sources.read_bytes) as opened,
-        mock.patch("images.image_shape", wraps=images.image_shape) as sized,
-    ):
-        batches = data.loader(Order(dataset, 200), position)
-        while position.epoch == 0:
-            batch, position = next(batches)
-            seen += batch.n_images
-    return {"headers": sized.call_count, "opened": opened.call_count, "images": seen}
+    found = FIGURES[what](folder)
+    return found if isinstance(found, dict) else {"s": time.process_time() - began, "mib": own() - before}
 
 
 def scan_a_tar(folder, members=5000):
@@ -221,14 +187,14 @@ def main():
             if n <= 10**6:
                 np.save(folder / "x.npy", np.random.default_rng(0).standard_normal((n, 16), dtype=np.float32))
             figures = result["figures"][str(n)] = {}
-            for what in (*FIGURES, *PLANS, *(["k-means"] if n <= 10**6 else [])):
+            for what in [what for what in FIGURES if what != "k-means" or n <= 10**6]:
                 words = [sys.executable, "-m", "benchmarks.scale", "--measure", what, name]
                 figures[what] = json.loads(subprocess.check_output(words, cwd=ROOT))
                 print(n, what, figures[what], flush=True)
             for kind, path in (("table_bytes", "table"), ("index_bytes", "cache/index")):
                 result[kind] = sum(p.stat().st_size for p in (folder / path).rglob("*") if p.is_file()) / n
             if n == args.sizes[0]:
-                result |= {"tar_us": scan_a_tar(folder), "read": headers_read(folder)}
+                result["tar_us"] = scan_a_tar(folder)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -4,8 +4,7 @@
                                With --cache or --images on those, else on random packs with teachers of real sizes;
                                with --blocks a block is compiled in the place of the whole step, which takes minutes
     teachers [KIND]            DINOv3 ViT-L and SigLIP 2 So400m, weights random: packed against padded
-    loader CACHE               packs of a cache against the same rows out of plain memory-mapped files, cold and warm;
-                               waiting beside a GPU that takes 80 ms a step
+    loader CACHE               packs of a cache against the same rows out of plain memory-mapped files, cold and warm
     decode FOLDER [--draft]    images per second of CPU time by the Pillow of this interpreter: run by two environments
                                in turns, six times each, for pillow-simd against Pillow (decode.json keeps the lines)
 
@@ -266,7 +265,7 @@ def random_state(kind, sizes, vocabulary=256_000):
 
 
 def measure_teacher(kind, repeats):
-    """Patches/s of one mixed-resolution set, packed and then padded to its largest image; texts/s of SigLIP 2."""
+    """Patches/s of one mixed-resolution set, packed and then padded to its largest image."""
     batch = random_pack([(16, 16), (8, 12), (6, 6), (4, 8), (10, 10), (5, 5)], None, [])
     teacher = teachers.load_state(kind, random_state(kind, REAL[kind])).to(DEVICE)
     result = machine() | {"name": kind, "parameters_m": sum(p.numel() for p in teacher.parameters()) / 1e6}
@@ -274,9 +273,6 @@ def measure_teacher(kind, repeats):
     result["padded_patches"] = int(padded(batch).shapes.prod(1).sum())
     with torch.no_grad(), amoe.autocast(DEVICE):
         result |= time_padding(lambda pack: teacher(pack.to(DEVICE)), [batch], None, repeats)
-        if kind == "siglip2":
-            ids_NL = torch.randint(0, 256_000, (8, 64), device=DEVICE)
-            result["texts_per_s"] = 8 / statistics.median(in_turns({"": lambda: teacher.text(ids_NL)}, repeats)[""])
     for way in ("packed", "padded"):  # CLS and registers are no patches
         result[f"{way}_tokens_per_s"] *= result["patches"] / int(batch.starts[-1])
     return result | {"peak_host_gib": host_gib()}
@@ -337,20 +333,8 @@ def plain_reader(cache, packs, folder, maps):
     return read
 
 
-def waiting(path, n_tokens, threads, step_s=0.08, steps=30):
-    """Share of the time that a consumer waits which, like a GPU's step, leaves the host idle for step_s."""
-    order = Order(data.Cache(path), n_tokens)
-    batches, waits = data.loader(order, Position(), threads=threads), []
-    for _ in range(12 + steps):
-        began = time.perf_counter()
-        next(batches)
-        waits.append(time.perf_counter() - began)
-        time.sleep(step_s)
-    return sum(waits[12:]) / (sum(waits[12:]) + steps * step_s)
-
-
 def measure_loader(path, n_tokens, repeats):
-    """Tokens/s, MB/s and share of plain files' bandwidth, of the first window of shards; waiting beside a GPU."""
+    """Tokens/s, MB/s and share of plain files' bandwidth, of the first window of shards."""
     torch.set_num_threads(1)
     (order, packs), maps = open_window(path, n_tokens), {}
     tokens = sum(order.length(image) for entries in packs for image in entries)
@@ -381,8 +365,7 @@ def measure_loader(path, n_tokens, repeats):
                 rates = {"tokens_per_s": tokens, "mb_per_s": result["mb"]}
                 rates = {key: n / statistics.median(taken) for key, n in rates.items()}
                 result["reads"][f"{pages}, {way}"] = rates | {"of_plain": ratio}
-    waits = {n: statistics.median(waiting(path, n_tokens, n) for _ in range(repeats)) for n in (0, 1, 2)}
-    return result | {"waiting_at_80_ms": {f"{n} threads": share for n, share in waits.items()}}
+    return result
 
 
 # ---- decoding ----
