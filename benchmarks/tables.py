@@ -342,20 +342,15 @@ def plan():
         "hours, 8 machines of 64 cores": "{hours:.2g}",
         "GB a machine": "{gb:.2g}",
     }
-    levels = load("curation")["billion"]["planned"]
+    found = load("curation")
+    levels, small, took = found["billion"]["planned"], *(found["scaled down"][key] for key in ("planned", "measured"))
     cells = [[cell.format(gb=r["bytes_a_machine"] / 1e9, **r) for cell in columns.values()] for r in levels]
-    return table(("level", *columns), [(i, *row) for i, row in enumerate(cells, 1)])
-
-
-def plan_check():
-    """The plan of a scaled-down tree beside what it took."""
-    planned, measured = (load("curation")["scaled down"][key] for key in ("planned", "measured"))
-    rows = []
-    for i, (p, seconds) in enumerate(zip(planned, measured["cpu_s"], strict=True), 1):
-        rows.append((i, p["points"], p["clusters"], f"{3600 * p['core_hours']:.1f}", f"{seconds:.1f}"))
-    most = max(p["bytes_a_machine"] for p in planned), measured["bytes"]
-    rows.append(("memory", "", "", *(f"{b / 2**20:.0f} MiB" for b in most)))
-    return table(("level", "points", "clusters", "planned, CPU-s", "measured, CPU-s"), rows)
+    seconds, most = sum(3600 * r["core_hours"] for r in small), max(r["bytes_a_machine"] for r in small)
+    note = (
+        f"The scaled-down tree was planned at {seconds:.1f} CPU-s and {most / 2**20:.0f} MiB, and took "
+        f"{sum(took['cpu_s']):.1f} CPU-s and {took['bytes'] / 2**20:.0f} MiB."
+    )
+    return table(("level", *columns), [(i, *row) for i, row in enumerate(cells, 1)], note)
 
 
 def pays():
@@ -379,7 +374,7 @@ def pays():
 
 MAKERS = toy, photos, longer, evaluate, teachers, step, lower, int8, loader, adapt, decode, busy, protocols
 MAKERS += evidence, evidence_cifar, curating, budgets, shares, costs
-MAKERS += scale, kmeans, balance, plan, plan_check, pays
+MAKERS += scale, kmeans, balance, plan, pays
 TABLES = {make.__name__: make for make in MAKERS}
 
 
