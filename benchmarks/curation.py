@@ -1,4 +1,4 @@
-"""Measures k-means and curation beside their peers: `python -m benchmarks.curation [PART ...]` (all parts by default).
+"""Measures k-means and curation beside their peers: `python -m benchmarks.curation [--only PART ...]`.
 
 Each part replaces its figures in curation.json, of which `python -m benchmarks.tables` makes docs/curation.md's tables.
 CPU seconds (all threads), because the machine may be shared; every ratio is of runs that alternate in one process.
@@ -185,8 +185,8 @@ PARTS = {
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("parts", nargs="*", choices=PARTS, default=[*PARTS])
-    for name in parser.parse_args().parts:
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=[*PARTS], metavar="PART", help=", ".join(PARTS))
+    for name in parser.parse_args().only:
         record(Path(__file__).parent, "curation.json", name, PARTS[name]() | machine())
 
 

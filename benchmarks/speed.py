@@ -395,7 +395,7 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True)
     step = commands.add_parser("step", add_help=False, help="takes the flags of train.py")
     step.add_argument("--blocks", action="store_true")
-    commands.add_parser("teachers").add_argument("kinds", nargs="*", choices=REAL, default=list(REAL))
+    commands.add_parser("teachers").add_argument("kind", nargs="?", choices=REAL)
     loader = commands.add_parser("loader")
     loader.add_argument("cache")
     loader.add_argument("--tokens", type=int, default=2048, help="in a pack")
@@ -412,7 +412,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:  # where train.py keeps what it fits for --images
         results = {
             "step": lambda: [measure_step([*words, "--out", folder], args.repeats, keep, args.blocks)],
-            "teachers": lambda: (measure_teacher(kind, args.repeats) for kind in args.kinds),
+            "teachers": lambda: (measure_teacher(kind, args.repeats) for kind in ([args.kind] if args.kind else REAL)),
             "loader": lambda: [measure_loader(args.cache, args.tokens, args.repeats)],
             "decode": lambda: [measure_decoding(args.folder, args.draft)],
         }

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from benchmarks import tables
+from benchmarks import curation, speed, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -27,6 +27,18 @@ def test_a_changed_figure_is_found_on_any_page(tmp_path):
     last = right.rindex("0.")
     page.write_text(right[:last] + "9." + right[last + 2 :])
     assert tables.changed_pages(tmp_path) == {page: right}
+
+
+def test_a_bench_measures_everything_where_nothing_is_named(monkeypatch):
+    """Catches argparse, which refuses a list of defaults that are not one of the choices."""
+    measured = []
+    monkeypatch.setattr(curation, "PARTS", {"a": lambda: {"a": 1}, "b": lambda: {"b": 2}})
+    monkeypatch.setattr(curation, "record", lambda folder, file, key, value: measured.append(key))
+    monkeypatch.setattr(speed, "measure_teacher", lambda kind, repeats: measured.append(kind) or {})
+    for main, words in ((curation.main, []), (speed.main, ["teachers"]), (speed.main, ["teachers", "dinov3"])):
+        monkeypatch.setattr("sys.argv", ["bench", *words])
+        main()
+    assert measured == ["a", "b", "dinov3", "siglip2", "dinov3"]
 
 
 def test_the_lock_pins_every_requirement_and_names_no_place():
