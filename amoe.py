@@ -426,8 +426,8 @@ class Space:
     """What the student must know of a teacher: its sizes, its PHI-S, and the spread of what it says (E2).
 
     `summary_variance` and `register_variance` are mean channel variances in the teacher's own space. `pool` holds the
-    state of a frozen MAP head (see MapPool) where the teacher's summary is attention-pooled. `stored` is the PHI-S that
-    the targets of patches are in, where the student learns them in another: `rebalance`.
+    state of a frozen MAP head (see MapPool) where the teacher's summary is attention-pooled. `replaced_phi_s` is the
+    teacher's PHI-S where an ablation puts another in its place (`rebalance`); None otherwise.
     """
 
     name: str
@@ -440,16 +440,20 @@ class Space:
     pool: dict | None = None
     pool_heads: int = 16
     pool_eps: float = 1e-6
-    stored: PhiS | None = None
+    replaced_phi_s: PhiS | None = None
+
+    @property
+    def target_phi_s(self):
+        """The PHI-S fitted to the teacher, in whose space the targets of patches come."""
+        return self.replaced_phi_s or self.phi_s
 
     def to_own_space(self, y):
-        """Targets of patches, as stored, in the teacher's own space."""
-        phi_s = self.stored or self.phi_s
-        return phi_s.invert(dequantise(y).to(phi_s.mean.device))
+        """Targets of patches, as they come, in the teacher's own space."""
+        return self.target_phi_s.invert(dequantise(y).to(self.target_phi_s.mean.device))
 
     def patch_target(self, y):
-        """Targets of patches, as stored, in the space in which the student learns them."""
-        return self.phi_s.to(y.device).apply(self.to_own_space(y)) if self.stored else dequantise(y)
+        """Targets of patches, as they come, in the space in which the student learns them."""
+        return self.phi_s.to(y.device).apply(self.to_own_space(y)) if self.replaced_phi_s else dequantise(y)
 
 
 BALANCINGS = ("phi-s", "channels", "scale", "none")
@@ -465,7 +469,7 @@ def rebalance(space, how, spread_C=None):
     if how == "none":
         mean = torch.zeros_like(mean)
         other = {"summary_variance": 1.0, "register_variance": (1.0,) * len(space.register_variance)}
-    return replace(space, phi_s=PhiS(mean, torch.eye(space.dim), sigma), stored=space.phi_s, **other)
+    return replace(space, phi_s=PhiS(mean, torch.eye(space.dim), sigma), replaced_phi_s=space.phi_s, **other)
 
 
 class MapPool(nn.Module):
@@ -504,10 +508,11 @@ class MapPool(nn.Module):
         score_TH = F.linear(x_TC, key_HC).float() / math.sqrt(q_Hd.shape[1])
         v_THd = F.linear(x_TC, value, bias_v).view(T, self.heads, -1)
         index_TH = image_T.long()[:, None].expand_as(score_TH)
-        low = score_TH.new_full((n_images + 1, self.heads), -math.inf)
-        top = low.scatter_reduce(0, index_TH, score_TH.detach(), "amax")
-        weight_TH = (score_TH - top.gather(0, index_TH)).exp()
-        total = torch.zeros_like(top).scatter_add(0, index_TH, weight_TH)
+        # A softmax over each image's tokens; row M of `largest` and `total` is the padding's.
+        largest = score_TH.new_full((n_images + 1, self.heads), -math.inf)
+        largest = largest.scatter_reduce(0, index_TH, score_TH.detach(), "amax")
+        weight_TH = (score_TH - largest.gather(0, index_TH)).exp()
+        total = torch.zeros_like(largest).scatter_add(0, index_TH, weight_TH)
         weight_TH = weight_TH / total.gather(0, index_TH)
         # float32: bfloat16 sums were off by 1.6% at 256 patches and by 8% at 1024
         weighted_TC = (v_THd.float() * weight_TH[..., None]).flatten(1)
@@ -526,10 +531,10 @@ class Head(Float32Buffers):
         self.norm = nn.LayerNorm(space.dim)
         self.fc2 = nn.Linear(space.dim, space.dim, bias=False)
         self.phi_s = space.phi_s
-        phi_s, known = space.stored or space.phi_s, space.summary_mean is not None
         # Means of the teacher's features in training, for encode(centre=True)
-        self.register_buffer("patch_mean", phi_s.mean.clone() if phi_s and known else None)
-        self.register_buffer("summary_mean", space.summary_mean.clone() if phi_s and known else None)
+        has_means = space.target_phi_s is not None and space.summary_mean is not None
+        self.register_buffer("patch_mean", space.target_phi_s.mean.clone() if has_means else None)
+        self.register_buffer("summary_mean", space.summary_mean.clone() if has_means else None)
         self.pool = space.pool and MapPool.from_state(space.pool, space.pool_heads, space.pool_eps)
 
     def initialise(self):
@@ -575,11 +580,11 @@ class Student(Float32Buffers):
     """
 
     def add_heads(self, dim, registers, spaces):
-        """`spaces` is one Space a teacher; registers: those of an image of the packs."""
+        """Add a Head for each Space; registers: how many register tokens an image has in the student's packs."""
         for space in spaces:
             if space.registers > registers:
-                said = f"teacher '{space.name}' has {space.registers} registers and the student {registers}"
-                raise ValueError(f"{said}: each is matched by one of the student's")
+                counts = f"teacher '{space.name}' has {space.registers} registers and the student {registers}"
+                raise ValueError(f"{counts}: each is matched by one of the student's")
         self.registers = registers
         self.heads = nn.ModuleDict({space.name: Head(dim, space) for space in spaces})
         self.recompute = False  # activations in the backward pass: less memory, a third more time
@@ -772,14 +777,14 @@ def save(model, folder):
 
     The code is modeling_amoe.py, the same model in plain torch, or the FILE.py of a trunk of the user's.
     """
-    folder, whole = Path(folder), folded(model)
-    about, code = {"model_type": "amoe", **describe(whole)}, Path(__file__).parent / "hub" / "modeling_amoe.py"
+    folder, student = Path(folder), folded(model)
+    about, code = {"model_type": "amoe", **describe(student)}, Path(__file__).parent / "hub" / "modeling_amoe.py"
     if isinstance(model, AMoE):
         about["auto_map"] = {"AutoConfig": "modeling_amoe.AMoEConfig", "AutoModel": "modeling_amoe.AMoEModel"}
     else:
         code = Path(model.factory.rpartition(":")[0])
         about["trunk"]["factory"] = Path(model.factory).name
-    state = {key: value.clone().contiguous() for key, value in whole.state_dict().items()}  # tied weights come apart
+    state = {key: value.clone().contiguous() for key, value in student.state_dict().items()}  # tied weights come apart
     files = {
         code.name: code.read_bytes(),
         "model.safetensors": safetensors.torch.save(state, {"format": "pt"}),
@@ -834,8 +839,8 @@ def save_siglino(model, path, centred=False):
     centred: less the teachers' means, for which the layout has no place; siglip2's summary, being pooled, is whole.
     ValueError where there is no place for a head, or for a mean that is not to be left out.
     """
-    whole = folded(model)
-    state = to_siglino(describe(whole), whole.state_dict(), centred)
+    student = folded(model)
+    state = to_siglino(describe(student), student.state_dict(), centred)
     write_atomically(path, lambda file: file.write(safetensors.torch.save(state, {"format": "pt"})))
 
 
@@ -879,22 +884,22 @@ def distillation_loss(out, batch, spaces, alike="images"):
 
     Divide the sum by the images of the global batch for (E3): every image then weighs the same at every resolution, in
     whatever pack and on whichever rank. v is 1 for patches, which live in balanced space; summaries and registers are
-    compared in the teacher's own space, where an L2 distance over v is the same number. Targets without patches have no
-    such term. alike="tokens" is the usual mean over all patches of the pack, to compare: large images then weigh more.
+    compared in the teacher's own space, where an L2 distance over v is the same number. Without patches in the targets
+    there is no "patch". alike="tokens" weighs all patches of the pack alike, to compare: large images then weigh more.
     """
     patches_M = batch.shapes.prod(1).float()
     share_M = 1 / patches_M if alike == "images" else (len(patches_M) / patches_M.sum()).expand_as(patches_M)
     weight_T = torch.where(batch.is_patch, F.pad(share_M, (0, 1))[batch.image.long()], 0.0)
     losses = {}
     for space in spaces:
-        said, target, terms = out[space.name], batch.targets[space.name], {}
+        predicted, target, terms = out[space.name], batch.targets[space.name], {}
         if "patch" in target:  # which a cache of summaries alone does not hold
-            error_T = (said["patch"].float() - space.patch_target(target["patch"])).square().mean(1)
+            error_T = (predicted["patch"].float() - space.patch_target(target["patch"])).square().mean(1)
             terms["patch"] = (weight_T * error_T).sum()
-        error_M = (said["summary"] - target["summary"]).square().mean(1)
+        error_M = (predicted["summary"] - target["summary"]).square().mean(1)
         terms["summary"] = error_M.sum() / space.summary_variance
         if space.registers:
-            error_R = (said["registers"] - target["registers"]).square().mean(2).sum(0)
+            error_R = (predicted["registers"] - target["registers"]).square().mean(2).sum(0)
             # Numbers one by one: a tensor made of them would be a copy that the device waits for.
             parts = [error / v for error, v in zip(error_R.unbind(), space.register_variance, strict=True)]
             terms["registers"] = sum(parts) / space.registers

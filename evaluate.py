@@ -332,7 +332,7 @@ def imitation_scores(dataset, spaces, models, texts, most=2000, neighbours=True,
         add_knn(result, dataset, models, trained[:: max(1, len(trained) // most)], held, features)
     for space in spaces:
         text, want = texts(space.name, held), features["teacher"][space.name]
-        means = {"summary": space.summary_mean, "patch": (space.stored or space.phi_s).mean.cpu()}
+        means = {"summary": space.summary_mean, "patch": space.target_phi_s.mean.cpu()}
         for who, f in features.items():
             got = f[space.name]
             for kind in () if who == "teacher" else want:

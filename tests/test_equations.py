@@ -67,17 +67,17 @@ def e(prediction_C, target_C, v=1.0):
     return sum((prediction_C[c] - target_C[c]) ** 2 for c in range(C)) / C / v
 
 
-def image_loss(said, target, space):
+def image_loss(predicted, target, space):
     """L(q) of one image and teacher: "patch" [N, C], "summary" [C], "registers" [R, C] of prediction and target."""
     N, R = len(target["patch"]), space.registers
-    loss = e(said["summary"], target["summary"], space.summary_variance)
-    loss = loss + sum(e(said["patch"][n], target["patch"][n]) for n in range(N)) / N
+    loss = e(predicted["summary"], target["summary"], space.summary_variance)
+    loss = loss + sum(e(predicted["patch"][n], target["patch"][n]) for n in range(N)) / N
     for r in range(R):
-        loss = loss + e(said["registers"][r], target["registers"][r], space.register_variance[r]) / R
+        loss = loss + e(predicted["registers"][r], target["registers"][r], space.register_variance[r]) / R
     return loss
 
 
-def made_up(space, tokens, images, seed):
+def random_features(space, tokens, images, seed):
     """Features of a pack, "patch" [T, C], "summary" [M, C], "registers" [M, R, C], float64."""
     made = {"patch": random(tokens, space.dim, seed=seed), "summary": random(images, space.dim, seed=seed + 1)}
     if space.registers:
@@ -94,12 +94,12 @@ def test_e2_loss_of_one_image():
     """Catches: a sum over channels (1152 of them then outweigh 1024); a sum over patches or registers; no v, or one v
     for all registers; CLS, registers or padding counted as patches."""
     batch = amoe.pack([torch.zeros(6, 768, dtype=torch.uint8)], [(3, 2)], n_tokens=18)  # 5, 6 patches, 7 of padding
-    said = {space.name: made_up(space, 18, 1, seed=1) for space in SPACES}
-    batch.targets = {space.name: made_up(space, 18, 1, seed=5) for space in SPACES}
-    got = amoe.distillation_loss(said, batch, SPACES)
+    predicted = {space.name: random_features(space, 18, 1, seed=1) for space in SPACES}
+    batch.targets = {space.name: random_features(space, 18, 1, seed=5) for space in SPACES}
+    got = amoe.distillation_loss(predicted, batch, SPACES)
     for space in SPACES:
         target = of_image(batch.targets[space.name], batch, 0)
-        want = image_loss(of_image(said[space.name], batch, 0), target, space)
+        want = image_loss(of_image(predicted[space.name], batch, 0), target, space)
         assert float(sum(got[space.name].values())) == pytest.approx(float(want), rel=1e-6)
 
 
@@ -154,7 +154,7 @@ def images_with_targets():
     images = []
     for i, (h, w) in enumerate(SHAPES):
         batch = amoe.pack([random(h * w, 768, seed=30 + i)], [(h, w)])
-        batch.targets = {space.name: made_up(space, batch.n_tokens, 1, seed=40 + 3 * i) for space in SPACES}
+        batch.targets = {space.name: random_features(space, batch.n_tokens, 1, seed=40 + 3 * i) for space in SPACES}
         images.append(batch)
     return images
 
@@ -199,10 +199,10 @@ def test_e3_token_balance():
     def loss(model):
         total = 0
         for image in images:
-            said, _ = model(image)
+            predicted, _ = model(image)
             for space in SPACES:
                 target = of_image(image.targets[space.name], image, 0)
-                total = total + image_loss(of_image(said[space.name], image, 0), target, space)
+                total = total + image_loss(of_image(predicted[space.name], image, 0), target, space)
         return total / len(images)
 
     assert_code_agrees(loss, images, [[[0, 1, 2]], [[2], [1, 0]]], arkd=0)
@@ -258,14 +258,14 @@ def test_e5_total():
     images, w = images_with_targets(), 0.7
 
     def loss(model):
-        total, said = 0, [model(image)[0] for image in images]
+        total, predicted = 0, [model(image)[0] for image in images]
         for space in SPACES:
             t = space.name
-            for image, out in zip(images, said, strict=True):
+            for image, out in zip(images, predicted, strict=True):
                 target = of_image(image.targets[t], image, 0)
                 total = total + image_loss(of_image(out[t], image, 0), target, space) / len(images)
             teacher = torch.cat([image.targets[t]["summary"] for image in images])
-            total = total + w * arkd(torch.cat([out[t]["summary"] for out in said]), teacher)
+            total = total + w * arkd(torch.cat([out[t]["summary"] for out in predicted]), teacher)
         return total
 
     assert_code_agrees(loss, images, [[[0, 1, 2]], [[2], [1, 0]], [[1], [0], [2]]], arkd=w)
