@@ -199,7 +199,7 @@ def train(flags, process, compiled):
     reading = {"per_step": flags.accumulate, "threads": threads, "on_corrupt": flags.on_corrupt}
     batches = data.loader(order, run.position, process.rank, process.world, **reading)
     if process.rank == 0:
-        print(order.counts(), flush=True)
+        print(order.counts_text(), flush=True)
     bar = tqdm(total=flags.steps, initial=run.step, unit="step", disable=process.rank > 0, mininterval=1.0)
     interval, signalled, diverged = run.interval, 0, False
     interval.begin()
@@ -261,7 +261,7 @@ def note_skipped(run):
     run.recent = run.recent[-1:]
     if counts[-1] > counts[0]:  # on every rank alike
         ids = torch.tensor([i for step in bad for i in step], dtype=torch.int64, device=run.process.device)
-        ids = run.process.gather(ids[:, None], run.process.counts(len(ids))).flatten().tolist()
+        ids = run.process.gather(ids[:, None], run.process.gather_counts(len(ids))).flatten().tolist()
         run.skipped = (run.skipped + ids)[-1000:]
     return int(run.bad_steps[0])
 
@@ -296,53 +296,62 @@ def gradients(model, packs, spaces, flags, process, forward=forward):
         L = 1/B sum over images of all packs and ranks of L(q)  +  arkd * sum over teachers of ARKD on all B summaries
 
     B counts the images of every pack on every rank, so neither the loss nor its gradient depends on how images were
-    packed, split over ranks or accumulated. ARKD couples all summaries: its gradient on the summaries is taken first,
-    from a forward pass without a graph where there are several packs (GradCache, arXiv 2101.06983), and then sent
-    through each pack's own graph as a dot product. Each rank takes the pairs of its own images with all others.
+    packed, split over ranks or accumulated. ARKD couples all summaries, so its gradient with respect to them is taken
+    first (`arkd_gradients`), and then sent through each pack's own graph as a dot product.
 
     The host only hands out work here; nothing is read back from the device, so it never waits.
     """
-    bare = model.module if hasattr(model, "module") else model
-    counts = process.counts(sum(batch.n_images for batch, _ in packs))
-    images, start = sum(counts), sum(counts[: process.rank])
-    own = start, start + counts[process.rank]
-    measured, first = {}, None
-    with autocast(process.device):
-        if flags.arkd and len(packs) == 1:
-            first = forward(model, spaces, *packs[0])
-            summaries = {name: summary.detach() for name, summary in first[0].items()}
-        elif flags.arkd:
-            with torch.no_grad():
-                outs = [forward(bare, spaces, *pack)[0] for pack in packs]
-            summaries = {space.name: torch.cat([out[space.name] for out in outs]) for space in spaces}
-    pull = {}
-    for space in spaces if flags.arkd else ():
-        student = process.gather(summaries[space.name], counts).requires_grad_()
-        teacher = process.gather(torch.cat([batch.targets[space.name]["summary"] for batch, _ in packs]), counts)
-        loss = amoe.arkd_loss(student, teacher, flags.arkd_mode, own, process.group)
-        pull[space.name] = torch.autograd.grad(loss, student)[0][slice(*own)]
-        measured[f"{space.name}_arkd"] = loss.detach()
-    expert_load, done = 0, 0
+    counts = process.gather_counts(sum(batch.n_images for batch, _ in packs))
+    B, measured, gradient, only_forward = sum(counts), {}, {}, None
+    if flags.arkd:
+        measured, gradient, only_forward = arkd_gradients(model, packs, spaces, flags, process, forward, counts)
+    expert_load, start = 0, 0
     for n, pack in enumerate(packs):
-        last = n + 1 == len(packs)
-        hold = contextlib.nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync()
-        with hold:
+        last, end = n + 1 == len(packs), start + pack[0].n_images
+        # Under DDP ranks exchange gradients once, in the backward pass of the last pack.
+        with contextlib.nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync():
             with autocast(process.device):
-                summaries, losses, pack_load = forward(model, spaces, *pack) if first is None else first
-            total = sum(sum(kinds.values()) for kinds in losses.values()) / images
-            end = done + pack[0].n_images
-            for name, g in pull.items():
-                total = total + flags.arkd * (summaries[name] * g[done:end]).sum()
+                summaries, losses, pack_load = only_forward or forward(model, spaces, *pack)
+            total = sum(sum(kinds.values()) for kinds in losses.values()) / B
+            for name, gradient_MC in gradient.items():
+                total = total + flags.arkd * (summaries[name] * gradient_MC[start:end]).sum()
             (total * process.world).backward()  # the wrapper averages over ranks; (E3) wants the sum
         for name, kinds in losses.items():
             for kind, value in kinds.items():
-                measured[f"{name}_{kind}"] = measured.get(f"{name}_{kind}", 0) + value.detach() / images
-        expert_load, done = expert_load + pack_load.detach(), end
+                measured[f"{name}_{kind}"] = measured.get(f"{name}_{kind}", 0) + value.detach() / B
+        expert_load, start = expert_load + pack_load.detach(), end
     if measured:
-        together = process.sum(torch.stack(list(measured.values())))
-        measured = dict(zip(measured, together, strict=True))
+        summed = process.sum(torch.stack(list(measured.values())))
+        measured = dict(zip(measured, summed, strict=True))
     measured["loss"] = sum(v * (flags.arkd if k.endswith("_arkd") else 1) for k, v in measured.items())
     return measured, process.sum(expert_load)
+
+
+def arkd_gradients(model, packs, spaces, flags, process, forward, counts):
+    """(E4) over the summaries of all packs and ranks: ({measure: this rank's share of the loss}, {teacher: its gradient
+    with respect to this rank's summaries [M, C]}, the forward pass of a single pack, to be used again, or None).
+
+    Several packs run forward without a graph here, and once more with one in `gradients` (GradCache, arXiv 2101.06983).
+    counts: images of each rank. Each rank takes the pairs of its own images with all others.
+    """
+    own, only_forward = (sum(counts[: process.rank]), sum(counts[: process.rank + 1])), None
+    with autocast(process.device):
+        if len(packs) == 1:
+            only_forward = forward(model, spaces, *packs[0])
+            summaries = {name: summary.detach() for name, summary in only_forward[0].items()}
+        else:
+            bare = model.module if hasattr(model, "module") else model  # DDP has nothing to exchange here
+            with torch.no_grad():
+                outs = [forward(bare, spaces, *pack)[0] for pack in packs]
+            summaries = {space.name: torch.cat([out[space.name] for out in outs]) for space in spaces}
+    measured, gradient = {}, {}
+    for space in spaces:
+        student = process.gather(summaries[space.name], counts).requires_grad_()
+        teacher = process.gather(torch.cat([batch.targets[space.name]["summary"] for batch, _ in packs]), counts)
+        loss = amoe.arkd_loss(student, teacher, flags.arkd_mode, own, process.group)
+        gradient[space.name] = torch.autograd.grad(loss, student)[0][slice(*own)]
+        measured[f"{space.name}_arkd"] = loss.detach()
+    return measured, gradient, only_forward
 
 
 def learning_rate(step, flags):

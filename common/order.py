@@ -10,8 +10,8 @@ from common.commands import one_line_errors
 from common.sources import is_in
 
 WINDOW = 16  # shards shuffled together
-OPEN_PACKS = 4  # packs left for the next window to fill
-FULL = 0.97
+OPEN_PACKS = 4  # the newest packs of a window, of which those that are not full are left to the next window
+FULL = 0.97  # share of a pack's tokens
 
 
 def held_out(ids):
@@ -21,19 +21,20 @@ def held_out(ids):
 
 @dataclass(frozen=True)
 class Position:
-    """Where in the endless order of packs a run stands; `carried` images are still to be packed in this window."""
+    """Where in the endless order of packs a run stands."""
 
     epoch: int = 0
-    window: int = 0
-    pack: int = 0
-    carried: tuple = ()
+    window: int = 0  # of the epoch
+    pack: int = 0  # packs of the window that are done
+    carried: tuple = ()  # ((shard number, index), ...): images that the window before left to this one
 
 
 class Order:
     """The seeded global order of packs, the same for any number of ranks and workers, endless.
 
         for each epoch: permute the shards; for each window of them: shuffle its images after those carried over,
-            first-fit them into packs of n_tokens; the newest few packs under 97% full are carried into the next window
+            first-fit them into packs of n_tokens; of the newest few packs, the images of those under 97% full are
+            carried into the next window
 
     Position is all it takes to go on from any pack: a window is planned anew from the seed and its carried images.
     """
@@ -43,9 +44,9 @@ class Order:
         self.subset = None if subset is None else np.asarray(subset)
         if subset is not None and (self.subset[1:] < self.subset[:-1]).any():  # curate.py writes them sorted
             self.subset = np.sort(subset)
-        self.there = np.array(dataset.numbers)  # a lost shard leaves the order of the others alone
+        self.readable = np.array(dataset.numbers)  # shards: a lost one leaves the order of the others alone
         self.windows = -(-dataset.n_shards // WINDOW)
-        self.epoch = None, None
+        self.newest_permutation = None, None  # (epoch, its permutation)
         if not any(len(self.kept(number)) for number in dataset.numbers):
             raise ValueError(
                 f"{dataset.path} holds no image to train on (a tenth is held out, --subset keeps its ids only)"
@@ -61,7 +62,7 @@ class Order:
         shard = self.dataset.shard(number)
         return np.flatnonzero(self.keeps(shard.ids, shard.shapes))
 
-    def counts(self, most=64):
+    def counts_text(self, most=64):
         """What is trained on and what is not, in words; of many shards some `most`, evenly spread, are counted."""
         numbers = self.dataset.numbers[:: -(-len(self.dataset.numbers) // most)]
         found, names = np.zeros(4), ("to train on", "held out", "left out by --subset", "that cannot be used")
@@ -82,30 +83,31 @@ class Order:
 
     def permuted(self, epoch):
         """The numbers of the shards in the order of an epoch, which is kept: a permutation of 390,625 takes 10 ms."""
-        if self.epoch[0] != epoch:
-            self.epoch = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.dataset.n_shards)
-        return self.epoch[1]
+        if self.newest_permutation[0] != epoch:
+            random = np.random.default_rng([self.seed, epoch])
+            self.newest_permutation = epoch, random.permutation(self.dataset.n_shards)
+        return self.newest_permutation[1]
 
     def fill(self, position):
         """Fill the packs of a window: (shard number, index) of images, as two arrays; [(first, end)] of the packs among
-        them; and the images carried over.
+        them; and the images carried over into the next window.
 
         All shards are asked for before one is looked at: a cache reads what it knows of them side by side.
         """
-        numbers = self.permuted(position.epoch)[position.window * WINDOW : (position.window + 1) * WINDOW]
-        over = np.array(position.carried, np.int64).reshape(-1, 2)
-        over = over[is_in(over[:, 0], self.there)]
-        before, at = np.unique(over[:, 0], return_inverse=True)
-        numbers = np.concatenate([before, numbers[is_in(numbers, self.there)]])
+        new_shards = self.permuted(position.epoch)[position.window * WINDOW : (position.window + 1) * WINDOW]
+        carried = np.array(position.carried, np.int64).reshape(-1, 2)  # (shard number, index)
+        carried = carried[is_in(carried[:, 0], self.readable)]
+        old_shards, place = np.unique(carried[:, 0], return_inverse=True)
+        numbers = np.concatenate([old_shards, new_shards[is_in(new_shards, self.readable)]])
         shards = [self.dataset.shard(number) for number in numbers.tolist()]
-        # An image is a row from here on: its place among all images of these shards.
+        # An image is a row from here on: its place among all images of these shards, the old ones first.
         sizes = np.array([len(shard.ids) for shard in shards], np.int64)
-        starts, new = sizes.cumsum() - sizes, sizes[: len(before)].sum()
+        starts, n_old = sizes.cumsum() - sizes, sizes[: len(old_shards)].sum()
         ids = np.concatenate([np.zeros(0, np.int64), *(shard.ids for shard in shards)])
         shapes = np.concatenate([np.zeros((0, 2), np.int32), *(shard.shapes for shard in shards)])
-        fresh = new + np.flatnonzero(self.keeps(ids[new:], shapes[new:]))
+        new_rows = n_old + np.flatnonzero(self.keeps(ids[n_old:], shapes[n_old:]))
         random = np.random.default_rng([self.seed, position.epoch, position.window + 1])
-        row = np.concatenate([starts[at] + over[:, 1], random.permutation(fresh)])
+        row = np.concatenate([starts[place] + carried[:, 1], random.permutation(new_rows)])
         length = self.special + shapes[row, 0].astype(np.int64) * shapes[row, 1]
         if (longest := length.max(initial=0)) > self.n_tokens:
             raise ValueError(f"--tokens {self.n_tokens} is less than an image of {longest} of {self.dataset.path}")
@@ -113,12 +115,12 @@ class Order:
         # Equally long images side by side: attention runs them as one batch.
         by_pack = np.argsort(pack * (self.n_tokens + 1) + length, kind="stable")
         number, index = np.repeat(numbers, sizes)[row], row - np.repeat(starts, sizes)[row]
-        late = [p for p in range(len(room))[-OPEN_PACKS:] if room[p] > (1 - FULL) * self.n_tokens]
-        left = np.concatenate([np.zeros(0, np.int64), *(np.flatnonzero(pack == p) for p in late)])
+        not_full = [p for p in range(len(room))[-OPEN_PACKS:] if room[p] > (1 - FULL) * self.n_tokens]
+        left_over = np.concatenate([np.zeros(0, np.int64), *(np.flatnonzero(pack == p) for p in not_full)])
         ends = [0, *np.bincount(pack, minlength=len(room)).cumsum().tolist()]
-        spans = [(ends[p], ends[p + 1]) for p in range(len(room)) if p not in late]
-        carried = tuple(zip(number[left].tolist(), index[left].tolist(), strict=True))
-        return number[by_pack], index[by_pack], spans, carried
+        spans = [(ends[p], ends[p + 1]) for p in range(len(room)) if p not in not_full]
+        carry = tuple(zip(number[left_over].tolist(), index[left_over].tolist(), strict=True))
+        return number[by_pack], index[by_pack], spans, carry
 
     def plan(self, position):
         """The packs of a window, [[(shard number, index), ...], ...], and the images that it carries over."""
@@ -154,38 +156,40 @@ def read_subset(path):
 def first_fit(lengths, n_tokens):
     """First fit: every image into the first pack that has room. (Each image's pack, int64; the room left in each pack.)
 
-    lengths: a list of ints from 1 to n_tokens. The images that the newest pack takes one after another are found by
-    bisection of their summed lengths, up to one that an earlier pack may have room for: `most` is at least the largest
-    room in the `earlier` packs, those that could still take the shortest image.
+    lengths: a list of ints from 1 to n_tokens. Image after image would be slow; instead a turn of the loop
+    1. gives the newest pack all the next images that fit it (bisection of their summed lengths), but stops at the first
+       image that an earlier pack may have room for,
+    2. gives that image to the first earlier pack with room for it; where there was no such image, opens a pack.
+    `earlier` holds the packs that could still take the shortest image; none has more room than `bound`.
     """
-    ends, n, least = list(itertools.accumulate(lengths)), len(lengths), min(lengths, default=0)
-    pack_of, room, earlier, most = np.empty(n, np.int64), [], [], 0
-    j, newest, left = 0, -1, 0
-    while j < n:
-        begin = ends[j] - lengths[j]
-        stop = bisect_right(ends, begin + left, j)
-        turn = n
-        if most >= least:
-            turn = next((k for k in range(j, min(stop + 1, n)) if lengths[k] <= most), n)
-        if (stop := min(stop, turn)) > j:
-            pack_of[j:stop] = newest
-            left -= ends[stop - 1] - begin
-            j = stop
-        if j == turn < n:
-            found = next((k for k, p in enumerate(earlier) if room[p] >= lengths[j]), None)
+    ends, n, shortest = list(itertools.accumulate(lengths)), len(lengths), min(lengths, default=0)
+    pack_of, room, earlier, bound = np.empty(n, np.int64), [], [], 0
+    i, newest, newest_room = 0, -1, 0
+    while i < n:
+        before = ends[i] - lengths[i]
+        stop = bisect_right(ends, before + newest_room, i)
+        candidate = n  # the next image that an earlier pack may have room for
+        if bound >= shortest:
+            candidate = next((k for k in range(i, min(stop + 1, n)) if lengths[k] <= bound), n)
+        if (stop := min(stop, candidate)) > i:
+            pack_of[i:stop] = newest
+            newest_room -= ends[stop - 1] - before
+            i = stop
+        if i == candidate < n:
+            found = next((k for k, p in enumerate(earlier) if room[p] >= lengths[i]), None)
             if found is None:
-                most = max([room[p] for p in earlier], default=0)  # some were filled since
+                bound = max([room[p] for p in earlier], default=0)  # some were filled since
                 continue
-            pack_of[j] = p = earlier[found]
-            room[p] -= lengths[j]
-            if room[p] < least:
+            pack_of[i] = p = earlier[found]
+            room[p] -= lengths[i]
+            if room[p] < shortest:
                 del earlier[found]
-            j += 1
-        elif j < n:
+            i += 1
+        elif i < n:
             if newest >= 0:
-                room.append(left)
-                if left >= least:
+                room.append(newest_room)
+                if newest_room >= shortest:
                     earlier.append(newest)
-                    most = max(most, left)
-            newest, left = newest + 1, n_tokens
-    return pack_of, room + [left] * (newest >= 0)
+                    bound = max(bound, newest_room)
+            newest, newest_room = newest + 1, n_tokens
+    return pack_of, room + [newest_room] * (newest >= 0)

@@ -41,7 +41,7 @@ class Process:
         if self.world > 1:
             dist.barrier(group=self.patient)
 
-    def counts(self, n):
+    def gather_counts(self, n):
         """[n of every rank], from host to host: asking the device would make it wait."""
         if self.world == 1:
             return [n]

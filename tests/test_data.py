@@ -487,13 +487,13 @@ def test_a_subset_is_all_that_is_trained_on(cache):
 def test_a_run_says_what_it_trains_on(cache):
     """Catches counts that include what is held out or unusable, and a large dataset whose every shard is opened."""
     held = sum(int(held_out(shard.ids).sum()) for shard in cache.shards)
-    assert Order(cache, 300).counts() == f"images: {80 - held} to train on, {held} held out"
+    assert Order(cache, 300).counts_text() == f"images: {80 - held} to train on, {held} held out"
     ids = cache.shard(0).ids[:12]
     kept = int((~held_out(ids)).sum())
-    said = Order(cache, 300, subset=ids).counts()
+    said = Order(cache, 300, subset=ids).counts_text()
     assert said == f"images: {kept} to train on, {held} held out, {80 - held - kept} left out by --subset"
     few = held_out(cache.shard(0).ids).sum() + held_out(cache.shard(2).ids).sum()
-    said = Order(data.Cache(cache.path), 300).counts(2)
+    said = Order(data.Cache(cache.path), 300).counts_text(2)
     assert said == f"images: about {80 - 2 * few} to train on, about {2 * few} held out"
 
 
