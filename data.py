@@ -122,7 +122,7 @@ class Cache:
         self.context = ts.Context({"cache_pool": {"total_bytes_limit": 1 << 26}}, SHARED)
         self.slots = self.about["shard_images"] * self.about["views"]  # places for images in a shard
         self.n_shards = n_shards(self.about)
-        self.held, self.lock = {}, threading.Lock()
+        self.in_memory, self.lock = {}, threading.Lock()  # {(shard number, name): whole array}
         self.shard = lru_cache(KEPT)(self.open_shard)
         self.index = Shard(self, INDEX)
         try:
@@ -132,9 +132,9 @@ class Cache:
         except Damage:  # not written yet, or not whole: then it is as if there were none
             self.index = None
             records = list(read_records(self.store, range(self.n_shards), self.about["hash"]))
-            self.counts = np.array([r["images"] if r else -1 for r in records])
+            self.counts = np.array([r["images"] if r else -1 for r in records])  # images; -1: not committed
         self.numbers = np.flatnonzero(self.counts >= 0).tolist()
-        self.firsts = np.concatenate([[0], self.counts.clip(min=0).cumsum()])
+        self.firsts = np.concatenate([[0], self.counts.clip(min=0).cumsum()])  # images before each shard, and all
         self.images = None if self.about["pixels"] or images is None else self.open_images(images)
 
     def open_images(self, images):
@@ -151,16 +151,18 @@ class Cache:
 
     def open_shard(self, number):
         """A Shard, of which the index is asked but not awaited: many are then read side by side."""
-        listed, part = None, slice(2 * int(self.firsts[number]), 2 * int(self.firsts[number + 1]))
+        future, part = None, slice(2 * int(self.firsts[number]), 2 * int(self.firsts[number + 1]))
         with contextlib.suppress(Damage):  # of the index: then the shard says it itself
-            listed = self.index and self.index.read("images", part)
-        return Shard(self, number, listed)
+            future = self.index and self.index.read("images", part)
+        return Shard(self, number, future)
 
     @property
     def shards(self):
+        """All Shards that can be read."""
         return [self.shard(number) for number in self.numbers]
 
     def all_ids(self):
+        """The ids of all images, int64, in cache order."""
         with contextlib.suppress(Damage):
             if self.index:
                 return self.index.wait("images", self.index.array("images")[::2].read())
@@ -176,7 +178,8 @@ class Cache:
         for number in () if believed else range(self.n_shards):
             try:
                 shard = self.shard(number)
-                assert shard.record["images"] == len(shard.ids) == len(shard.shapes)
+                record, ids, shapes = shard.record, shard.ids, shard.shapes  # reads them: Damage where that fails
+                assert record["images"] == len(ids) == len(shapes)
             except Damage as error:
                 if on_corrupt == "stop":
                     raise error.at(self.path) from error
@@ -216,22 +219,23 @@ class Cache:
         return batch
 
     def rows_of(self, entries, names, whole):
-        """{name: rows [n, columns] of each image} of the arrays `names`; those of `whole` are fetched with them.
+        """{name: [rows [n, columns] of each image]} of the arrays `names`; the arrays `whole` are fetched with them.
 
         A read costs 40 us whatever its size, most of the time that small images take: small shards are read whole.
         Others are read by image, with all reads under way before the first is awaited.
         """
         shards = [self.shard(number) for number, _ in entries]
-        assert all(shard.checked for shard in shards)
+        for shard in shards:
+            shard.check()
         parts = [slice(*shard.starts[i : i + 2].tolist()) for shard, (_, i) in zip(shards, entries, strict=True)]
         small = {shard: shard.size <= MEMORY // (2 * WINDOW) for shard in shards}
         self.fetch((shard, name) for shard in shards for name in (*whole, *(names if small[shard] else ())))
-        some = list(zip(shards, parts, strict=True))
-        reads = {name: [None if small[shard] else shard.read(name, part) for shard, part in some] for name in names}
+        pairs = list(zip(shards, parts, strict=True))
+        reads = {name: [None if small[shard] else shard.read(name, part) for shard, part in pairs] for name in names}
         return {
             name: [
                 self.array(shard.number, name)[part] if read is None else shard.wait(name, read)
-                for (shard, part), read in zip(some, reads[name], strict=True)
+                for (shard, part), read in zip(pairs, reads[name], strict=True)
             ]
             for name in names
         }
@@ -244,24 +248,25 @@ class Cache:
         views, pixels = [View(self.images.sources[at], n) for at, n in origins], []
         for (number, i), view, answer in zip(entries, views, self.images.decode_all(views), strict=True):
             if isinstance(answer, str) or answer[1] != tuple(self.shard(number).shapes[i].tolist()):
-                said = answer if isinstance(answer, str) else f"it is of {answer[1]} patches now"
-                raise Damage(number, f", image {view.source.name}: {said}")
+                why = answer if isinstance(answer, str) else f"it is of {answer[1]} patches now"
+                raise Damage(number, f", image {view.source.name}: {why}")
             pixels.append(answer[0])
         return pixels
 
     def fetch(self, wanted):
         """Read whole arrays, (shard, name), side by side; the newest MEMORY bytes of such are kept."""
-        reads = {(shard, name): shard.read(name) for shard, name in wanted if (shard.number, name) not in self.held}
+        wanted = (pair for pair in wanted if (pair[0].number, pair[1]) not in self.in_memory)
+        reads = {(shard, name): shard.read(name) for shard, name in wanted}
         for (shard, name), read in reads.items():
             array = shard.wait(name, read)
             with self.lock:
-                self.held[shard.number, name] = array
-                while sum(a.nbytes for a in self.held.values()) > MEMORY:
-                    del self.held[next(iter(self.held))]
+                self.in_memory[shard.number, name] = array
+                while sum(a.nbytes for a in self.in_memory.values()) > MEMORY:
+                    del self.in_memory[next(iter(self.in_memory))]
 
     def array(self, number, name):
         """A whole array, from memory if it is there."""
-        array = self.held.get((number, name))
+        array = self.in_memory.get((number, name))
         return self.shard(number).all(name) if array is None else array
 
     def meta(self, entry):
@@ -391,8 +396,8 @@ def cache(
     ValueError for an existing cache of other contents, for unreadable images beyond the share max_skipped, for teachers
     whose answers do not fit, and for what cannot be written.
     """
-    own = isinstance(images, list) and not isinstance(images[0], (str, Path))
-    sources = Sources.of(images) if own else find_sources(images)
+    are_sources = isinstance(images, list) and not isinstance(images[0], (str, Path))
+    sources = Sources.of(images) if are_sources else find_sources(images)
     sources = sources if subset is None else sources.subset(subset)
     if not len(sources):
         raise ValueError("none of the ids of --subset is among the images")
@@ -420,10 +425,8 @@ def cache(
         bad.update(skipped)
         if len(bad) > max_skipped * len(sources):
             write_skipped(store)
-            raise ValueError(
-                f"{len(bad)} of {len(sources)} images are unusable, more than --max-skipped {max_skipped:g}; "
-                f"{out}/skipped.jsonl says which and why"
-            )
+            share = f"{len(bad)} of {len(sources)} images are unusable, more than --max-skipped {max_skipped:g}"
+            raise ValueError(f"{share}; {out}/skipped.jsonl says which and why")
     bar.close()
     write_skipped(store)
     write_index(Cache(out), anew=bool(todo))
@@ -461,7 +464,7 @@ def write_index(cache, anew=False):
         return
     shards = np.empty((cache.n_shards, 2), np.int64)
 
-    def look(number):
+    def index_rows(number):
         shard = Shard(cache, number)
         shards[number] = len(shard.ids), name_hash(shard.record["hash"])
         return np.stack([shard.ids, shard.shapes[:, 0] << 16 | shard.shapes[:, 1]], 1).ravel()
@@ -469,7 +472,7 @@ def write_index(cache, anew=False):
     for last in (False, True):
         try:
             with ThreadPoolExecutor(32) as pool:
-                images = np.concatenate(list(map_ahead(pool, look, cache.numbers, 256)))
+                images = np.concatenate(list(map_ahead(pool, index_rows, cache.numbers, 256)))
             record = {"cache": cache.about["hash"], "images": len(images) // 2, "rows": 0, "skipped": [], "power": {}}
             return write_shard(cache, INDEX, {"images": images, "shards": shards}, record)
         except ValueError as error:
@@ -536,10 +539,9 @@ def check_teachers(store, out, teachers, dataset, chosen, device):
         before = safetensors.torch.load(store.read(f"teachers/{name}.safetensors").result().value)["probe"]
         change = float((now - before).norm() / before.norm())
         if change > 0.1:  # rounding, also that of bfloat16 on another machine, stays under 0.02
-            raise ValueError(
-                f"{out} was made with another teacher '{name}' than this one, or other images: their summaries of "
-                f"{view.source.name} differ by {change:.0%}; give the same ones, or choose another --out"
-            )
+            difference = f"their summaries of {view.source.name} differ by {change:.0%}"
+            others = f"another teacher '{name}' than this one, or other images: {difference}"
+            raise ValueError(f"{out} was made with {others}; give the same ones, or choose another --out")
 
 
 def write_shards(teachers, numbers, dataset, out, device):
@@ -668,7 +670,7 @@ def loader(order, position, rank=0, world=1, per_step=1, threads=0, on_corrupt="
 
 
 def info(cache):
-    """A printed page: what the cache was made of, what is in it, and the signal-to-noise ratio of what is stored."""
+    """Print what the cache was made of, what is in it, and the signal-to-noise ratio of what is stored."""
     records = [record for record in read_records(cache.store, cache.numbers, cache.about["hash"]) if record]
     images, rows = (sum(r[key] for r in records) for key in ("images", "rows"))
     skipped = sum(len(r["skipped"]) for r in records)
@@ -687,8 +689,8 @@ def info(cache):
         print()
 
 
-def describe(sources):
-    """A printed page: what is in a table of sources."""
+def print_sources(sources):
+    """Print what is in a table of sources."""
     rows, tars = sources.rows, sum(in_tar for _, in_tar in sources.about["places"])
     size = sum(os.path.getsize(os.path.join(sources.folder, name)) for name in ("rows", "names"))
     print(f"{len(rows)} images of {rows['size'].sum() / 2**20:.1f} MiB, {tars} tars, {(rows['height'] == 0).sum()} bad")
@@ -701,10 +703,7 @@ KEYWORDS = {  # of `cache`, which has their defaults, as flags: {name: (range, o
     "max_tokens": (TOKENS, "patches above which an image is shrunk; of several, each image's is one of them by its id"),
     "views": ((int, 1, 10**4), "views an image: the whole of it, then random crops"),
     "dtype": (("int8", "bf16"), "how patch features are stored"),
-    "pixels": (
-        ("all", "none"),
-        "none: decoded from the images whenever they are read, so that a view costs its features",
-    ),
+    "pixels": (("all", "none"), "none: decoded from the images at every reading, so that a view costs its features"),
     "patches": (("all", "none"), "none: summaries alone, for curation and to distil summaries"),
     "seed": ((int, 0, 2**63 - 1), "of the calibration sample and the views"),
     "shard_images": ((int, 1, 10**6), "sources in a shard"),
@@ -751,7 +750,7 @@ def main(argv=None):
         teachers = load_teachers(args.teacher, args.images[0], device)
         info(cache(args.images, teachers, args.out, shard_range=(i, n), device=device, **said))
     elif args.command == "index":
-        describe(find_sources(args.images, args.workers, anew=True))
+        print_sources(find_sources(args.images, args.workers, anew=True))
     elif args.command == "info":
         info(Cache(args.cache))
     else:

@@ -19,6 +19,7 @@ import tensorstore as ts
 FORMAT = 4
 INDEX = 2**31 - 1  # the number that the index has in the place of a shard's
 RERUN = "rerun the caching command"
+# Entries that cache.json and a shard.json must have, and their types
 KINDS = {"format": int, "dtype": str, "shard_images": int, "teachers": dict, "sources": int, "views": int}
 KINDS |= {"seed": int, "min_tokens": int, "sources_hash": str, "teachers_hash": dict, "pixels": bool, "patches": bool}
 RECORD_KINDS = {"cache": str, "number": int, "images": int, "rows": int, "skipped": list, "power": dict, "files": dict}
@@ -33,8 +34,8 @@ class Damage(ValueError):
 
     def at(self, path):
         """The error for a user: where it is, and what to do about it."""
-        told = f"python data.py verify {path} names all that is damaged, --on-corrupt skip leaves it out"
-        return ValueError(f"{path}, {self}; {told}")
+        remedy = f"python data.py verify {path} names all that is damaged, --on-corrupt skip leaves it out"
+        return ValueError(f"{path}, {self}; {remedy}")
 
 
 def name_of(number):
@@ -47,8 +48,8 @@ def folder_of(number):
     return "index/" if number == INDEX else f"shards/{number:05d}/"
 
 
-def misses(content, kinds):
-    """The name of an entry that is missing or of another type, or below 0; None where all is as it should be."""
+def wrong_entry(content, kinds):
+    """The name of the first entry that is missing, of another type, or an int not in [0, 2^40); None where all fit."""
     wrong = (n for n, t in kinds.items() if type(content.get(n)) is not t or (t is int and not 0 <= content[n] < 2**40))
     return next(wrong, None)
 
@@ -66,7 +67,8 @@ def read_about(store, path):
         raise ValueError(f"{path} has cache format {found} and this code reads {FORMAT}: cache it anew, elsewhere")
     if unseal(raw) is None:
         raise ValueError(f"{path}/cache.json is damaged: its contents are not those that its hash was made of")
-    if wrong := misses(about, KINDS) or ("shard_images" if about["shard_images"] < 1 or about["views"] < 1 else None):
+    empty = about.get("shard_images") == 0 or about.get("views") == 0
+    if wrong := wrong_entry(about, KINDS) or ("shard_images" if empty else None):
         raise ValueError(f"{path}/cache.json is no description of a cache: its {wrong} is {about.get(wrong)!r}")
     return about
 
@@ -74,7 +76,7 @@ def read_about(store, path):
 def read_record(store, number, cache_hash):
     """The commit record of a shard, or None where it is not committed, or to another cache, or as another shard."""
     record = unseal(store.read(f"{folder_of(number)}shard.json").result().value)
-    sound = record and not misses(record, RECORD_KINDS)
+    sound = record and not wrong_entry(record, RECORD_KINDS)
     return record if sound and record["cache"] == cache_hash and record["number"] == number else None
 
 
@@ -90,7 +92,7 @@ def n_shards(about):
 
 
 def skipped_lines(store):
-    """What skipped.jsonl has to say, by the commit records."""
+    """The bytes that skipped.jsonl should hold, by the commit records."""
     about = read_about(store, "the cache")
     records = read_records(store, range(n_shards(about)), about["hash"])
     skipped = (entry for record in records if record for entry in record["skipped"])
@@ -110,19 +112,20 @@ def write_skipped(store):
 
 
 class Shard:
-    """One committed shard, or the index; it is read on first use. listed: a `read` of its part of the index."""
+    """One committed shard, or the index; it is read on first use. index_read: the future of its rows of the index."""
 
-    def __init__(self, cache, number, listed=None):
-        self.cache, self.number, self.listed, self.arrays = cache, number, listed, {}
+    def __init__(self, cache, number, index_read=None):
+        self.cache, self.number, self.index_read, self.arrays = cache, number, index_read, {}
+        self.compared = False  # with the index, by `check`
 
     @cached_property
-    def known(self):
+    def in_index(self):
         """(ids, shapes, the hash of its record) by the index; None without one, or where it is damaged."""
         try:
-            rows = self.listed and self.cache.index.wait("images", self.listed).reshape(-1, 2)
+            rows = self.index_read and self.cache.index.wait("images", self.index_read).reshape(-1, 2)
         except Damage:
             rows = None
-        self.listed = None
+        self.index_read = None
         if rows is None:
             return None
         shapes = np.stack([rows[:, 1] >> 16, rows[:, 1] & 0xFFFF], 1).astype(np.int32)
@@ -130,13 +133,14 @@ class Shard:
 
     @cached_property
     def record(self):
+        """The commit record; Damage where there is none, or it is not this shard's."""
         record = read_record(self.cache.store, self.number, self.cache.about["hash"])
         if record is None:
             why = f"missing, or not committed (it has no shard.json); {RERUN}"
             if self.cache.store.read(f"{folder_of(self.number)}shard.json").result().value:
                 why = "shard.json is damaged, or belongs to another cache or shard"
             raise Damage(self.number, f": {why}")
-        if self.known and self.known[2] != name_hash(record["hash"]):
+        if self.in_index and self.in_index[2] != name_hash(record["hash"]):
             raise Damage(self.number, f": it is not the one that the index was made of; {RERUN}")
         return record
 
@@ -177,23 +181,23 @@ class Shard:
             raise Damage(self.number, f", array {name}: {one_line(error)}") from error
 
     def all(self, name):
+        """A whole array, read and awaited."""
         return self.wait(name, self.read(name))
 
     @cached_property
     def ids(self):
-        return self.known[0] if self.known else self.all("ids")
+        return self.in_index[0] if self.in_index else self.all("ids")
 
     @cached_property
     def shapes(self):
-        return self.known[1] if self.known else self.all("shapes")
+        return self.in_index[1] if self.in_index else self.all("shapes")
 
-    @cached_property
-    def checked(self):
-        """True; Damage where the shard's own ids and shapes are not those of the index."""
-        for name, known in zip(("ids", "shapes"), self.known or (), strict=False):
-            if not np.array_equal(self.all(name), known):
+    def check(self):
+        """Damage where the shard's own ids and shapes are not those of the index; they are compared once."""
+        for name, array in zip(("ids", "shapes"), () if self.compared else self.in_index or (), strict=False):
+            if not np.array_equal(self.all(name), array):
                 raise Damage(self.number, f", array {name}: it is not what the index says; {RERUN}")
-        return True
+        self.compared = True
 
     @cached_property
     def starts(self):
@@ -212,6 +216,7 @@ class Shard:
 
     @cached_property
     def meta(self):
+        """[{"source", "caption", "category"}] of the images."""
         raw = bytes(self.all("meta")) if self.record["images"] else b""
         return [json.loads(line) for line in raw.decode().split("\n")[: self.record["images"]]]
 

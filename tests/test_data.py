@@ -220,7 +220,7 @@ def test_large_shards_are_read_by_image(cache, monkeypatch):
     monkeypatch.setattr(data, "MEMORY", 1000)
     by_image = data.Cache(cache.path)
     read = by_image.read(entries, 400)
-    assert sum(a.nbytes for a in by_image.held.values()) <= 1000
+    assert sum(a.nbytes for a in by_image.in_memory.values()) <= 1000
     assert torch.equal(whole.rows, read.rows) and torch.equal(whole.yx, read.yx)
     for name, target in whole.targets.items():
         assert all(torch.equal(value, read.targets[name][kind]) for kind, value in target.items())
