@@ -71,7 +71,7 @@ class Flags:
     lr: float = flag(2e-2, RESULTS, "peak learning rate", (0, 100))
     warmup: int = flag(30, RESULTS, "steps of linear warm-up", (0, 10**9))
     schedule: str = flag(
-        "cosine", RESULTS, "after warm-up: to zero, or flat and down over the last fifth", ("cosine", "wsd")
+        "cosine", RESULTS, "after warm-up; wsd is flat, then falls in the last fifth", ("cosine", "wsd")
     )
     weight_decay: float = flag(0.02, RESULTS, "AdamW's, on matrices: not on norms, biases, sinks, tokens", (0, 10))
     clip: float = flag(1.0, RESULTS, "largest norm of the whole gradient", (1e-9, 1e9))
@@ -85,7 +85,7 @@ class Flags:
     subset: str = flag("", RESULTS, ".npy of image ids to train on, as curate.py writes")
     min_tokens: int = flag(1, RESULTS, "of --images: patches below which an image is enlarged", (1, 65536))
     max_tokens: tuple[int, ...] = flag(
-        (256,), RESULTS, "of --images: patches above which one is shrunk; several: one an image", (1, 65536)
+        (256,), RESULTS, "of --images: patches above which one is shrunk; of several, each image has one", (1, 65536)
     )
     views: int = flag(1, RESULTS, "of --images: views an image, the whole of it and then random crops", (1, 10**4))
     calibrate: int = flag(512, RESULTS, "of --images: images that PHI-S is fitted on", (1, 10**6))
@@ -105,15 +105,11 @@ class Flags:
     out: str = flag("", PATHS, "folder of the run (runs/toy, or runs/ and the cache's name)")
     resume: bool = flag(False, PATHS, "go on from the newest checkpoint of --out")
     overwrite: bool = flag(False, PATHS, "begin anew where --out holds a run already")
-    on_corrupt: str = flag(
-        "stop", PATHS, "damage in the cache: stop, or leave those images out and say so", ("stop", "skip")
-    )
+    on_corrupt: str = flag("stop", PATHS, "where the cache is damaged: stop, or skip those images", ("stop", "skip"))
     save_every: int = flag(200, PATHS, "steps between checkpoints; the last step is always saved", COUNT)
     save_minutes: float = flag(0.0, PATHS, "minutes between checkpoints as well; 0: by steps alone", (0, 1e6))
     log_every: int = flag(20, PATHS, "steps between lines of log.jsonl", COUNT)
-    eval_every: int = flag(
-        0, PATHS, "steps between measures of held-out images, kNN too; a checkpoint logs cosines", (0, 10**9)
-    )
+    eval_every: int = flag(0, PATHS, "steps between measures of held-out images, by kNN too; 0: none", (0, 10**9))
     track: str = flag("", PATHS, "write the log's numbers there too; needs its package", ("", "tensorboard", "wandb"))
     keep: int = flag(2, PATHS, "checkpoints that are kept", COUNT)
     evaluate: bool = flag(True, PATHS, "measure held-out images at checkpoints and at the end")
@@ -127,11 +123,8 @@ def parse(argv=None):
         group, allowed = f.metadata["group"], f.metadata["allowed"]
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
-        how = {
-            bool: {"action": argparse.BooleanOptionalAction},
-            tuple: {"action": "extend", "nargs": "+"},
-            str: {"choices": allowed},
-        }
+        how = {bool: {"action": argparse.BooleanOptionalAction}, tuple: {"action": "extend", "nargs": "+"}}
+        how |= {str: {"choices": allowed}}
         if f.type == tuple[int, ...]:
             how = {"type": in_range(int, *allowed), "nargs": "+"}
         else:
@@ -186,7 +179,8 @@ class Run:
     position: Position = field(default_factory=Position)
     tokens: int = 0  # trained on, padding not counted
     seconds: float = 0.0  # in training
-    recent: list = field(default_factory=lambda: [([], torch.tensor(0))])  # (image ids, bad_steps[1]) of recent steps
+    # (image ids, count of skipped steps after it) of each step since `note_skipped`, and of the one before them
+    recent: list = field(default_factory=lambda: [([], torch.tensor(0))])
     skipped: list = field(default_factory=list)  # image ids of the newest steps that were skipped
 
 
@@ -219,12 +213,12 @@ def train(flags, process, compiled):
         last, saves = run.step == flags.steps, run.step % flags.save_every == 0
         asked = flags.eval_every and run.step % flags.eval_every == 0
         measures = asked or (saves and flags.evaluate and not last)  # `finish` measures the last step
-        at_line = run.step % flags.log_every == 0 or measures
-        if at_line or last:
+        logs = run.step % flags.log_every == 0 or measures
+        if logs or last:
             rate, more = learning_rate(run.step - 1, flags), held_out_scores if measures else lambda run: {}
             bar.set_postfix(interval.end(run, rate, norm, expert_load, more))
             diverged = note_skipped(run) >= 10
-        signalled, due = agree(run, signals, at_line)
+        signalled, due = signal_or_due_save(run, signals, logs)
         if (saves or due or last or signalled) and not diverged:
             save_checkpoint(run)
     bar.close()
@@ -239,23 +233,26 @@ def catch_signals():
     return caught
 
 
-def agree(run, signals, at_line):
+def signal_or_due_save(run, signals, logs):
     """(the signal that ends the run after this step, or 0; whether --save-minutes have passed), alike on all ranks.
 
-    Ranks ask one another, which makes the device wait, hence only at lines of the log.
+    Ranks ask one another, which makes the device wait, hence only where the step writes a line of the log (`logs`).
     """
     due = 0 < run.flags.save_minutes < (time.monotonic() - run.saved) / 60
     if run.process.world == 1:
         return max(signals, default=0), due
-    if not at_line:
+    if not logs:
         return 0, False
-    some_2 = torch.tensor([max(signals, default=0), float(due)], device=run.process.device)
-    signalled, due = run.process.sum(some_2).tolist()
+    on_any_rank_2 = torch.tensor([max(signals, default=0), float(due)], device=run.process.device)
+    signalled, due = run.process.sum(on_any_rank_2).tolist()
     return max(signals, default=signal.SIGTERM) if signalled else 0, due > 0
 
 
 def note_skipped(run):
-    """Add to run.skipped the images, of all ranks, of recent steps that were skipped; how many were so in a row."""
+    """Add to run.skipped the images, of all ranks, of skipped recent steps; returns how many were skipped in a row.
+
+    A step was skipped where the count of skipped steps, which waited on the device till now, is one more after it.
+    """
     counts = [int(count) for _, count in run.recent]
     bad = [ids for (ids, _), before, after in zip(run.recent[1:], counts, counts[1:], strict=False) if after > before]
     run.recent = run.recent[-1:]
@@ -457,18 +454,15 @@ def restore(run, path, state):
         raise ValueError(f"--resume: {path} was trained on other data or another --subset than {run.dataset.path}")
     then, now = (state["world"], state["flags"]["accumulate"]), (run.process.world, run.flags.accumulate)
     if math.prod(then) != math.prod(now):  # packs a step
-        said = ["{} rank(s) with --accumulate {}".format(*pair) for pair in (then, now)]
-        raise ValueError(f"--resume: {path} was trained by {said[0]}, not {said[1]}: another batch")
+        before, now = ("{} rank(s) with --accumulate {}".format(*pair) for pair in (then, now))
+        raise ValueError(f"--resume: {path} was trained by {before}, not {now}: another batch")
     before, step = state["flags"]["steps"], state["step"]
     if run.flags.steps < step:
         raise ValueError(f"--steps {run.flags.steps} lies behind {path}: give at least {step}, or another --out")
     if run.flags.steps != before and run.process.rank == 0:
         rates = [learning_rate(step, replace(run.flags, steps=steps)) for steps in (before, run.flags.steps)]
-        print(
-            f"--steps was {before} and is {run.flags.steps}: the schedule is another from here on, the learning rate "
-            f"{rates[1]:.2e} in the place of {rates[0]:.2e}",
-            flush=True,
-        )
+        changed = f"the learning rate is {rates[1]:.2e} from here, not {rates[0]:.2e}"
+        print(f"--steps was {before} and is {run.flags.steps}: {changed}", flush=True)
     if run.flags.fsdp:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
@@ -526,7 +520,7 @@ def clear_run_folder(folder, flags):
     if files and not flags.resume:
         if not flags.overwrite:
             raise ValueError(
-                f"{folder} holds a run: --resume goes on with it, --overwrite begins anew, or choose an --out"
+                f"{folder} holds a run: give --resume to go on, --overwrite to begin anew, or another --out"
             )
         for path in files:
             path.unlink()
@@ -558,8 +552,8 @@ def open_images(flags, process, compiled):
     out, teachers = Path(flags.out), load_teachers(flags.teacher, flags.images[0], process.device)
     layout = {"min_tokens": flags.min_tokens, "max_tokens": flags.max_tokens, "views": flags.views}
     skipped, quiet = out / "skipped.jsonl", process.rank > 0
-    sources, said = find_sources(flags.images), " ".join(flags.images)
-    dataset = Images(sources, said, **layout, seed=flags.seed, skipped=skipped, quiet=quiet)
+    sources, path = find_sources(flags.images), " ".join(flags.images)
+    dataset = Images(sources, path, **layout, seed=flags.seed, skipped=skipped, quiet=quiet)
     store = open_store(out)
     if process.rank == 0:
         print(f"running {', '.join(t.name for t in teachers)} at every step", flush=True)
@@ -580,8 +574,8 @@ def rebalanced(flags, dataset, spaces, teachers, device):
     spread = {}
     if flags.balancing == "channels":
         entries = evaluate.split(dataset, 512)[0][:512]
-        told = evaluate.stream(evaluate.of_targets(spaces, teachers, device), dataset, entries, stored=not teachers)
-        patches = {name: torch.cat(kinds["patch"]) for name, kinds in evaluate.gather(told).items()}
+        targets = evaluate.stream(evaluate.of_targets(spaces, teachers, device), dataset, entries, stored=not teachers)
+        patches = {name: torch.cat(kinds["patch"]) for name, kinds in evaluate.gather(targets).items()}
         spread = {name: patch.std(0).clamp(min=1e-6).cpu() for name, patch in patches.items()}
     return [amoe.rebalance(space, flags.balancing, spread.get(space.name)) for space in spaces]
 
@@ -589,10 +583,10 @@ def rebalanced(flags, dataset, spaces, teachers, device):
 def with_sizes(config, sizes):
     """A Config with some of its numbers replaced: ("NAME=NUMBER", ...); ValueError for what is no size of a student."""
     changed = {}
-    for said in sizes:
-        name, _, number = said.partition("=")
+    for size in sizes:
+        name, _, number = size.partition("=")
         if name not in asdict(config) or not number.isdecimal():
-            raise ValueError(f"--sizes {said}: a size is NAME=NUMBER, with a name of {', '.join(asdict(config))}")
+            raise ValueError(f"--sizes {size}: a size is NAME=NUMBER, with a name of {', '.join(asdict(config))}")
         changed[name] = type(getattr(config, name))(int(number))
     c = replace(config, **changed)
     if c.dense_layers == c.layers:  # no layer has experts
@@ -613,21 +607,18 @@ def build(flags, spaces, device):
     if isinstance(parent, amoe.PlugIn) and not flags.student:
         raise ValueError(f"--init {flags.init} has a trunk of its own: give its FILE.py:FACTORY by --student")
     if parent and not flags.student:
-        alike = [n for n, c in amoe.CONFIGS.items() if replace(c, top_k=0) == replace(parent.config, top_k=0)]
-        if alike and flags.model not in alike:
-            raise ValueError(f"--init {flags.init} has the sizes of {' or '.join(alike)}: say which by --model")
-        if not alike:
+        same_sizes = [n for n, c in amoe.CONFIGS.items() if replace(c, top_k=0) == replace(parent.config, top_k=0)]
+        if same_sizes and flags.model not in same_sizes:
+            raise ValueError(f"--init {flags.init} has the sizes of {' or '.join(same_sizes)}: say which by --model")
+        if not same_sizes:
             print(f"--init {flags.init}: sizes of its own, top-{parent.config.top_k} experts", flush=True)
         config = parent.config
     model = amoe.PlugIn(flags.student, spaces, device) if flags.student else amoe.AMoE(config, spaces)
     if parent:
         fresh = amoe.inherit(model, parent)
-        kept = [name for name in model.heads if name not in fresh]
-        print(
-            f"--init {flags.init}: the trunk and the heads of {', '.join(kept) or 'no teacher'} go on from it"
-            + (f"; the heads of {', '.join(fresh)} begin afresh" if fresh else ""),
-            flush=True,
-        )
+        kept = ", ".join(name for name in model.heads if name not in fresh) or "no teacher"
+        others = f"; the heads of {', '.join(fresh)} begin afresh" if fresh else ""
+        print(f"--init {flags.init}: the trunk and the heads of {kept} go on from it{others}", flush=True)
     model.recompute = flags.checkpoint
     for module in model.modules():
         if isinstance(module, amoe.MoE):
@@ -637,19 +628,18 @@ def build(flags, spaces, device):
 
 def make_optimizer(model, flags):
     """AdamW, fused; decay on matrices only, and not on the CLS and register tokens. Muon takes those of the layers."""
-    groups = {"muon": [], "decayed": [], "free": []}
+    groups = {"muon": [], "decayed": [], "not decayed": []}
     for name, p in model.named_parameters():
         matrix = p.ndim >= 2 and not name.endswith("_tokens") and "cls_token" not in name
         muon = matrix and flags.optimizer == "muon" and "layers." in name and "gate" not in name
         if p.requires_grad:
-            groups["muon" if muon else "decayed" if matrix else "free"].append(p)
-    decay = {"muon": flags.weight_decay, "decayed": flags.weight_decay, "free": 0.0}
-    groups = [{"params": p, "weight_decay": decay[kind], "muon": kind == "muon"} for kind, p in groups.items() if p]
+            groups["muon" if muon else "decayed" if matrix else "not decayed"].append(p)
+    decay = {"muon": flags.weight_decay, "decayed": flags.weight_decay, "not decayed": 0.0}
+    groups = [{"params": p, "weight_decay": decay[name], "muon": name == "muon"} for name, p in groups.items() if p]
     kind = Muon if flags.optimizer == "muon" else torch.optim.AdamW
     optimizer = kind(groups, lr=flags.lr, betas=(0.9, 0.95), fused=True)
-    optimizer.found_inf = torch.zeros(
-        (), device=p.device
-    )  # `update` sets it; FSDP2 takes a step before, to make moments
+    # `update` sets it at every step; FSDP2 takes a step before, to make moments
+    optimizer.found_inf = torch.zeros((), device=p.device)
     return optimizer
 
 

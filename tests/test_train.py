@@ -270,7 +270,7 @@ def test_a_line_of_the_log_is_the_mean_since_the_last_one_also_after_a_resume(ca
     run(some, "7", "--log-every", "4", "--warmup", "10")
     (some / "step-000007.pt").unlink()  # the newest is step 5, in the middle of a line
     run(some, "10", "--log-every", "4", "--warmup", "10", "--resume")
-    assert "--steps was 7 and is 10: the schedule is another" in capsys.readouterr().out
+    assert "--steps was 7 and is 10: the learning rate is" in capsys.readouterr().out
     run(tmp_path / "whole", "10", "--log-every", "4", "--warmup", "10")
     assert losses(some) == losses(tmp_path / "whole") and sorted(losses(some)) == [4, 8, 10]
     means = [sum(losses(every)[s] for s in steps) / len(steps) for steps in ((1, 2, 3, 4), (5, 6, 7, 8), (9, 10))]
