@@ -9,7 +9,8 @@ The oracles compute features from the scene, not from pixels, so their scores ar
 with text and blurred in space; `DenseOracle` is crisp, with two registers. Their sizes, means, scales and spectra
 differ, as those of SigLIP 2 and DINOv3 do, so that balancing them matters.
 
-Shape letters: N points or scenes, h x w patches of a scene, C channels of a teacher, K concepts, T tokens, M images.
+Shape letters: N points, texts or vectors, h x w patches of a scene, C channels of a teacher, K concepts, S shapes of
+objects.
 """
 
 import evaluate
@@ -129,10 +130,10 @@ class Scene:
         colour, texture = CLASSES[self.label].split()
         return f"a {colour} {texture} {SHAPES[self.things[0].shape]}"
 
-    def labels(self, y_N, x_N):
+    def labels(self, x_N, y_N):
         """Labels of points in pixels (0: background, 1 + concept elsewhere), and indices of their things (-1: none).
 
-        y_N and x_N may be a column and a row: then those of the grid that they span.
+        x_N and y_N may be a row and a column: then those of the grid that they span.
         """
         side = min(self.height, self.width)
         thing_N = np.full(np.broadcast_shapes(y_N.shape, x_N.shape), -1)
@@ -142,10 +143,10 @@ class Scene:
         return concept[thing_N], thing_N
 
     def render(self, random):
-        """The image [height, width, 3] uint8 and its label map [height, width] uint8."""
+        """By a numpy Generator: the image [height, width, 3] uint8 and its label map [height, width] uint8."""
         side = min(self.height, self.width)
         y, x = (np.arange(n, dtype=np.float32) + 0.5 for n in (self.height, self.width))
-        label, thing = self.labels(y[:, None], x)
+        label, thing = self.labels(x, y[:, None])
         coarse = random.random((self.height // 4 + 1, self.width // 4 + 1), dtype=np.float32)
         noise = coarse.repeat(4, 0).repeat(4, 1)[: self.height, : self.width]
         image = np.float32(self.tint) + self.grain * (noise[..., None] - 0.5)
@@ -203,10 +204,8 @@ class World:
 
         with ThreadPoolExecutor() as pool:
             list(pool.map(draw, range(self.n)))
-        captions = [
-            {"file": self.name(i), "caption": s.caption, "category": CLASSES[s.label]}
-            for i, s in enumerate(self.scenes)
-        ]
+        words = [{"caption": scene.caption, "category": CLASSES[scene.label]} for scene in self.scenes]
+        captions = [{"file": self.name(i)} | of_scene for i, of_scene in enumerate(words)]
         (images / "captions.json").write_text(json.dumps(captions))
         return images
 
@@ -215,7 +214,7 @@ class World:
 def coverage(scene, h, w):
     """Share of every patch that each thing, and last the background, covers: [h, w, things + 1]."""
     y, x = (np.arange(n * SAMPLES, dtype=np.float32) + 0.5 for n in (h, w))
-    _, thing = scene.labels((y * scene.height / (h * SAMPLES))[:, None], x * scene.width / (w * SAMPLES))
+    _, thing = scene.labels(x * scene.width / (w * SAMPLES), (y * scene.height / (h * SAMPLES))[:, None])
     hit = thing[..., None] == np.array([*range(len(scene.things)), -1])
     return hit.reshape(h, SAMPLES, w, SAMPLES, -1).mean((1, 3), dtype=np.float32)
 
@@ -229,20 +228,22 @@ class Oracle:
         draw = lambda n, size=1.0: random.normal(0, size / math.sqrt(dim), (n, dim)).astype(np.float32)  # noqa: E731
         texture, colour, pair = draw(len(TEXTURES)), draw(len(COLOURS)), draw(len(CLASSES), 0.5)
         self.concept_KC = texture.repeat(len(COLOURS), 0) + np.tile(colour, (len(TEXTURES), 1)) + pair
-        self.shape_C, self.tint_C, self.extra_C = draw(len(SHAPES), 0.5), draw(3, 0.7), draw(16, 0.7)
+        self.shape_SC, self.tint_3C, self.extra_16C = draw(len(SHAPES), 0.5), draw(3, 0.7), draw(16, 0.7)
         # Singular values fall geometrically by `spectrum`; the mean is as large as the spread.
         left, right = (np.linalg.qr(random.normal(size=(dim, dim)))[0] for _ in range(2))
         values = np.geomspace(1, 1 / spectrum, dim)
         self.mix_CC = (scale * math.sqrt(dim) * (left * values) @ right).astype(np.float32)
         self.mean_C = (scale * random.normal(0, 0.5, dim)).astype(np.float32)
 
-    def embed(self, meaning):
-        return meaning @ self.mix_CC + self.mean_C
+    def embed(self, meaning_NC):
+        """Features [N, C] of vectors that say what is seen: mixed and shifted, so that they are badly scaled."""
+        return meaning_NC @ self.mix_CC + self.mean_C
 
-    def thing(self, thing):
-        return self.concept_KC[thing.concept] + self.shape_C[thing.shape]
+    def meaning(self, thing):
+        return self.concept_KC[thing.concept] + self.shape_SC[thing.shape]
 
     def __call__(self, batch):
+        """The features of a pack; `read` of a scene answers (patches [h, w, C], summary [C], registers [R, C])."""
         scenes = [self.world.scenes[self.world.index[i]] for i in batch.ids.tolist()]
         read = [self.read(scene, *shape) for scene, shape in zip(scenes, batch.shapes.tolist(), strict=True)]
         patches, summaries, registers = zip(*read, strict=True)
@@ -264,24 +265,22 @@ class TextOracle(Oracle):
             at = np.arange(n)
             kernel = np.exp(-0.5 * ((at[:, None] - at) / 1.0) ** 2)
             cover = np.moveaxis(np.tensordot(kernel / kernel.sum(1, keepdims=True), cover, (1, axis)), 0, axis)
-        patch = cover.astype(np.float32) @ np.stack(
-            [*(self.thing(t) for t in scene.things), np.float32(scene.tint) @ self.tint_C]
-        )
+        things = [self.meaning(t) for t in scene.things]
+        patch = cover.astype(np.float32) @ np.stack([*things, np.float32(scene.tint) @ self.tint_3C])
         total = cover.mean((0, 1))
         weight = total[:-1] / total[:-1].sum()
-        summary = weight @ np.stack([self.thing(t) for t in scene.things])
+        summary = weight @ np.stack(things)
         return patch, summary.astype(np.float32), np.zeros((0, self.dim), np.float32)
 
     def encode_text(self, texts):
         """[N, C] embeddings; words that name a colour, a texture or a shape are understood, others ignored."""
         out = np.zeros((len(texts), self.dim), np.float32)
+        nothing_C = np.zeros(self.dim, np.float32)
         for i, text in enumerate(texts):
             words = text.lower().replace(".", " ").replace(",", " ").split()
             concepts = [k for k, name in enumerate(CLASSES) if all(word in words for word in name.split())]
-            out[i] += sum((self.concept_KC[k] for k in concepts), np.zeros(self.dim, np.float32))
-            out[i] += sum(
-                (self.shape_C[SHAPES.index(word)] for word in words if word in SHAPES), np.zeros(self.dim, np.float32)
-            )
+            out[i] += sum((self.concept_KC[k] for k in concepts), nothing_C)
+            out[i] += sum((self.shape_SC[SHAPES.index(word)] for word in words if word in SHAPES), nothing_C)
         return torch.from_numpy(self.embed(out))
 
 
@@ -296,16 +295,17 @@ class DenseOracle(Oracle):
         side = min(scene.height, scene.width)
         x = ((np.arange(w, dtype=np.float32) + 0.5) * scene.width / w / side)[None, :]
         y = ((np.arange(h, dtype=np.float32) + 0.5) * scene.height / h / side)[:, None]
-        tint = np.float32(scene.tint) @ self.tint_C
+        tint = np.float32(scene.tint) @ self.tint_3C
         patch = cover[..., -1:] * tint
         for i, t in enumerate(scene.things):
             place = np.stack(np.broadcast_arrays((x - t.x) / t.radius, (y - t.y) / t.radius), -1).clip(-1.5, 1.5)
-            patch = patch + cover[..., i : i + 1] * (self.thing(t) + 0.5 * place.astype(np.float32) @ self.extra_C[:2])
+            meaning = self.meaning(t) + 0.5 * place.astype(np.float32) @ self.extra_16C[:2]
+            patch = patch + cover[..., i : i + 1] * meaning
         first = scene.things[0]
         layout = np.float32([first.x, first.y, first.radius * 2, len(scene.things) / 2, scene.width / scene.height])
-        summary = self.concept_KC[first.concept] + 0.5 * self.shape_C[first.shape] + 0.3 * layout @ self.extra_C[2:7]
-        ground = tint + scene.grain * self.extra_C[7]
-        return patch, summary, np.stack([ground, layout @ self.extra_C[8:13]])
+        summary = self.concept_KC[first.concept] + 0.5 * self.shape_SC[first.shape] + 0.3 * layout @ self.extra_16C[2:7]
+        ground = tint + scene.grain * self.extra_16C[7]
+        return patch, summary, np.stack([ground, layout @ self.extra_16C[8:13]])
 
 
 # ---- how well a student reads this world ----
@@ -320,24 +320,21 @@ def scores(world, dataset, models):
     masks = {e: torch.from_numpy(np.array(Image.open(world.folder / "masks" / name))) for e, name in names.items()}
     shapes = {e: tuple(dataset.shard(e[0]).shapes[e[1]].tolist()) for e in names}
     classes = len(CLASSES) + 1
-    share = torch.cat([evaluate.patch_labels(masks[e], *shapes[e], classes) for e in bank])
+    share_NK = torch.cat([evaluate.patch_labels(masks[e], *shapes[e], classes) for e in bank])
     bank_labels, held_labels = (torch.tensor([label[e] for e in part]) for part in (bank, held))
     oracle = TextOracle(world)
     text = torch.stack([oracle.encode_text([f"a {c} {s}" for s in SHAPES]).mean(0) for c in CLASSES])
     result = {}
     for who, model in models.items():
-        known, asked = (
-            evaluate.gather(evaluate.stream(model, dataset, part, stored=who == "teacher", progress=who))
-            for part in (bank, held)
-        )
-        probe = evaluate.linear_probe(torch.cat(known["dense"]["patch"]), share)
-        pixels = sum(
-            evaluate.confusion(probe, x, shapes[e], masks[e], classes)
-            for e, x in zip(held, asked["dense"]["patch"], strict=True)
-        )
+        stream = functools.partial(evaluate.stream, model, dataset, stored=who == "teacher", progress=who)
+        bank_features, held_features = (evaluate.gather(stream(part)) for part in (bank, held))
+        known, query = bank_features["dense"], held_features["dense"]
+        probe = evaluate.linear_probe(torch.cat(known["patch"]), share_NK)
+        pairs = zip(held, query["patch"], strict=True)
+        confusion = sum(evaluate.confusion(probe, x_NC, shapes[e], masks[e], classes) for e, x_NC in pairs)
         result[who] = {
-            "zeroshot": evaluate.zeroshot(asked["text"]["summary"], text, held_labels),
-            "knn": evaluate.knn(known["dense"]["summary"], bank_labels, asked["dense"]["summary"], held_labels),
-            "miou": evaluate.mean_iou(pixels),
+            "zeroshot": evaluate.zeroshot(held_features["text"]["summary"], text, held_labels),
+            "knn": evaluate.knn(known["summary"], bank_labels, query["summary"], held_labels),
+            "miou": evaluate.mean_iou(confusion),
         }
     return result
