@@ -251,7 +251,7 @@ class DINOv3(Teacher):
 
 
 def resize_weights(place_P, n_P, grid):
-    """How much each of `grid` samples counts for sample `place` of n in an antialiased bilinear resize, [P, grid].
+    """Weights [P, grid] of an antialiased bilinear resize of `grid` samples to n: a row for sample `place` of the n.
 
     A triangle, widened to one output sample when shrinking, over half-pixel centres: row by row what F.interpolate
     computes with antialias=True, align_corners=False.
@@ -324,8 +324,8 @@ class SigLIP2(Teacher):
         if not len(ids_NL):
             return torch.zeros(0, self.dim, device=device)
         if ids_NL.shape[1] > length or not 0 <= ids_NL.min() <= ids_NL.max() < vocabulary:
-            said = f"{list(ids_NL.shape)} do not fit '{self.name}', {length} tokens of {vocabulary} words"
-            raise ValueError(f"input_ids {said}: take the tokenizer.json that came with the weights")
+            misfit = f"{list(ids_NL.shape)} do not fit '{self.name}', {length} tokens of {vocabulary} words"
+            raise ValueError(f"input_ids {misfit}: take the tokenizer.json that came with the weights")
         return tower(ids_NL.long().to(device))
 
     def encode_text(self, texts):
@@ -340,10 +340,8 @@ class SigLIP2(Teacher):
         except ImportError as error:
             raise ValueError("encode_text needs the optional package: pip install tokenizers") from error
         if self.tokenizer is None or not Path(self.tokenizer).is_file():
-            raise ValueError(
-                f"teacher '{self.name}' has no tokenizer at {self.tokenizer}: put the tokenizer.json that came with "
-                "the weights beside them, or set teacher.tokenizer to its path"
-            )
+            missing = f"teacher '{self.name}' has no tokenizer at {self.tokenizer}"
+            raise ValueError(f"{missing}: put the weights' tokenizer.json beside them, or set teacher.tokenizer to it")
         with one_line_errors(f"{self.tokenizer} is no tokenizer.json"):
             tokenizer = Tokenizer.from_file(str(self.tokenizer))
         tokenizer.enable_truncation(length)
@@ -353,6 +351,7 @@ class SigLIP2(Teacher):
         return torch.cat([self.text(part) for part in ids_NL.split(256)])  # 16k tokens at a time
 
     def tower(self):
+        """The text tower; ValueError where the checkpoint had none."""
         if self.text_tower is None:
             raise ValueError(f"teacher '{self.name}' has no text tower: load a checkpoint with text_model.* keys")
         return self.text_tower
@@ -360,8 +359,8 @@ class SigLIP2(Teacher):
 
 # ---- checkpoints ----
 
-# Where a parameter of ours stands in a file: each dotted part of its name is replaced. In DINOv3's own files query, key
-# and value are the thirds of one `qkv`, and the feed-forward is fc1, fc2, or for SwiGLU w1 (gate), w2, w3.
+# How a parameter's name here becomes its key in a file: each dotted part that is listed is replaced. In DINOv3's own
+# files query, key, value are the thirds of one `qkv`, and the feed-forward is fc1, fc2, or in SwiGLU w1 (gate), w2, w3.
 NAMES = {
     "official": {
         "trunk": "", "patch": "patch_embed.proj", "register_tokens": "storage_tokens",
@@ -394,9 +393,7 @@ NAMES["text"] = NAMES["vision"] | {
 # What a checkpoint may hold that running it does not use: the mask token of training; the mask that zeroes the key
 # third of qkv.bias, which is never read here; the norm of DINOv3's local crops (7B and satellite files); SigLIP's
 # temperature and bias, which a ranking by cosine does not need; index buffers.
-UNUSED = re.compile(
-    r"(embeddings\.)?mask_token|.*\.bias_mask|local_cls_norm\..*|logit_scale|logit_bias|.*\.position_ids"
-)
+UNUSED = re.compile(r"(embeddings\.)?mask_token|.*\.bias_mask|local_cls_norm\..*|logit_(scale|bias)|.*\.position_ids")
 PREFIXES = {"dinov3": ("blocks.", "layer."), "siglip2": ("vision_model.",)}  # how the keys of a kind begin
 
 
@@ -406,6 +403,7 @@ def kind_of(state):
 
 
 def file_key(name, names):
+    """The key in a file of a parameter that is called `name` here; names: one of NAMES."""
     return ".".join(filter(None, (names.get(part, part) for part in name.split("."))))
 
 
@@ -418,14 +416,15 @@ class Reader:
     def get(self, key, *shape):
         """The tensor at `key`, in float32 and of that shape, None standing for any size."""
         if key not in self.state:
-            raise ValueError(f"{self.source} lacks '{key}' {say(shape)}: half a download, or another model's file")
+            wanted = f"'{key}' {shape_text(shape)}"
+            raise ValueError(f"{self.source} lacks {wanted}: half a download, or another model's file")
         value = self.state[key]
         if len(shape) != value.ndim or any(n not in (None, m) for n, m in zip(shape, value.shape, strict=True)):
-            raise ValueError(f"{self.source}: '{key}' is {say(value.shape)} and must be {say(shape)}")
+            raise ValueError(f"{self.source}: '{key}' is {shape_text(value.shape)} and must be {shape_text(shape)}")
         self.used.add(key)
         return value.float()
 
-    def layers(self, prefix):
+    def count_layers(self, prefix):
         """How many blocks there are under `prefix`."""
         found = [re.match(re.escape(prefix) + r"\.(\d+)\.", key) for key in self.state]
         return 1 + max((int(match[1]) for match in found if match), default=-1)
@@ -438,26 +437,27 @@ class Reader:
 
     def fill(self, module, names):
         """Give `module`, built on the meta device, its parameters: tensors of the state dict itself, not copies."""
-        own = {}
+        parameters = {}
         for name, wanted in module.state_dict().items():
             key = file_key(name, names)
             if name == "patch.weight":
-                own[name] = self.patch(key)
+                parameters[name] = self.patch(key)
             elif ".attn.qkv." in key:
                 third = ("query", "key", "value").index(name.split(".")[-2])
-                own[name] = self.get(key, 3 * wanted.shape[0], *wanted.shape[1:]).chunk(3)[third]
+                parameters[name] = self.get(key, 3 * wanted.shape[0], *wanted.shape[1:]).chunk(3)[third]
             else:
-                own[name] = self.get(key, *wanted.shape)
-        module.load_state_dict(own, assign=True)
+                parameters[name] = self.get(key, *wanted.shape)
+        module.load_state_dict(parameters, assign=True)
         return module
 
-    def finish(self, kind):
+    def check_used_up(self, kind):
+        """ValueError where a key is left over that no teacher of this kind has."""
         extra = [key for key in self.state if key not in self.used and not UNUSED.fullmatch(key)]
         if extra:
             raise ValueError(f"{self.source} has {len(extra)} keys that no {kind} of these sizes has: '{extra[0]}'")
 
 
-def say(shape):
+def shape_text(shape):
     return "[" + ", ".join("*" if n is None else str(n) for n in shape) + "]"
 
 
@@ -487,18 +487,18 @@ def load_state(kind, state_dict, n_heads=None, source="the state dict"):
     reader = Reader(state_dict, source)
     with torch.device("meta"):
         teacher = (read_dinov3 if kind == "dinov3" else read_siglip2)(reader, n_heads)
-    reader.finish(kind)
+    reader.check_used_up(kind)
     return teacher.eval().requires_grad_(False)
 
 
 def read_dinov3(reader, n_heads):
-    hugging = any(key.startswith(("layer.", "embeddings.")) for key in reader.state)
+    huggingface = any(key.startswith(("layer.", "embeddings.")) for key in reader.state)
     gated = any(".mlp.w1." in key or ".mlp.gate_proj." in key for key in reader.state)
-    names = NAMES["huggingface" if hugging else "swiglu" if gated else "official"]
+    names = NAMES["huggingface" if huggingface else "swiglu" if gated else "official"]
     blocks, up = names.get("blocks", "blocks"), names["up"]
     dim = len(reader.patch(names["patch"] + ".weight"))
     sizes = Sizes(
-        layers=reader.layers(blocks),
+        layers=reader.count_layers(blocks),
         dim=dim,
         heads=heads_of("dinov3", dim, n_heads, reader.source),
         hidden=len(reader.get(f"{blocks}.0.{up}.weight", None, dim)),
@@ -514,8 +514,8 @@ def read_dinov3(reader, n_heads):
     if (key := "rope_embed.periods") in reader.state:
         periods_f = reader.get(key, None)
         if len(periods_f) != len(teacher.periods):
-            said = f"'{key}' has {len(periods_f)} periods, {sizes.heads} heads of {dim} want {len(teacher.periods)}"
-            raise ValueError(f"{reader.source}: {said}: give load_state n_heads={dim // (4 * len(periods_f))}")
+            counts = f"'{key}' has {len(periods_f)} periods, {sizes.heads} heads of {dim} want {len(teacher.periods)}"
+            raise ValueError(f"{reader.source}: {counts}: give load_state n_heads={dim // (4 * len(periods_f))}")
         if not torch.allclose(periods_f, teacher.periods, rtol=0.01):  # bfloat16 rounds by 0.4%
             print(f"{reader.source}: '{key}' is not of base {ROPE_BASE:g}, which runs instead", flush=True)
     return teacher
@@ -525,7 +525,7 @@ def read_siglip2(reader, n_heads):
     def sizes(tower, dim):
         blocks = f"{tower}_model.encoder.layers"
         hidden = len(reader.get(f"{blocks}.0.mlp.fc1.weight", None, dim))
-        return Sizes(reader.layers(blocks), dim, heads_of("siglip2", dim, n_heads, reader.source), hidden)
+        return Sizes(reader.count_layers(blocks), dim, heads_of("siglip2", dim, n_heads, reader.source), hidden)
 
     names = NAMES["vision"]
     dim = len(reader.patch(names["patch"] + ".weight"))
@@ -551,10 +551,8 @@ def load_teacher(spec, device="cpu"):
     """
     name, _, where = spec.partition("=")
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or not where or name == "amoe":
-        raise ValueError(
-            f"'{spec}' is no teacher: write NAME=FILE.safetensors, NAME=FILE.pth or NAME=FILE.py:FACTORY, NAME in "
-            "letters, digits, _ and - and not 'amoe', which is the student"
-        )
+        forms = "NAME=FILE.safetensors, NAME=FILE.pth or NAME=FILE.py:FACTORY"
+        raise ValueError(f"'{spec}' is no teacher: write {forms}, NAME of letters, digits, _ and -, and not 'amoe'")
     if re.fullmatch(r".*\.py(:\w*)?", where):
         teacher = plug_in(where, device, "teacher", ("name", "dim", "registers", "__call__"))
     else:
@@ -620,12 +618,12 @@ def run_teachers(teachers, batch):
             want["registers"] = (batch.n_images, t.registers, t.dim)
         for kind, shape in want.items():
             got = answer.get(kind) if isinstance(answer, dict) else None
-            said = f"teacher '{t.name}' answered {kind}"
+            what = f"teacher '{t.name}' answered {kind}"
             if not isinstance(got, torch.Tensor) or got.shape != shape:
                 got = list(got.shape) if isinstance(got, torch.Tensor) else type(got).__name__
-                raise ValueError(f"{said} {got} where its dim and registers mean a tensor {list(shape)}")
+                raise ValueError(f"{what} {got} where its dim and registers mean a tensor {list(shape)}")
             if not torch.isfinite(got).all():
-                raise ValueError(f"{said} with NaN or infinity for images {batch.ids[:8].tolist()}")
+                raise ValueError(f"{what} with NaN or infinity for images {batch.ids[:8].tolist()}")
         # Copies: what a plug-in computed under inference_mode could not be used where gradients are taken.
         answers[t.name] = {kind: answer[kind].to(device, torch.float32, copy=True) for kind in want}
     return answers
@@ -671,18 +669,19 @@ def in_packs(decoded, device):
 
 
 def fit_spaces(teachers, decoded, device):
-    """A Space for every teacher from a sample [(rows, shape, id)]: PHI-S by the moments of its patches, and spreads."""
-    moments, few = {t.name: [0, 0.0, 0.0] for t in teachers}, {t.name: [] for t in teachers}
+    """A Space for every teacher from a sample [(rows, shape, id)]: PHI-S by its patches' moments, and variances."""
+    moments = {t.name: [0, 0.0, 0.0] for t in teachers}  # of patches: count, sum [C], sum of outer products [C, C]
+    answers = {t.name: [] for t in teachers}  # summaries and registers, which are few
     bar = tqdm(total=len(decoded), desc="fitting PHI-S", unit="image", disable=len(decoded) < 64)
     for _, batch in in_packs(decoded, device):
         for name, answer in run_teachers(teachers, batch).items():
             x_NC = answer.pop("patch")[batch.is_patch].double()
             count, sum_C, outer_CC = moments[name]
             moments[name] = [count + len(x_NC), sum_C + x_NC.sum(0).cpu(), outer_CC + (x_NC.T @ x_NC).cpu()]
-            few[name].append({kind: x.double().cpu() for kind, x in answer.items()})
+            answers[name].append({kind: x.double().cpu() for kind, x in answer.items()})
         bar.update(batch.n_images)
     bar.close()
-    return [fit_space(t, moments[t.name], few[t.name]) for t in teachers]
+    return [fit_space(t, moments[t.name], answers[t.name]) for t in teachers]
 
 
 def fit_space(teacher, moments, answers):

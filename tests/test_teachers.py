@@ -528,7 +528,7 @@ def test_extra_and_misshapen_keys_are_named_with_their_shape(kind, key):
     state = dinov3_state() if kind == "dinov3" else siglip2_state()
     with pytest.raises(ValueError, match=r"of these sizes has: 'cls_norm.weight'"):
         teachers.load_state(kind, state | {"cls_norm.weight": rand(32)}, n_heads=2)
-    wanted = teachers.say(state[key].shape)
+    wanted = teachers.shape_text(state[key].shape)
     with pytest.raises(ValueError) as error:
         teachers.load_state(kind, state | {key: rand(5, 7)}, n_heads=2)
     assert str(error.value) == f"the state dict: '{key}' is [5, 7] and must be {wanted}"
@@ -614,7 +614,7 @@ def test_a_pickle_that_is_no_state_dict_is_refused(tmp_path, capsys):
         ("dinov3", "is no teacher: write NAME=FILE"),
         ("=weights.pth", "is no teacher: write NAME=FILE"),
         ("a.b=weights.pth", "is no teacher: write NAME=FILE"),
-        ("amoe=weights.pth", "not 'amoe', which is the student"),
+        ("amoe=weights.pth", "_ and -, and not 'amoe'"),
         ("dinov3=nowhere.pth", "no weights at nowhere.pth"),
         ("mine=plug.py", "plug.py:FACTORY"),
         ("mine=nowhere.py:make", "no plug-in teacher at nowhere.py"),
@@ -713,7 +713,7 @@ def test_what_text_needs_is_said(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", type(sys)("tokenizers"))
     sys.modules["tokenizers"].Tokenizer = None
     teacher.tokenizer = tmp_path / "tokenizer.json"
-    with pytest.raises(ValueError, match=r"put the tokenizer.json that came with the weights beside them"):
+    with pytest.raises(ValueError, match=r"put the weights' tokenizer.json beside them"):
         teacher.encode_text(["a fox"])
     with pytest.raises(ValueError, match=r"take the tokenizer.json that came with the weights"):
         teacher.text(torch.full((1, 8), 50))
