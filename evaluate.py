@@ -101,7 +101,7 @@ def stream(model, dataset, entries, n_tokens=4096, stored=False, progress=None, 
     """(entry, (h, w), {head: {"summary": [C], "patch": [n, C]}}) of image after image, float32 on the CPU.
 
     The next pack is read while the model sees this one. `stored`: read a cache's targets too. `progress`: a label for
-    a bar. `heads`: see `chosen`, by default all. An image whose header promised more than it held is left out.
+    a bar. `heads`: see `of_head`, by default all. An image whose header promised more than it held is left out.
     """
     registers = getattr(model, "registers", 4)
     lengths = [1 + registers + int(dataset.shard(number).shapes[i].prod()) for number, i in entries]
@@ -113,24 +113,22 @@ def stream(model, dataset, entries, n_tokens=4096, stored=False, progress=None, 
         for n, part in enumerate(parts):
             batch = ahead.pop().result()
             ahead += [reader.submit(read, following) for following in parts[n + 1 : n + 2]]
-            features = {
-                head: {kind: f[kind].float().cpu() for kind in ("summary", "patch") if kind in f}
-                for head, f in model(batch).items()
-            }
+            answer, kinds = model(batch), ("summary", "patch")
+            features = {h: {kind: f[kind].float().cpu() for kind in kinds if kind in f} for h, f in answer.items()}
             there = iter(part)
             for i, image_id in enumerate(batch.ids.tolist()):
                 entry = next(e for e in there if dataset.shard(e[0]).ids[e[1]] == image_id)
                 at = {"summary": i, "patch": batch.patch_rows(i)}
-                said = {h: {kind: x[at[kind]] for kind, x in f.items()} for h, f in features.items()}
-                for head, f in said.items():
+                of_image = {h: {kind: x[at[kind]] for kind, x in f.items()} for h, f in features.items()}
+                for head, f in of_image.items():
                     if not all(torch.isfinite(x).all() for x in f.values()):
                         who, image = getattr(model, "name", "the model"), dataset.meta(entry)["source"]
                         raise ValueError(f"{who}, head '{head}': features of {image} that are not finite")
-                yield entry, tuple(batch.shapes[i].tolist()), {h: chosen(said, h) for h in heads or said}
+                yield entry, tuple(batch.shapes[i].tolist()), {h: of_head(of_image, h) for h in heads or of_image}
             bar.update(len(part))
 
 
-def chosen(features, head):
+def of_head(features, head):
     """The features of one head, or of an ensemble "a+b".
 
     Summaries of an ensemble are concatenated unit vectors, so that its cosine is the mean of its heads' cosines; its
@@ -197,8 +195,8 @@ def wins(score_NK, truth_N, published=False):
 def recall(query_QC, gallery_NC, truth_Q, labels_N=None, at=(1, 5, 10), ties="lose", published=False):
     """{k: share of queries with one of their own among the k nearest of the gallery by cosine}.
 
-    A gallery row is a query's own where its label (by default its index) is the query's truth. Its equals rank before
-    it; after it where ties "win"; as topk happens to order them with "topk".
+    A gallery row is a query's own where its label (by default its index) is the query's truth. Of rows of equal cosine
+    the query's own come last (ties "lose"), first ("win"), or wherever topk puts them ("topk").
     """
     gallery_NC = unit(gallery_NC, published)
     labels_N = torch.arange(len(gallery_NC)) if labels_N is None else labels_N
@@ -216,11 +214,11 @@ def recall(query_QC, gallery_NC, truth_Q, labels_N=None, at=(1, 5, 10), ties="lo
 
 
 def caption_recalls(image_NC, text_KC, truth_N, published=False):
-    """Both ways, text truth_N[n] being image n's. As SigLino's evaluation has it: bfloat16, and ties for the model."""
-    ways = ("topk", "win") if published else ("lose", "lose")
-    found = recall(image_NC, text_KC, truth_N, ties=ways[0], published=published)
-    back = recall(text_KC, image_NC, torch.arange(len(text_KC)), truth_N, ties=ways[1], published=published)
-    return {f"text_recall_at_{k}": v for k, v in found.items()} | {f"image_recall_at_{k}": v for k, v in back.items()}
+    """Recall of texts by images and of images by texts, text truth_N[n] being image n's. published: see `recall`."""
+    ties = ("topk", "win") if published else ("lose", "lose")
+    text = recall(image_NC, text_KC, truth_N, ties=ties[0], published=published)
+    image = recall(text_KC, image_NC, torch.arange(len(text_KC)), truth_N, ties=ties[1], published=published)
+    return {f"text_recall_at_{k}": v for k, v in text.items()} | {f"image_recall_at_{k}": v for k, v in image.items()}
 
 
 def patch_labels(mask_HW, h, w, classes, void=VOID):
@@ -296,14 +294,12 @@ def cosine(a, b, mean):
 
 def run_sheet(dataset, entries, models):
     """Image, teachers' PCA maps, each beside the student's in the same basis, and the student's trunk in its own."""
-    said = {
-        who: gather(stream(models[who], dataset, entries, stored=who == "teacher")) for who in ("teacher", "student")
-    }
-    columns = []
-    for head, teacher in said["teacher"].items():
+    read = lambda who: gather(stream(models[who], dataset, entries, stored=who == "teacher"))  # noqa: E731
+    features, columns = {who: read(who) for who in ("teacher", "student")}, []
+    for head, teacher in features["teacher"].items():
         if "patch" in teacher:
-            columns += [(f"{head}: {who}", f[head]["patch"], teacher["patch"]) for who, f in said.items()]
-    trunk = said["student"]["amoe"]["patch"]
+            columns += [(f"{head}: {who}", f[head]["patch"], teacher["patch"]) for who, f in features.items()]
+    trunk = features["student"]["amoe"]["patch"]
     batch = dataset.read(entries, with_targets=False)
     return pca_sheet(batch.images(), batch.shapes.tolist(), [*columns, ("student's trunk", trunk, trunk)])
 
@@ -320,14 +316,14 @@ def imitation_scores(dataset, spaces, models, texts, most=2000, neighbours=True,
     if not held:
         return {}
     kept = {who: [] for who in models}
-    features = {
-        who: gather(stream(m, dataset, held, stored=who == "teacher", progress=who if progress else None), kept[who])
-        for who, m in models.items()
-    }
+    features = {}
+    for who, model in models.items():
+        streamed = stream(model, dataset, held, stored=who == "teacher", progress=who if progress else None)
+        features[who] = gather(streamed, kept[who])
     held = kept["teacher"]
     result, captions = {who: {} for who in models}, [dataset.meta(entry)["caption"] for entry in held]
-    asked = [n for n, caption in enumerate(captions) if caption]
-    truth, gallery = distinct(captions[n] for n in asked)
+    captioned = [n for n, caption in enumerate(captions) if caption]
+    truth, gallery = distinct(captions[n] for n in captioned)
     if neighbours:
         add_knn(result, dataset, models, trained[:: max(1, len(trained) // most)], held, features)
     for space in spaces:
@@ -338,9 +334,10 @@ def imitation_scores(dataset, spaces, models, texts, most=2000, neighbours=True,
             for kind in () if who == "teacher" else want:
                 pair = (torch.cat(x[kind]) if kind == "patch" else x[kind] for x in (got, want))
                 result[who][f"{space.name}_{kind}_cosine"] = cosine(*pair, means[kind])
-            if asked and text is not None:
-                found = recall(got["summary"][asked], text[[captions.index(caption) for caption in gallery]], truth)
-                result[who] |= {f"{space.name}_recall_at_{k}": v for k, v in found.items()}
+            if captioned and text is not None:
+                text_KC = text[[captions.index(caption) for caption in gallery]]
+                recalls = recall(got["summary"][captioned], text_KC, truth)
+                result[who] |= {f"{space.name}_recall_at_{k}": v for k, v in recalls.items()}
     return result
 
 
@@ -412,7 +409,7 @@ class PublishedImages(Images):
             return str(error)
 
 
-def folder(paths, args, budget, part=None):
+def open_images(paths, args, budget, part=None):
     """(the Images of a folder, or of several; those "trained" on, or "held" out, or all, as [(shard number, index)]).
 
     One dataset for all models, so that bad files are named once. --held-out is for all.
@@ -427,16 +424,16 @@ def folder(paths, args, budget, part=None):
     dataset, trained, held = args.opened[*paths, budget]
     parts = {"trained": trained, "held": held, None: held if getattr(args, "held_out", False) else trained + held}
     if not parts[part]:
-        said = f"{len(trained)} to learn from and {len(held)} to test on{'' if part is None else ': give --test'}"
-        raise ValueError(f"{dataset.path} holds no image that can be used here: {said}")
+        counts = f"{len(trained)} to learn from and {len(held)} to test on{'' if part is None else ': give --test'}"
+        raise ValueError(f"{dataset.path} holds no image that can be used here: {counts}")
     return dataset, sorted(parts[part])
 
 
-def two_folders(train, test, args, budget):
+def open_train_and_test(train, test, args, budget):
     """((dataset, entries) to learn from, (dataset, entries) to be tested on): test, or a tenth of train by id."""
     if test:
-        return folder(train, args, budget), folder(test, args, budget)
-    return folder(train, args, budget, "trained"), folder(train, args, budget, "held")
+        return open_images(train, args, budget), open_images(test, args, budget)
+    return open_images(train, args, budget, "trained"), open_images(train, args, budget, "held")
 
 
 def category(dataset, entry):
@@ -457,15 +454,16 @@ def class_numbers(*parts):
 
 def measure_knn(args, model, budget):
     """k nearest neighbours, a folder a class"""
-    (bank, trained), (test, held) = two_folders(args.train, args.test, args, budget)
-    known, trained = summaries(model, bank, trained, args.head, f"{budget}: bank")
-    asked, held = summaries(model, test, held, args.head, f"{budget}: queries")
-    labels, truth = class_numbers((bank, trained), (test, held))
+    (train, trained), (test, held) = open_train_and_test(args.train, args.test, args, budget)
+    bank, trained = summaries(model, train, trained, args.head, f"{budget}: bank")
+    queries, held = summaries(model, test, held, args.head, f"{budget}: queries")
+    labels, truth = class_numbers((train, trained), (test, held))
     how = args.k, args.temperature, args.published
-    return {h: {"knn": knn(x, labels, asked[h], truth, *how), "images": len(held)} for h, x in known.items()}
+    return {h: {"knn": knn(x, labels, queries[h], truth, *how), "images": len(held)} for h, x in bank.items()}
 
 
 def check_widths(images, text_C, name):
+    """ValueError where the images [N, C] of a head and the text of teacher `name` differ in width."""
     for head, x_NC in images.items():
         if x_NC.shape[1] != len(text_C):
             widths = f"head '{head}' has {x_NC.shape[1]} channels and text of teacher '{name}' {len(text_C)} channels"
@@ -488,34 +486,34 @@ def read_words(args):
 
 def measure_zeroshot(args, model, budget):
     """Images against their class's name, a folder a class"""
-    dataset, entries = folder(args.images, args, budget)
-    encode, heads = args.encode_text, args.head or [args.text_head]
+    dataset, entries = open_images(args.images, args, budget)
+    heads = args.head or [args.text_head]
     spoken, templates = read_words(args)
     names = sorted({category(dataset, e) for e in entries})
     text = []
     for name in names:
-        said = spoken.get(name, name.replace("_", " "))
-        said = said.lower() if args.published else said
-        text.append(unit(encode([t.format(said) for t in templates]), args.published).mean(0))
-    asked, kept = summaries(model, dataset, entries, heads, f"{budget}: images")
-    check_widths(asked, text[0], args.text_head)
+        words = spoken.get(name, name.replace("_", " "))
+        words = words.lower() if args.published else words
+        text.append(unit(args.encode_text([t.format(words) for t in templates]), args.published).mean(0))
+    images, kept = summaries(model, dataset, entries, heads, f"{budget}: images")
+    check_widths(images, text[0], args.text_head)
     truth, text = torch.tensor([names.index(category(dataset, e)) for e in kept]), torch.stack(text)
-    return {h: {"zeroshot": zeroshot(x, text, truth, args.published), "images": len(kept)} for h, x in asked.items()}
+    return {h: {"zeroshot": zeroshot(x, text, truth, args.published), "images": len(kept)} for h, x in images.items()}
 
 
 def measure_retrieval(args, model, budget):
     """Image to caption and caption to image"""
-    dataset, entries = folder(args.images, args, budget)
+    dataset, entries = open_images(args.images, args, budget)
     entries = [e for e in entries if dataset.meta(e)["caption"]]
     if not entries:
         raise ValueError(f"{dataset.path} has no captions: it needs captions.json, or a .txt beside each image")
-    asked, kept = summaries(model, dataset, entries, args.head or [args.text_head], f"{budget}: images")
+    images, kept = summaries(model, dataset, entries, args.head or [args.text_head], f"{budget}: images")
     # An image's caption may be another's too: both are then right; as published, its own image alone is
     truth, captions = distinct((dataset.meta(e)["caption"], args.published and e) for e in kept)
     text = args.encode_text([caption for caption, _ in captions])
-    check_widths(asked, text[0], args.text_head)
+    check_widths(images, text[0], args.text_head)
     count = {"images": len(kept), "captions": len(captions)}
-    return {head: caption_recalls(x, text, truth, args.published) | count for head, x in asked.items()}
+    return {head: caption_recalls(x, text, truth, args.published) | count for head, x in images.items()}
 
 
 def read_mask(root, dataset, entry, side=None):
@@ -573,7 +571,7 @@ def measure_segment(args, model, budget):
     """
     roots = [Path(root) for root in (args.train, args.test or args.train)]
     images = roots[0] / "images", args.test and roots[1] / "images"
-    (bank, trained), (test, held) = two_folders(*images, args, budget)
+    (bank, trained), (test, held) = open_train_and_test(*images, args, budget)
 
     def seen(root, dataset, entries, label):
         """(mask, (h, w), features) of image after image."""
@@ -594,24 +592,24 @@ def measure_segment(args, model, budget):
         for truth, shape, features in seen(roots[1], test, held, "to be tested on"):
             count += 1
             for head, probe in probes.items():
-                seen_as = confusion(probe, features[head]["patch"], shape, truth, classes, args.void)
-                pixels[head] = pixels[head] + seen_as
-        for head, c in pixels.items():
-            ious = class_ious(c, args.void if args.published else None)
-            found = {"miou": float(ious.nanmean()), "pixel_accuracy": float(c.diag().sum() / c.sum()), "images": count}
-            found["iou_by_class"] = {k: iou for k, iou in enumerate(ious.tolist()) if iou == iou}
-            best[head] = max(best.get(head, found), found, key=lambda figures: figures["miou"])
+                of_image = confusion(probe, features[head]["patch"], shape, truth, classes, args.void)
+                pixels[head] = pixels[head] + of_image
+        for head, c_KK in pixels.items():
+            ious, accuracy = class_ious(c_KK, args.void if args.published else None), c_KK.diag().sum() / c_KK.sum()
+            figures = {"miou": float(ious.nanmean()), "pixel_accuracy": float(accuracy), "images": count}
+            figures["iou_by_class"] = {k: iou for k, iou in enumerate(ious.tolist()) if iou == iou}
+            best[head] = max(best.get(head, figures), figures, key=lambda some: some["miou"])
     return best
 
 
 def measure_pca(args, model, budget):
     """A sheet of the patches' principal components"""
-    dataset, entries = folder(args.images, args, budget)
+    dataset, entries = open_images(args.images, args, budget)
     entries = entries[:: max(1, len(entries) // args.count)][: args.count]
     features = gather(stream(model, dataset, entries))
     batch = dataset.read(entries)
-    asked = [head for head in features if not args.head or head.split(": ")[-1] in args.head]
-    columns = [(head, features[head]["patch"], features[head]["patch"]) for head in asked]
+    heads = [head for head in features if not args.head or head.split(": ")[-1] in args.head]
+    columns = [(head, features[head]["patch"], features[head]["patch"]) for head in heads]
     path = Path(args.out).with_suffix(".png")
     if len(args.max_tokens) > 1:
         path = path.with_stem(f"{path.stem}-{budget}")
@@ -650,6 +648,7 @@ MEASURES = {measure.__name__.removeprefix("measure_"): measure for measure in ME
 
 
 def number(kind, low, high, default=None):
+    """How argparse reads a number from low to high."""
     return {"type": in_range(kind, low, high), "default": default}
 
 
@@ -725,7 +724,7 @@ def set_text(args, teacher):
 
 def main(argv=None):
     args = parse(argv)
-    said = {key: value for key, value in vars(args).items() if key not in ("measure", "opened", "folder")}
+    flags = {key: value for key, value in vars(args).items() if key not in ("measure", "opened", "folder")}
     began, scores = time.perf_counter(), []
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)  # before hours of work for it
     opened = {name: open_model(name, args) for name in args.model}
@@ -752,7 +751,7 @@ def main(argv=None):
         if ious := score.get("iou_by_class"):
             shown = "  ".join(f"{k}: {iou:.3f}" for k, iou in ious.items())
             print(f"IoU by class, {score['model']}, head {score['head']}, {score['max_tokens']} tokens: {shown}")
-    result = {"measure": args.measure, "flags": said, "scores": scores, "torch": torch.__version__}
+    result = {"measure": args.measure, "flags": flags, "scores": scores, "torch": torch.__version__}
     text = json.dumps(result | {"seconds": time.perf_counter() - began}, indent=1) + "\n"
     write_atomically(args.out, lambda file: file.write(text.encode()))
     print(f"written to {args.out}")

@@ -4,7 +4,7 @@ A *dataset* is what packs are made of. There are two, Images (files, decoded whe
 rows and teachers' features), and whoever takes one takes the other:
 
     path, n_shards          where it lies, and how many shards it should have
-    numbers                 those that it has, in order
+    numbers                 the numbers of the shards that can be read, in order
     shard(number)           `ids` int64 [images] and `shapes` int32 [images, 2], which are (0, 0) for an unusable image
     read(entries, n_tokens, registers, with_targets)    the Batch of entries [(shard number, index)]
     meta(entry)             {"source", "caption", "category"}
@@ -39,7 +39,7 @@ one_huge = threading.Lock()
 
 
 def choose_budget(seed, ids, budgets):
-    """The most patches of each image: one of `budgets` by (seed, id), as often as the others, held out or not."""
+    """The most patches of each image: one of `budgets` by a hash of (seed, id), each equally often, held out or not."""
     if np.ndim(budgets) == 0:
         return budgets
     odd = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: products differ in their high bits
@@ -84,12 +84,13 @@ def image_shape(file, min_tokens=1, max_tokens=256, box=(0.0, 0.0, 1.0, 1.0)):
 
 
 def view_size(height, width, box):
+    """(height, width) in pixels of a crop box in shares; numbers or arrays."""
     left, top, right, bottom = box
     return height * (bottom - top), width * (right - left)
 
 
 def faults(height, width, box):
-    """[(whether, why)] a view of an image of height x width pixels cannot be used; numbers, or arrays of one length."""
+    """((whether, reason), ...) for all that makes a view of height x width pixels unusable; numbers or arrays."""
     sides = view_size(height, width, box)
     small, large = np.minimum(*sides), np.maximum(*sides)
     return (
@@ -130,10 +131,10 @@ def resized(image, h, w, orientation, box, flip, draft):
 
 
 class View(NamedTuple):
-    """One view of one image. View 0 is the whole image (see choose_view)."""
+    """One view of one image."""
 
-    source: object
-    number: int
+    source: object  # common.sources.Source
+    number: int  # 0: the whole image; from 1 on, a random crop (see choose_view)
 
 
 class Headers(NamedTuple):
@@ -190,6 +191,7 @@ class Images:
         return [View(self.sources[i], view) for i in range(*self.span_of(number)) for view in range(self.n_views)]
 
     def view(self, entry):
+        """The View of (shard number, index)."""
         number, i = entry
         return View(self.sources[number * self.shard_images + i // self.n_views], i % self.n_views)
 
@@ -202,7 +204,7 @@ class Images:
         return self.min_tokens, int(np.max(choose_budget(self.seed, [view.source.id], self.max_tokens)))
 
     def decode(self, view):
-        """(rows [h * w, 768] uint8, (h, w)) of a view, or the reason why there is none."""
+        """(rows [h * w, 768] uint8, (h, w)) of a view, or a str: why it cannot be used."""
         box, flip = choose_view(self.seed, view.source.id, view.number)
         try:
             return to_rows(load_image(view.source, *self.limits(view), box, flip, self.draft))
@@ -214,7 +216,7 @@ class Images:
         return self.pool.map(self.decode, views)
 
     def shape(self, view):
-        """(h, w) of a view from the file's header, or the reason why there is none."""
+        """(h, w) of a view from the file's header, or a str: why it cannot be used."""
         box, _ = choose_view(self.seed, view.source.id, view.number)
         try:
             return image_shape(view.source, *self.limits(view), box)
@@ -233,13 +235,13 @@ class Images:
         shapes = np.stack(grid(*size, self.min_tokens, choose_budget(self.seed, ids, self.max_tokens)), 1)
         shapes[wrong] = 0
         bad = [self.view((number, i)) for i in np.flatnonzero(wrong).tolist()]
-        self.without_reasons(bad, self.pool.map(self.shape, bad), self.quiet, len(ids) - len(bad))
+        self.skip_unusable(bad, self.pool.map(self.shape, bad), self.quiet, len(ids) - len(bad))
         return Headers(ids, shapes)
 
-    def without_reasons(self, views, answers, quiet=False, others=0):
-        """The answers, None in the place of those that are reasons, which are counted and reported once each.
+    def skip_unusable(self, views, answers, quiet=False, n_good=0):
+        """Count and report, once each, the views whose answer is a reason (a str); the answers, None in their place.
 
-        others: images that were seen to be good besides.
+        n_good: images that are seen to be usable besides these. ValueError where too many of those seen are not.
         """
         answers = list(answers)
         with self.lock:  # packs are read by two threads
@@ -248,12 +250,11 @@ class Images:
                     self.bad[view.source.name] = answer
                     if not quiet:
                         self.report(view.source.name, answer)
-            self.seen += len(answers) + others
+            self.seen += len(answers) + n_good
             if len(self.bad) > self.max_skipped * max(100, self.seen):
-                raise ValueError(
-                    f"{len(self.bad)} of the first {self.seen} images of {self.path} are unusable, more than the share "
-                    f"{self.max_skipped:g}; the last: {list(self.bad.items())[-1]}"
-                )
+                seen = f"{len(self.bad)} of the first {self.seen} images of {self.path} are unusable"
+                last = list(self.bad.items())[-1]
+                raise ValueError(f"{seen}, more than the share {self.max_skipped:g}; the last: {last}")
         return [None if isinstance(answer, str) else answer for answer in answers]
 
     def report(self, name, reason):
@@ -265,8 +266,8 @@ class Images:
     def read(self, entries, n_tokens=None, registers=4, with_targets=False):
         """A Batch of the images [(shard number, index)], less those that do not decode; there are no targets to add."""
         views = [self.view(entry) for entry in entries]
-        good = self.without_reasons(views, self.decode_all(views))
-        kept = [(view.source.id, *answer) for view, answer in zip(views, good, strict=True) if answer]
+        answers = self.skip_unusable(views, self.decode_all(views))
+        kept = [(view.source.id, *answer) for view, answer in zip(views, answers, strict=True) if answer]
         if not kept:
             raise ValueError(f"no image of a pack can be decoded, the last: {list(self.bad.items())[-1]}")
         ids, rows, shapes = zip(*kept, strict=True)

@@ -382,7 +382,7 @@ def test_ensembles_average_cosines():
     """Catches raw concatenation, in which the head of the larger norm decides."""
     torch.manual_seed(0)
     a, b = torch.randn(5, 4) * 100, torch.randn(5, 6)
-    got = evaluate.chosen({"a": {"summary": a, "patch": a}, "b": {"summary": b, "patch": b}}, "a+b")["summary"]
+    got = evaluate.of_head({"a": {"summary": a, "patch": a}, "b": {"summary": b, "patch": b}}, "a+b")["summary"]
     cosine = lambda x: F.normalize(x, dim=1) @ F.normalize(x, dim=1).T  # noqa: E731
     assert torch.allclose(cosine(got), (cosine(a) + cosine(b)) / 2, atol=1e-6)
 
