@@ -241,6 +241,11 @@ class Float32Buffers(nn.Module):
 
 
 class Attention(nn.Module):
+    """Attention within each image, [T, D] -> [T, D]; queries and keys are normalised, then rotated; a sink a head.
+
+    rotation: (cos, sin) by kernels.rope.rotations. extents: where images lie, as kernels.attention.attend takes it.
+    """
+
     def __init__(self, config):
         super().__init__()
         self.head_dim, inner = config.head_dim, config.heads * config.head_dim
@@ -255,6 +260,8 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """A SiLU GLU, w2(silu(w1 x) * w3 x), [T, D] -> [T, D]."""
+
     def __init__(self, config):
         super().__init__()
         self.w1, self.w3 = (nn.Linear(config.dim, config.dense_hidden, bias=False) for _ in range(2))
@@ -283,6 +290,8 @@ class Router(nn.Module):
 
 
 class MoE(Float32Buffers):
+    """Experts, each a SiLU GLU as FeedForward is: a token's output is the weighted sum of its K experts'."""
+
     def __init__(self, config):
         super().__init__()
         E, D, F_ = config.experts, config.dim, config.expert_hidden
@@ -290,16 +299,16 @@ class MoE(Float32Buffers):
         shapes = {"w1": (E, F_, D), "w2": (E, D, F_), "w3": (E, F_, D)}
         self.experts = nn.ParameterDict({name: torch.empty(shape) for name, shape in shapes.items()})
         self.register_buffer("expert_bias", torch.zeros(E))
-        self.impl = "auto"
+        self.impl = "auto"  # of kernels.moe
 
-    def forward(self, x_TD, counted_T):
-        """Returns [T, D] and the expert load [E]: how many of the tokens with counted_T each expert was given."""
+    def forward(self, x_TD, real_T):
+        """Returns [T, D] and the expert load [E]: how many real tokens (no padding) each expert was given."""
         expert_TK, weight_TK = self.router(x_TD, self.expert_bias)
         w = self.experts
         out = moe(x_TD, expert_TK, weight_TK, w.w1, w.w2, w.w3, self.impl)
         # By token and expert first: added up at once, all rows would wait for the few addresses of the experts.
-        counted_TK = counted_T[:, None].expand_as(expert_TK).to(self.expert_bias.dtype)
-        load_TE = counted_TK.new_zeros(len(x_TD), len(self.expert_bias)).scatter(1, expert_TK, counted_TK)
+        real_TK = real_T[:, None].expand_as(expert_TK).to(self.expert_bias.dtype)
+        load_TE = real_TK.new_zeros(len(x_TD), len(self.expert_bias)).scatter(1, expert_TK, real_TK)
         return out, load_TE.sum(0)
 
     def balance(self, load_E, rate):
@@ -308,6 +317,8 @@ class MoE(Float32Buffers):
 
 
 class Block(nn.Module):
+    """x += attention(norm(x)), then x += f(norm(x)), f a FeedForward or an MoE."""
+
     def __init__(self, config, layer):
         super().__init__()
         # The two epsilons are the released models': a weightless norm ran at float32's machine epsilon.
@@ -319,12 +330,12 @@ class Block(nn.Module):
         else:
             self.moe = MoE(config)
 
-    def forward(self, x_TD, rotation, extents, counted_T):
-        """Returns the residual stream and the expert load [E], None from a dense block."""
+    def forward(self, x_TD, rotation, extents, real_T):
+        """Returns the residual stream [T, D] and the expert load [E], None from a dense block."""
         x_TD = x_TD + self.attention(self.attention_norm(x_TD), rotation, extents)
         normed_TD = self.ffn_norm(x_TD)
         if hasattr(self, "moe"):
-            out_TD, load_E = self.moe(normed_TD, counted_T)
+            out_TD, load_E = self.moe(normed_TD, real_T)
         else:
             out_TD, load_E = self.feed_forward(normed_TD), None
         return x_TD + out_TD, load_E
@@ -337,7 +348,7 @@ class PhiS(Float32Buffers):
     """PHI-S standardisation (E1; arXiv 2410.01680): y = H U^T (x - mean) / sigma, x = mean + sigma U H^T y.
 
     U holds the covariance's eigenvectors, sigma^2 is its mean eigenvalue, H a normalised Hadamard matrix. The rotation
-    spreads variance evenly, so every channel of y has unit variance while one scalar keeps the teacher's geometry.
+    spreads variance evenly: in y's space, the *balanced* one, every channel has variance 1, by one scalar for all.
     """
 
     def __init__(self, mean_C, rotation_CC, sigma):
@@ -714,6 +725,7 @@ class PlugIn(Student):
             head.initialise()
 
     def tokens(self, batch, extents=None):
+        """The trunk's answer [T, dim], and no expert load; extents are AMoE's alone."""
         h_TD = self.trunk(batch)
         if h_TD.shape != (batch.n_tokens, self.trunk.dim):
             raise ValueError(f"{self.factory} answered {list(h_TD.shape)} to a pack of {batch.n_tokens} tokens")
