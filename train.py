@@ -11,13 +11,13 @@ import evaluate
 import kernels.moe
 import toy
 from amoe import autocast
-from common.checkpoints import checkpoints, newest_checkpoint, save
+from common.checkpoints import checkpoints, copy_to_host, newest_checkpoint, save
 from common.commands import Parser, in_range, locked, run_command
 from common.log import Interval, Log, first_line
 from common.muon import Muon
 from common.order import Order, Position, read_subset
 from common.pictures import curves, draw
-from common.process import setup
+from common.process import catch_signals, setup
 from common.sources import find_sources
 from common.store import digest, open_store, unseal, write_atomically
 from hub.card import card
@@ -43,7 +43,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch._functorch import config as functorch
-from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 # ---- flags ----
@@ -60,6 +59,8 @@ COUNT = (1, 10**9)
 
 @dataclass
 class Flags:
+    """What `python train.py` takes: a field is a flag, with its default, its group, its help and its range."""
+
     model: str = flag("toy", RESULTS, "student", tuple(amoe.CONFIGS))
     student: str = flag("", RESULTS, "FILE.py:FACTORY of a trunk of your own, in the place of --model")
     sizes: tuple = flag((), RESULTS, "NAME=NUMBER of amoe.Config, in place of the model's: top_k=1 layers=2")
@@ -223,14 +224,6 @@ def train(flags, process, compiled):
             save_checkpoint(run)
     bar.close()
     finish(run, signalled, signals, diverged)
-
-
-def catch_signals():
-    """The list that SIGINT and SIGTERM will append themselves to, so that a run is saved before it ends."""
-    caught = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda n, _: caught.append(n))
-    return caught
 
 
 def signal_or_due_save(run, signals, logs):
@@ -669,26 +662,9 @@ def save_checkpoint(run):
     if run.process.rank == 0:
         if run.writing:
             run.writing.result()  # a full disk is an error here
-        copied, done = copy_to_host(state)
-        run.writing = run.writer.submit(lambda: (done(), save(run.folder, copied, run.flags.keep)))
+        copied, wait = copy_to_host(state)
+        run.writing = run.writer.submit(lambda: (wait(), save(run.folder, copied, run.flags.keep)))
         draw(run.folder / "curves.png", lambda: curves(run.log.path))
-
-
-def copy_to_host(state):
-    """(the state with copies of its tensors on the host, a function that waits until they are there).
-
-    A GPU goes on with the next step meanwhile: it copies into pinned memory, in the order of its own work.
-    """
-
-    def copy(value):
-        if not isinstance(value, torch.Tensor):
-            return value
-        return torch.empty_like(value, device="cpu", pin_memory=value.is_cuda).copy_(value, non_blocking=True)
-
-    copied, copies = tree_map(copy, state), torch.cuda.Event() if torch.cuda.is_initialized() else None
-    if copies:
-        copies.record()
-    return copied, copies.synchronize if copies else lambda: None
 
 
 def student_of(state):

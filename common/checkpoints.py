@@ -1,4 +1,4 @@
-"""The files of a run's checkpoints: written so that they are whole or not there, read only where no bit has changed."""
+"""A run's checkpoints: files that are written whole or not at all, and read only where no bit has changed."""
 
 import re
 import sys
@@ -6,6 +6,7 @@ import zipfile
 from pathlib import Path
 
 import torch
+from torch.utils._pytree import tree_map
 
 from common.commands import one_line_errors
 from common.store import write_atomically
@@ -15,6 +16,23 @@ def checkpoints(folder):
     """The folder's checkpoints, oldest first."""
     found = [p for p in Path(folder).glob("step-*.pt") if re.fullmatch(r"step-\d{6,}\.pt", p.name)]
     return sorted(found, key=lambda p: int(p.stem[5:]))
+
+
+def copy_to_host(state):
+    """(the state with copies of its tensors on the host, a function that waits until they are there).
+
+    A GPU goes on with the next step meanwhile: it copies into pinned memory, in the order of its own work.
+    """
+
+    def copy(value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        return torch.empty_like(value, device="cpu", pin_memory=value.is_cuda).copy_(value, non_blocking=True)
+
+    copied, copies = tree_map(copy, state), torch.cuda.Event() if torch.cuda.is_initialized() else None
+    if copies:
+        copies.record()
+    return copied, copies.synchronize if copies else lambda: None
 
 
 def save(folder, state, keep):

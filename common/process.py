@@ -1,4 +1,4 @@
-"""The process that trains: its rank among others, its device, and how it talks to the others."""
+"""The process that trains: its rank among others, its device, how it talks to the others, the signals it is sent."""
 
 import kernels.moe
 from common.commands import choose_device
@@ -7,6 +7,7 @@ from common.commands import choose_device
 import contextlib
 import ctypes
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
@@ -93,6 +94,14 @@ def setup(flags):
         )
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if world > 1 else None
     return Process(rank, world, torch.device(device), patient), compiled
+
+
+def catch_signals():
+    """The list that SIGINT and SIGTERM will append themselves to, so that a run is saved before it ends."""
+    caught = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, _: caught.append(n))
+    return caught
 
 
 def keep_freed_memory():
