@@ -194,8 +194,7 @@ class Cache:
         shard and the array that cannot be trusted.
         """
         spaces = self.spaces if with_targets else ()
-        kinds = {s.name: ("summary", "registers")[: 1 + bool(s.registers)] for s in spaces}
-        by_image = [f"{kind}.{name}" for name, of_teacher in kinds.items() for kind in of_teacher]
+        by_image = [name for space in spaces for name in names_by_image(space)]
         by_patch = ["pixels"] * self.about["pixels"] + [f"patch.{s.name}" for s in spaces if self.about["patches"]]
         rows = self.rows_of(entries, by_patch, by_image)
         pixels = rows["pixels"] if self.about["pixels"] else self.decode(entries)
@@ -203,20 +202,25 @@ class Cache:
         ids = [int(self.shard(number).ids[i]) for number, i in entries]
         batch = pack([torch.as_tensor(r) for r in pixels], shapes, n_tokens, registers, ids)
         for space in spaces:
-            target = batch.targets[space.name] = {}
-            if self.about["patches"]:
-                patch = np.zeros((batch.n_tokens, space.dim), rows[f"patch.{space.name}"][0].dtype)
-                for i, r in enumerate(rows[f"patch.{space.name}"]):
-                    patch[batch.patch_rows(i)] = r
-                target["patch"] = as_tensor(patch)
-            for kind in kinds[space.name]:
-                rows_C = [self.array(number, f"{kind}.{space.name}")[i] for number, i in entries]
-                for (number, _), row_C in zip(entries, rows_C, strict=True):
-                    check_finite(number, f"{kind}.{space.name}", row_C)
-                target[kind] = torch.from_numpy(np.stack(rows_C))
-            if space.registers:
-                target["registers"] = target["registers"].unflatten(1, (space.registers, space.dim))
+            batch.targets[space.name] = self.targets(space, entries, batch, rows.get(f"patch.{space.name}"))
         return batch
+
+    def targets(self, space, entries, batch, patches):
+        """A teacher's {"patch", "summary", "registers"} for the entries' batch; patches: rows [n, C] of each image."""
+        target = {}
+        if patches is not None:
+            patch = np.zeros((batch.n_tokens, space.dim), patches[0].dtype)
+            for i, rows in enumerate(patches):
+                patch[batch.patch_rows(i)] = rows
+            target["patch"] = as_tensor(patch)
+        for name in names_by_image(space):
+            rows = [self.array(number, name)[i] for number, i in entries]
+            for (number, _), row in zip(entries, rows, strict=True):
+                check_finite(number, name, row)
+            target[name.split(".")[0]] = torch.from_numpy(np.stack(rows))
+        if space.registers:
+            target["registers"] = target["registers"].unflatten(1, (space.registers, space.dim))
+        return target
 
     def rows_of(self, entries, names, whole):
         """{name: [rows [n, columns] of each image]} of the arrays `names`; the arrays `whole` are fetched with them.
@@ -281,6 +285,11 @@ class Cache:
             return None
         rows = {number: shard.all(f"text.{name}") for number, shard in shards.items()}
         return torch.from_numpy(np.stack([rows[number][i] for number, i in entries]))
+
+
+def names_by_image(space):
+    """The arrays of a teacher that have a row an image."""
+    return [f"{kind}.{space.name}" for kind in ("summary", "registers")[: 1 + bool(space.registers)]]
 
 
 def as_tensor(array):
