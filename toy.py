@@ -115,6 +115,8 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
+    """Everything that an image shows, before it is drawn."""
+
     height: int  # pixels
     width: int
     things: tuple[Thing, ...]  # the first is the subject; later ones lie above earlier ones
@@ -173,6 +175,7 @@ class World:
         return f"{i:06d}.png"
 
     def scene(self, i):
+        """Scene i, drawn by (seed, i)."""
         random = np.random.default_rng([self.seed, 1, i])
         height, width = random.integers(64, 129, 2)
         side = min(height, width)
@@ -240,6 +243,7 @@ class Oracle:
         return meaning_NC @ self.mix_CC + self.mean_C
 
     def meaning(self, thing):
+        """The vector [C] of a thing: its concept's and its shape's."""
         return self.concept_KC[thing.concept] + self.shape_SC[thing.shape]
 
     def __call__(self, batch):
@@ -274,8 +278,7 @@ class TextOracle(Oracle):
 
     def encode_text(self, texts):
         """[N, C] embeddings; words that name a colour, a texture or a shape are understood, others ignored."""
-        out = np.zeros((len(texts), self.dim), np.float32)
-        nothing_C = np.zeros(self.dim, np.float32)
+        out, nothing_C = np.zeros((len(texts), self.dim), np.float32), np.zeros(self.dim, np.float32)
         for i, text in enumerate(texts):
             words = text.lower().replace(".", " ").replace(",", " ").split()
             concepts = [k for k, name in enumerate(CLASSES) if all(word in words for word in name.split())]

@@ -16,12 +16,15 @@ def grid(height, width, min_tokens, max_tokens):
     a, b = np.float64(height) / PATCH, np.float64(width) / PATCH
 
     def grown(h, w):
-        """The next grid as the scale grows: scales at which a side rounds up are compared, cross-multiplied."""
-        tall, wide = (h + 0.5) * b, (w + 0.5) * a
+        """The next grid as the scale grows: h rounds up at scale (h + 1/2) / a, w at (w + 1/2) / b."""
+        tall, wide = (h + 0.5) * b, (w + 0.5) * a  # both scales times a b: the lesser comes first
         return h + (tall <= wide), w + (wide <= tall)
 
     def largest(n):
-        """The last grid of at most n patches, by steps from a scale at which every side may round up by a half."""
+        """The last grid of at most n patches as the scale grows.
+
+        It starts where (a scale + 1/2) (b scale + 1/2) = n, where no rounding passes n, and steps on from there.
+        """
         scale = (np.sqrt((a + b) ** 2 / 4 + 4 * a * b * (n - 0.25)) - (a + b) / 2) / (2 * a * b)
         scale = np.minimum(scale, n / np.maximum(a, b))
         h, w = np.maximum(1, np.rint(a * scale)), np.maximum(1, np.rint(b * scale))

@@ -82,7 +82,7 @@ def test_the_cache_holds_what_the_teachers_said(cache, world, oracles):
     assert [world.index[i] for i in batch.ids.tolist()] == [67, 2, 39]
 
 
-def test_spreads_make_every_kind_of_error_comparable(cache, oracles):
+def test_variances_make_errors_of_summaries_and_registers_comparable(cache, oracles):
     """Catches a variance over all numbers at once, which counts the means' spread between channels."""
     summaries = torch.cat([torch.from_numpy(s.all("summary.dense")) for s in cache.shards])
     registers = torch.cat([torch.from_numpy(s.all("registers.dense")) for s in cache.shards]).unflatten(1, (2, -1))
@@ -103,7 +103,7 @@ def test_bfloat16_features_come_back(world, oracles, tmp_path):
     assert (got[batch.patch_rows(0)].float() - want).abs().max() < 0.02 * want.abs().max()
 
 
-def test_the_noise_of_rounding_is_what_was_measured(cache, oracles):
+def test_signal_to_noise_counts_clipping_and_rounding(cache, oracles):
     """Catches noise reckoned from the stored integers alone, which hold neither clipping nor what was rounded away."""
     said, (_, dense) = data.signal_to_noise(cache), cache.spaces
     signal = noise = 0.0

@@ -387,7 +387,7 @@ def test_ensembles_average_cosines():
     assert torch.allclose(cosine(got), (cosine(a) + cosine(b)) / 2, atol=1e-6)
 
 
-def test_wrong_words_get_one_line(tmp_path):
+def test_wrong_flags_get_one_line(tmp_path):
     """Catches tracebacks."""
     (tmp_path / "empty").mkdir()
     for words, named in (

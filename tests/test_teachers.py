@@ -550,7 +550,7 @@ def test_extra_and_misshapen_keys_are_named_with_their_shape(kind, key):
         ("dinov2", {}, "no teacher is called 'dinov2'"),
     ],
 )
-def test_what_does_not_fit_is_said_in_one_line(kind, change, message):
+def test_a_checkpoint_that_does_not_fit_gets_one_line(kind, change, message):
     """Wrong variant: guessing the number of heads as width / 64."""
     state = siglip2_state() if kind == "siglip2" else dinov3_state()
     n_heads = change.get("n_heads", 2 if change else None)
@@ -704,7 +704,7 @@ def test_encode_text_lower_cases_and_pads(tmp_path):
         teacher.encode_text(["a"])
 
 
-def test_what_text_needs_is_said(tmp_path, monkeypatch):
+def test_encode_text_names_what_is_missing(tmp_path, monkeypatch):
     """Wrong variant: importing tokenizers at the top of the file."""
     teacher = random_teacher("siglip2")
     monkeypatch.setitem(sys.modules, "tokenizers", None)

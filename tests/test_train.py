@@ -297,7 +297,7 @@ def test_a_signal_saves_and_exits(cache, tmp_path, name):
     assert amoe.load(tmp_path / "run" / "student").config == amoe.CONFIGS["toy"]
 
 
-def test_wrong_words_get_one_line(cache, tmp_path):
+def test_wrong_flags_get_one_line(cache, tmp_path):
     """Catches tracebacks, abbreviations, and a finished run that is overwritten in silence."""
     run = lambda *words: subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, capture_output=True, text=True)  # noqa: E731
     (tmp_path / "run").mkdir()
@@ -338,7 +338,7 @@ def small_teachers():
 
 
 @pytest.mark.parametrize("real", [False, True], ids=["oracles", "architectures"])
-def test_cached_and_online_training_see_the_same(world, oracles, cache, tmp_path, real):
+def test_cached_and_online_training_see_the_same_batches(world, oracles, cache, tmp_path, real):
     """Catches online targets left in the teacher's own space, other views or pixels, another order of packs, and a MAP
     head that the cache forgets (the student's summary would then be its CLS)."""
     images = Images(find_sources(world.folder / "images"), max_tokens=64, shard_images=20)
@@ -568,7 +568,7 @@ def test_every_flipped_bit_of_a_checkpoint_is_refused_or_changes_nothing(tmp_pat
     assert refused > len(raw) // 6
 
 
-def test_a_run_goes_on_with_its_own_data_and_batch_only(cache, world, oracles, tmp_path):
+def test_resume_refuses_other_data_and_another_batch(cache, world, oracles, tmp_path):
     """Catches another cache, another subset under the same name, and half the batch."""
     ids = np.concatenate([cache.shard(n).ids for n in cache.numbers])
     np.save(tmp_path / "subset.npy", ids)
@@ -587,7 +587,7 @@ def test_a_run_goes_on_with_its_own_data_and_batch_only(cache, world, oracles, t
     assert sorted(losses(tmp_path / "run")) == [1, 2, 3, 4, 5, 6, 7]
 
 
-def test_another_number_of_ranks_is_refused(cache, tmp_path):
+def test_resume_refuses_another_number_of_ranks(cache, tmp_path):
     """Catches a world that shrinks, and the batch with it."""
     run(cache, tmp_path)
     words = command(cache, tmp_path, "--steps", "7", "--resume")[1:]
@@ -732,7 +732,7 @@ def test_a_killed_run_leaves_no_process_behind(cache, tmp_path):
     process.wait()
 
 
-def test_no_git_and_a_log_with_foreign_bytes_cost_nothing(cache, tmp_path):
+def test_a_run_needs_no_git_and_takes_a_log_with_foreign_bytes(cache, tmp_path):
     """Catches a run that needs git, and a log that must be UTF-8 JSON to its last byte."""
     how = {"cwd": ROOT, "env": os.environ | {"PATH": "/nowhere"}, "capture_output": True, "text": True}
     assert subprocess.run(command(cache, tmp_path, "--steps", "4"), **how).returncode == 0
