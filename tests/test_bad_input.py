@@ -390,7 +390,8 @@ def test_bad_input_is_one_line_that_names_it_and_an_exit_code(words, said, code,
     assert "Traceback" not in err + out
 
 
-def test_there_are_enough_cases():
+def test_no_bad_input_is_listed_twice_and_none_is_lost():
+    """Catches a case that stands in the table twice, and a table cut short."""
     assert len(CASES) >= 150 and len({words for words, _, _ in CASES}) == len(CASES)
 
 

@@ -250,7 +250,7 @@ def packed(images, **options):
 
 @pytest.mark.parametrize("style", ["state", "state_hf"])
 def test_dinov3_matches_the_reference_outputs(style):
-    """Wrong variant: coordinates 2 i / n - 1 without the half, or the patch weight flattened as (channel, row, col)."""
+    """Catches coordinates 2 i / n - 1 without the half, or the patch weight flattened as (channel, row, col)."""
     g = golden("dinov3")
     teacher = teachers.load_state("dinov3", g[style], n_heads=4)
     images = [image.permute(1, 2, 0) for image in g["input"]["image"]]  # already normalised floats
@@ -270,7 +270,7 @@ def test_dinov3_matches_the_reference_outputs(style):
 
 
 def test_siglip2_matches_the_reference_outputs():
-    """Wrong variant: a position grid resized without antialias, or a LayerNorm eps of 1e-3."""
+    """Catches a position grid resized without antialias, or a LayerNorm eps of 1e-3."""
     g = golden("siglip2")
     teacher = teachers.load_state("siglip2", g["state"], n_heads=4)
     shapes = [tuple(shape) for shape in g["input"]["spatial_shapes"].tolist()]
@@ -291,7 +291,7 @@ def test_siglip2_matches_the_reference_outputs():
 
 @pytest.mark.parametrize("swiglu, qkv_bias", [(False, True), (True, True), (True, False)])
 def test_dinov3_equals_a_dense_float64_reference(swiglu, qkv_bias):
-    """Wrong variant: keeping the key third of qkv.bias, swapping w1 and w2, or rotating the registers."""
+    """Catches keeping the key third of qkv.bias, swapping w1 and w2, or rotating the registers."""
     state = dinov3_state(swiglu=swiglu, qkv_bias=qkv_bias, registers=3)
     teacher, images = teachers.load_state("dinov3", state, n_heads=2), pictures()
     batch = packed(images)
@@ -306,7 +306,7 @@ def test_dinov3_equals_a_dense_float64_reference(swiglu, qkv_bias):
 
 @pytest.mark.parametrize("conv", [False, True])
 def test_siglip2_equals_a_dense_float64_reference(conv):
-    """Wrong variant: the summary pooled over the student's CLS rows too, or (h, w) swapped in the position grid."""
+    """Catches the summary pooled over the student's CLS rows too, or (h, w) swapped in the position grid."""
     state, images = siglip2_state(conv=conv), pictures([*SHAPES, (9, 2), (1, 1)])
     teacher = teachers.load_state("siglip2", state, n_heads=2)
     batch = packed(images)
@@ -318,7 +318,7 @@ def test_siglip2_equals_a_dense_float64_reference(conv):
 
 
 def test_text_equals_a_dense_float64_reference():
-    """Wrong variant: a causal mask, or the head applied to the first position."""
+    """Catches a causal mask, or the head applied to the first position."""
     state = siglip2_state()
     ids = torch.randint(0, 50, (3, 8))
     s = {key: value.double() for key, value in state.items()}
@@ -332,7 +332,7 @@ def test_text_equals_a_dense_float64_reference():
 
 @pytest.mark.parametrize("grid, n", [(16, 16), (16, 5), (16, 40), (4, 1), (7, 13)])
 def test_resize_weights_are_the_antialiased_bilinear_ones(grid, n):
-    """Wrong variant: a triangle that does not widen when shrinking."""
+    """Catches a triangle that does not widen when shrinking."""
     samples = torch.randn(1, 3, grid, grid, dtype=torch.float64)
     wanted = F.interpolate(samples, size=(n, grid), mode="bilinear", antialias=True)
     weight = teachers.resize_weights(torch.arange(n).double(), torch.full((n,), float(n), dtype=torch.float64), grid)
@@ -351,7 +351,7 @@ def random_teacher(kind):
 
 @pytest.mark.parametrize("kind", ["dinov3", "siglip2"])
 def test_packing_does_not_change_a_result(kind):
-    """Wrong variant: a position table kept from the last image of as many patches (2 x 8 reusing 4 x 4's)."""
+    """Catches a position table kept from the last image of as many patches (2 x 8 reusing 4 x 4's)."""
     teacher = random_teacher(kind)
     images = pictures([(4, 4), (2, 8), (8, 2), (1, 16), (3, 3), (4, 4)])
     alone = [(batch, teacher(batch)) for batch in (packed([image]) for image in images)]
@@ -368,7 +368,7 @@ def test_packing_does_not_change_a_result(kind):
 
 @pytest.mark.parametrize("kind", ["dinov3", "siglip2"])
 def test_rows_that_are_no_patches_answer_zero(kind):
-    """Wrong variant: answering the teacher's own CLS on the student's CLS row."""
+    """Catches answering the teacher's own CLS on the student's CLS row."""
     teacher, batch = random_teacher(kind), packed(pictures(), n_tokens=120)
     out = teacher(batch)
     patch_T = torch.zeros(120, dtype=torch.bool)
@@ -384,7 +384,7 @@ def test_rows_that_are_no_patches_answer_zero(kind):
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("kind", ["dinov3", "siglip2"])
 def test_flex_attention_and_runs_agree(kind):
-    """Wrong variant: the block mask made from the student's starts."""
+    """Catches the block mask made from the student's starts."""
     teacher, batch = random_teacher(kind), packed(pictures(), n_tokens=150)
     expected = teacher(batch)
     teacher.flex = True  # uncompiled, FlexAttention's own slow reference: what compile() switches to on CUDA
@@ -394,7 +394,7 @@ def test_flex_attention_and_runs_agree(kind):
 
 @pytest.mark.parametrize("kind", ["dinov3", "siglip2"])
 def test_floats_are_taken_as_already_normalised(kind):
-    """Wrong variant: SigLIP's [-1, 1] scaling for DINOv3, or normalising floats a second time."""
+    """Catches SigLIP's [-1, 1] scaling for DINOv3, or normalising floats a second time."""
     teacher, batch = random_teacher(kind), packed(pictures())
     mean, std = (torch.tensor(t).repeat(256) for t in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     expected = teacher(batch)
@@ -405,7 +405,7 @@ def test_floats_are_taken_as_already_normalised(kind):
 
 @pytest.mark.parametrize("kind", ["dinov3", "siglip2"])
 def test_bfloat16_keeps_positions_in_float32(kind):
-    """Wrong variant: RoPE periods or ImageNet statistics rounded by .to(bfloat16), answers left in bfloat16."""
+    """Catches RoPE periods or ImageNet statistics rounded by .to(bfloat16), answers left in bfloat16."""
     teacher, batch = random_teacher(kind), packed(pictures())
     expected = teacher(batch)
     with torch.autocast("cpu", torch.bfloat16):
@@ -421,7 +421,7 @@ def test_bfloat16_keeps_positions_in_float32(kind):
 
 
 def test_pool_is_the_map_head_in_the_students_key_names():
-    """Wrong variant: `pool` with the checkpoint's vision_model.head prefix, or with eps 1e-5."""
+    """Catches `pool` with the checkpoint's vision_model.head prefix, or with eps 1e-5."""
     teacher, batch = random_teacher("siglip2"), packed(pictures())
     out = teacher(batch)
     pool = MapPool.from_state(teacher.pool, teacher.pool_heads, teacher.pool_eps)
@@ -435,7 +435,7 @@ def test_pool_is_the_map_head_in_the_students_key_names():
 
 @pytest.mark.parametrize("swiglu, qkv_bias", [(False, True), (True, True), (True, False)])
 def test_hugging_face_keys_equal_the_official_ones(swiglu, qkv_bias):
-    """Wrong variant: gate_proj and up_proj exchanged."""
+    """Catches gate_proj and up_proj exchanged."""
     official = dinov3_state(swiglu=swiglu, qkv_bias=qkv_bias)
     official["rope_embed.periods"] = 100 ** (torch.arange(4) / 4)
     batch = packed(pictures())
@@ -445,7 +445,7 @@ def test_hugging_face_keys_equal_the_official_ones(swiglu, qkv_bias):
 
 
 def test_fixed_resolution_equals_naflex():
-    """Wrong variant: a convolution's weight flattened as (channel, row, col)."""
+    """Catches a convolution's weight flattened as (channel, row, col)."""
     state, batch = siglip2_state(text_dim=0), packed(pictures())
     key = "vision_model.embeddings.patch_embedding.weight"
     conv = state | {key: state[key].view(32, 16, 16, 3).permute(0, 3, 1, 2)}
@@ -471,7 +471,7 @@ PUBLISHED = {  # facebookresearch/dinov3, hub/backbones.py: width, depth, heads,
 
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_every_published_dinov3_is_read_off_its_shapes(size):
-    """Wrong variant: heads of 64 channels at every width (the 7B has 128), or a bias expected where there is none."""
+    """Catches heads of 64 channels at every width (the 7B has 128), or a bias expected where there is none."""
     dim, layers, heads, hidden, swiglu, qkv_bias = PUBLISHED[size]
     with torch.device("meta"):
         state = dinov3_state(dim, hidden, layers, swiglu, qkv_bias)
@@ -496,7 +496,7 @@ def test_every_published_dinov3_is_read_off_its_shapes(size):
     ],
 )
 def test_every_published_siglip2_is_read_off_its_shapes(dim, layers, heads, hidden, text_dim, text_heads):
-    """Wrong variant: the giant's text tower built as wide as its vision tower."""
+    """Catches the giant's text tower built as wide as its vision tower."""
     with torch.device("meta"):
         state = siglip2_state(dim, hidden, layers, 16, dim == 1536, text_dim, 256_000, 64)
     teacher = teachers.load_state("siglip2", hollow(state))
@@ -511,7 +511,7 @@ def without(state, key):
 
 @pytest.mark.parametrize("kind", ["dinov3", "huggingface", "siglip2"])
 def test_every_missing_key_is_named(kind):
-    """Wrong variant: load_state_dict(strict=False)."""
+    """Catches load_state_dict(strict=False)."""
     state = siglip2_state(layers=1) if kind == "siglip2" else dinov3_state(layers=1)
     state = to_hugging_face(state) if kind == "huggingface" else state
     for key in state:
@@ -524,7 +524,7 @@ def test_every_missing_key_is_named(kind):
 
 @pytest.mark.parametrize("kind, key", [("dinov3", "blocks.1.attn.qkv.weight"), ("siglip2", "text_model.head.bias")])
 def test_extra_and_misshapen_keys_are_named_with_their_shape(kind, key):
-    """Wrong variant: reading only the keys that are expected."""
+    """Catches reading only the keys that are expected."""
     state = dinov3_state() if kind == "dinov3" else siglip2_state()
     with pytest.raises(ValueError, match=r"of these sizes has: 'cls_norm.weight'"):
         teachers.load_state(kind, state | {"cls_norm.weight": rand(32)}, n_heads=2)
@@ -551,7 +551,7 @@ def test_extra_and_misshapen_keys_are_named_with_their_shape(kind, key):
     ],
 )
 def test_a_checkpoint_that_does_not_fit_gets_one_line(kind, change, message):
-    """Wrong variant: guessing the number of heads as width / 64."""
+    """Catches guessing the number of heads as width / 64."""
     state = siglip2_state() if kind == "siglip2" else dinov3_state()
     n_heads = change.get("n_heads", 2 if change else None)
     change = {key: value for key, value in change.items() if key != "n_heads"}
@@ -562,7 +562,7 @@ def test_a_checkpoint_that_does_not_fit_gets_one_line(kind, change, message):
 
 @pytest.mark.parametrize("given, held", [("dinov3", "siglip2"), ("siglip2", "dinov3")])
 def test_the_wrong_teacher_for_a_file_is_said(given, held, tmp_path):
-    """Wrong variant: complaining of the first key that is missing."""
+    """Catches complaining of the first key that is missing."""
     state = siglip2_state() if held == "siglip2" else dinov3_state()
     with pytest.raises(ValueError, match=f"is a {held} checkpoint and was given as {given}"):
         teachers.load_state(given, state, n_heads=2)
@@ -577,7 +577,7 @@ def test_the_wrong_teacher_for_a_file_is_said(given, held, tmp_path):
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 def test_load_reads_the_kind_off_the_keys_and_takes_the_name(suffix, tmp_path):
-    """Wrong variant: the kind taken from NAME."""
+    """Catches the kind taken from NAME."""
     for kind, state in (
         ("dinov3", dinov3_state(384, 48, 1)),
         ("siglip2", siglip2_state(768, 24, 1, text_dim=0)),
@@ -600,7 +600,7 @@ class Payload:
 
 
 def test_a_pickle_that_is_no_state_dict_is_refused(tmp_path, capsys):
-    """Wrong variant: torch.load(weights_only=False)."""
+    """Catches torch.load(weights_only=False)."""
     path = tmp_path / "evil.pth"
     path.write_bytes(pickle.dumps({"blocks.0": Payload()}, protocol=2))
     with pytest.raises(ValueError, match=r"evil\.pth") as error:
@@ -625,7 +625,7 @@ def test_a_pickle_that_is_no_state_dict_is_refused(tmp_path, capsys):
     ],
 )
 def test_a_spec_that_makes_no_teacher_is_a_one_line_error(spec, message, tmp_path):
-    """Wrong variant: letting an ImportError or a KeyError through."""
+    """Catches letting an ImportError or a KeyError through."""
     (tmp_path / "plug.py").write_text(PLUG_IN)
     torch.save({"encoder.weight": rand(2)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=message) as error:
@@ -661,7 +661,7 @@ def bare(device):
 
 
 def test_a_plug_in_is_called_with_the_device_and_named(tmp_path):
-    """Wrong variant: keeping the plug-in's own name, under which two of them would share one cache entry."""
+    """Catches keeping the plug-in's own name, under which two of them would share one cache entry."""
     (tmp_path / "plug.py").write_text(PLUG_IN)
     teacher, batch = teachers.load_teacher(f"mine={tmp_path / 'plug.py'}:make", "cpu"), packed(pictures())
     assert (teacher.name, teacher.device, teacher.dim, teacher.registers) == ("mine", "cpu", 768, 0)
@@ -670,7 +670,7 @@ def test_a_plug_in_is_called_with_the_device_and_named(tmp_path):
 
 @pytest.mark.parametrize("factory", ["text_aligned", "dense"])
 def test_the_shared_plug_ins_load_and_answer(factory):
-    """Wrong variant: importing the file under a name that hides its own folder from it."""
+    """Catches importing the file under a name that hides its own folder from it."""
     path = SHARED / "teachers" / "real.py"
     if not path.is_file():
         pytest.skip(f"no plug-in teachers at {path}: set AMOE_SHARED to the folder that holds teachers/")
@@ -684,7 +684,7 @@ def test_the_shared_plug_ins_load_and_answer(factory):
 
 
 def test_encode_text_lower_cases_and_pads(tmp_path):
-    """Wrong variant: padding to the longest text of the call, which moves the last position that answers."""
+    """Catches padding to the longest text of the call, which moves the last position that answers."""
     tokenizers = pytest.importorskip("tokenizers", reason="the optional package tokenizers is not installed")
     words = {"<pad>": 0, "<eos>": 1, "<unk>": 3, "a": 4, "red": 5, "fox": 6, "runs": 7}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
@@ -705,7 +705,7 @@ def test_encode_text_lower_cases_and_pads(tmp_path):
 
 
 def test_encode_text_names_what_is_missing(tmp_path, monkeypatch):
-    """Wrong variant: importing tokenizers at the top of the file."""
+    """Catches importing tokenizers at the top of the file."""
     teacher = random_teacher("siglip2")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ValueError, match="pip install tokenizers"):
@@ -726,7 +726,7 @@ def test_encode_text_names_what_is_missing(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", REAL)
 def test_real_sizes_run_on_a_cpu_within_24_gib(kind):
-    """Wrong variant: a position table [P, G, G, D], or every image padded to the largest."""
+    """Catches a position table [P, G, G, D], or every image padded to the largest."""
     run = [sys.executable, "-m", "benchmarks.speed", "--repeats", "1", "teachers", kind]
     line = json.loads(
         subprocess.run(run, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True).stdout

@@ -82,7 +82,7 @@ def test_packing_order_and_accumulation_change_neither_loss_nor_gradient(cache, 
     assert one[1].abs().sum() > 0
 
 
-def test_the_loss_is_the_sum_of_its_parts(cache, random_images):
+def test_the_gradient_is_that_of_the_logged_loss(cache, random_images):
     """Catches a part that is logged but not trained on: the gradient against finite differences in float64."""
     flags = flags_for(cache)
     model = student(cache, flags).double()
