@@ -59,11 +59,11 @@ from common.store import (
     is_remote,
     map_ahead,
     name_hash,
-    naming_errors,
     open_array,
     open_store,
     seal,
     unseal,
+    write_errors,
     write_file,
 )
 from images import KEPT, Images, View, choose_view
@@ -519,7 +519,7 @@ def fit_or_read_spaces(store, file, about, out, dataset, teachers, calibrate, de
     fitted, probes = fit_spaces(teachers, sample, device), summaries_of(teachers, sample[0], device)
     raws = {space.name: space_bytes(space, probes[space.name]) for space in fitted}
     if not store.read(file).result().value:  # unless another machine was faster
-        with naming_errors(f"{out}/{file}"):
+        with write_errors(f"{out}/{file}"):
             for name, raw in raws.items():
                 write_file(store, f"teachers/{name}.safetensors", raw)
             about["teachers_hash"] = {name: digest(raw) for name, raw in raws.items()}

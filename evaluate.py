@@ -16,7 +16,7 @@ import amoe
 from amoe import PATCH, pack, split_by_tokens, to_rows
 from common.commands import Parser, choose_device, in_range, one_line_errors, run_command
 from common.order import held_out
-from common.pictures import finite, pca_sheet
+from common.pictures import pca_sheet, require_finite
 from common.sources import find_sources, upright, with_image
 from common.store import write_atomically
 from images import Images, resized
@@ -164,7 +164,7 @@ def summaries(model, dataset, entries, heads, label=None, stored=False):
 
 def unit(x_NC, published=False):
     """Rows of length one; as published, in the bfloat16 that SigLino is evaluated in, where many cosines are equal."""
-    return F.normalize(finite(x_NC.bfloat16() if published else x_NC), dim=1)
+    return F.normalize(require_finite(x_NC.bfloat16() if published else x_NC), dim=1)
 
 
 def knn(bank_NC, labels_N, query_QC, truth_Q, k=20, temperature=0.07, published=False):
@@ -239,7 +239,7 @@ def linear_probe(x_NC, share_NK, iterations=40, decay=1e-4):
 
     Full-batch L-BFGS from zero on standardised features: nothing to tune, nothing to draw.
     """
-    mean, std = finite(x_NC).mean(0), x_NC.std(0).clamp(min=1e-6)
+    mean, std = require_finite(x_NC).mean(0), x_NC.std(0).clamp(min=1e-6)
     x = (x_NC - mean) / std
     weight = torch.zeros(share_NK.shape[1], x.shape[1], requires_grad=True)
     bias = torch.zeros(share_NK.shape[1], requires_grad=True)
@@ -257,8 +257,8 @@ def linear_probe(x_NC, share_NK, iterations=40, decay=1e-4):
 
 
 def confusion(probe, patch_NC, shape, mask_HW, classes, void=VOID):
-    """Pixels by [true class, guessed class]; logits in the probe's dtype, upsampled bilinearly to the mask."""
-    logits = F.linear(finite(patch_NC).to(probe[0].dtype), *probe).view(1, *shape, classes)  # channels last: 5x sooner
+    """Pixels by [true class, guessed class]; logits in the probe's dtype, channels last (5x sooner), upsampled."""
+    logits = F.linear(require_finite(patch_NC).to(probe[0].dtype), *probe).view(1, *shape, classes)
     logits = F.interpolate(logits.permute(0, 3, 1, 2), mask_HW.shape, mode="bilinear", align_corners=False)
     guess = logits[0].max(0).indices  # the first of equals, as argmax, in less than half of its time
     known = (mask_HW != void) & (mask_HW < classes)
@@ -286,7 +286,7 @@ def mean_iou(confusion_KK, published_void=None):
 
 def cosine(a, b, mean):
     """Mean cosine of matching rows less the teacher's mean: a shared mean would flatter raw cosines."""
-    return float(F.cosine_similarity(finite(a) - mean, finite(b) - mean, dim=1).double().mean())
+    return float(F.cosine_similarity(require_finite(a) - mean, require_finite(b) - mean, dim=1).double().mean())
 
 
 # ---- reports at the end of a run ----

@@ -32,6 +32,7 @@ class Log:
             write_atomically(self.path, lambda file: file.writelines(lines))
 
     def write(self, **entry):
+        """Append a line, and give its numbers to the tracker where it is of a step."""
         if self.path:
             with one_line_errors(self.path), open(self.path, "a") as file:
                 file.write(json.dumps(entry) + "\n")
@@ -86,6 +87,7 @@ class Interval:
         self.begin()
 
     def begin(self):
+        """Count and time anew; `total` is for `end` to empty."""
         self.steps, self.tokens, self.waited, self.began = 0, 0, 0.0, time.perf_counter()
 
     def wait(self, batches):
@@ -106,7 +108,7 @@ class Interval:
     def end(self, run, rate, norm, expert_load, more):
         """Write the line of the log, and what more(run) adds to it, whose time does not count as training.
 
-        This is the one place where the host waits for the device.
+        This is the one place where the host waits for the device. Returns what the progress bar shows.
         """
         total = {name: float(value) for name, value in self.total.items()}
         counted = total.pop("steps") or math.nan  # no finite step: the line says NaN

@@ -16,7 +16,7 @@ GREY, GREEN = (150, 150, 150), (0, 130, 70)
 SIDE, ACROSS, LEFT, TOP = 72, 12, 190, 34  # of clusters: pixels of a picture's square, squares a row, margins
 
 
-def finite(x_NC):
+def require_finite(x_NC):
     """The rows as they are; ValueError where one holds NaN or infinity: NaN wins or loses every comparison."""
     if not (sound_N := torch.isfinite(x_NC).all(1)).all():
         raise ValueError(f"features that are not finite (NaN or infinity): row {int((~sound_N).nonzero()[0])}")
@@ -25,7 +25,7 @@ def finite(x_NC):
 
 def pca_basis(x_NC):
     """(mean [C], three principal directions [C, 3], ranges [2, 3] from the 2nd to the 98th percentile)."""
-    mean = finite(x_NC).mean(0)
+    mean = require_finite(x_NC).mean(0)
     _, _, v = torch.linalg.svd((x_NC - mean)[:: max(1, len(x_NC) // 20000)], full_matrices=False)
     projected = (x_NC - mean) @ v[:3].T
     order = projected.sort(dim=0).values

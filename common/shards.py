@@ -4,7 +4,7 @@ The format is described in data.py, and so is the class Cache that `cache` stand
 """
 
 from common.commands import one_line, one_line_errors
-from common.store import clear, digest, map_ahead, name_hash, naming_errors, open_array, seal, unseal, write_file
+from common.store import clear, digest, map_ahead, name_hash, open_array, seal, unseal, write_errors, write_file
 
 # isort: split
 import copy
@@ -101,7 +101,7 @@ def skipped_lines(store):
 
 def write_skipped(store):
     """skipped.jsonl, anew from every commit record, again where other writers have committed meanwhile."""
-    with naming_errors("skipped.jsonl"):
+    with write_errors("skipped.jsonl"):
         there = None
         while there != (lines := skipped_lines(store)):
             store.write("skipped.jsonl", lines).result()
@@ -186,10 +186,12 @@ class Shard:
 
     @cached_property
     def ids(self):
+        """int64 [images]."""
         return self.in_index[0] if self.in_index else self.all("ids")
 
     @cached_property
     def shapes(self):
+        """int32 [images, 2], (h, w) in patches."""
         return self.in_index[1] if self.in_index else self.all("shapes")
 
     def check(self):
@@ -227,7 +229,7 @@ def write_shard(cache, number, arrays, record):
     A summary goes to the shard's own chunk of the array that all shards share.
     """
     store, folder, slots = cache.store, folder_of(number), cache.slots
-    with naming_errors(name_of(number)):
+    with write_errors(name_of(number)):
         if number != INDEX:
             clear(store, folder)
         writes, keys = [], []

@@ -25,6 +25,7 @@ CHUNK = 64  # rows behind one checksum: an image is read without decoding much o
 
 
 def digest(data):
+    """The blake2b hash of bytes, 16 bytes of it in hex."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
@@ -106,6 +107,7 @@ class Window:
         self.raw, self.when = read_bytes(url, 0, 1 << 20)
 
     def __getitem__(self, span):
+        """The bytes of a slice, fewer at the object's end, none behind it."""
         if not self.first <= span.start <= span.stop <= self.first + len(self.raw):
             size = max(1 << 20, span.stop - span.start)
             try:
@@ -174,8 +176,8 @@ def write_file(store, key, raw):
 
 
 @contextlib.contextmanager
-def naming_errors(what):
-    """Turn a full disk, a lost mount or missing rights into one line that names what was written."""
+def write_errors(what):
+    """A full disk, a lost mount or missing rights become a ValueError of one line that names what was written."""
     try:
         yield
     except (OSError, ValueError) as error:
