@@ -211,7 +211,7 @@ class Config:
     registers: int = 4
 
 
-CONFIGS = {
+CONFIGS = {  # layers, dim, heads, head_dim
     "amoe-0.3b": Config(18, 768, 8, 128, experts=28, top_k=6, expert_hidden=384),
     "amoe-0.15b": Config(18, 768, 8, 128, experts=28, top_k=2, expert_hidden=384),
     "dense-0.6b": Config(18, 1280, 16, 80, dense_layers=18, dense_hidden=5120),

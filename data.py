@@ -151,7 +151,7 @@ class Cache:
 
     def open_shard(self, number):
         """A Shard, of which the index is asked but not awaited: many are then read side by side."""
-        future, part = None, slice(2 * int(self.firsts[number]), 2 * int(self.firsts[number + 1]))
+        future, part = None, slice(2 * int(self.firsts[number]), 2 * int(self.firsts[number + 1]))  # 2 an image
         with contextlib.suppress(Damage):  # of the index: then the shard says it itself
             future = self.index and self.index.read("images", part)
         return Shard(self, number, future)

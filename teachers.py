@@ -104,7 +104,7 @@ class Layout:
         place_P = torch.arange(len(image_P)) - (patches_M.cumsum(0) - patches_M)[image_P]
         starts = F.pad((patches_M + special).cumsum(0), (1, 0))
         width_P = shape_M2[image_P, 1]
-        per_patch = (
+        per_patch = (  # in the order of the fields
             image_P,
             torch.stack([place_P // width_P, place_P % width_P], dim=1).float(),
             shape_M2[image_P].float(),

@@ -133,7 +133,7 @@ def parse(argv=None):
         default = list(f.default) if f.type is tuple else f.default  # argparse appends to it
         groups[group].add_argument("--" + f.name.replace("_", "-"), default=default, help=f.metadata["help"], **how)
     flags = Flags(**{k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()})
-    if flags.teacher if flags.cache else bool(flags.images) != bool(flags.teacher):
+    if (flags.cache and flags.teacher) or (not flags.cache and bool(flags.images) != bool(flags.teacher)):
         raise ValueError("give --cache, or --images with at least one --teacher, or neither for the toy world")
     if flags.track and not importlib.util.find_spec(flags.track):
         raise ValueError(f"--track {flags.track}: the package is not installed; pip install {flags.track}")
