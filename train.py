@@ -631,8 +631,7 @@ def make_optimizer(model, flags):
     groups = [{"params": p, "weight_decay": decay[name], "muon": name == "muon"} for name, p in groups.items() if p]
     kind = Muon if flags.optimizer == "muon" else torch.optim.AdamW
     optimizer = kind(groups, lr=flags.lr, betas=(0.9, 0.95), fused=True)
-    # `update` sets it at every step; FSDP2 takes a step before, to make moments
-    optimizer.found_inf = torch.zeros((), device=p.device)
+    optimizer.found_inf = torch.zeros((), device=p.device)  # `update` sets it; FSDP2 steps before, to make moments
     return optimizer
 
 
