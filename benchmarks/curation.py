@@ -2,7 +2,7 @@
 
 Each part replaces its figures in curation.json, of which `python -m benchmarks.tables` makes docs/curation.md's tables.
 CPU seconds (all threads), because the machine may be shared; every ratio is of runs that alternate in one process.
-faiss-cpu and scikit-learn are measured if installed (`pip install faiss-cpu scikit-learn`; nothing else uses them).
+Peers are measured if installed (`pip install faiss-cpu scikit-learn superkmeans`; nothing else uses them).
 """
 
 import curate
@@ -28,6 +28,14 @@ def cpu(f):
     return time.process_time() - begin, out
 
 
+def instruction_set():
+    """The widest of the sets that k-means gains from, by /proc/cpuinfo."""
+    info = Path("/proc/cpuinfo")
+    flags = info.read_text().split() if info.exists() else []
+    known = {"amx_tile": "amx", "avx512_bf16": "avx512_bf16", "avx512f": "avx512", "avx2": "avx2"}
+    return next((name for its_flag, name in known.items() if its_flag in flags), "unknown")
+
+
 def inertia(x, c):
     """Mean squared distance to the nearest centroid, in float64 by differences."""
     _, label = curate.kmeans(x, init_KD=c, n_iter=0)
@@ -38,7 +46,7 @@ def inertia(x, c):
 
 
 WAYS = {"curate.kmeans": "curate", "curate.kmeans, float32 products only": "curate", "faiss-cpu": "faiss"}
-WAYS["scikit-learn"] = "sklearn.cluster"  # each beside the module it needs
+WAYS |= {"scikit-learn": "sklearn.cluster", "SuperKMeans": "superkmeans"}  # each beside the module it needs
 
 
 def centroids_by(name, x, init, n_iter):
@@ -48,6 +56,12 @@ def centroids_by(name, x, init, n_iter):
         kmeans = module.Kmeans(x.shape[1], k, niter=n_iter, max_points_per_centroid=10**9)
         kmeans.train(x, init_centroids=init)
         return kmeans.centroids
+    if name == "SuperKMeans":  # from random points of its own choice
+        module = module.SuperKMeans(
+            k, x.shape[1], hierarchical=False, iters=n_iter, sampling_fraction=1.0, max_points_per_cluster=10**9,
+            n_threads=torch.get_num_threads(), early_termination=False, tol=0.0,
+        )  # fmt: skip
+        return module.train(x)
     if name == "scikit-learn":
         kmeans = module.KMeans(k, init=init, n_init=1, max_iter=n_iter, tol=0, algorithm="lloyd")
         return kmeans.fit(x).cluster_centers_
@@ -62,10 +76,16 @@ def speed(n, d, k, kind, n_iter=10, repeats=3):
     x = rng.standard_normal((n, d), dtype=np.float32)
     if kind == "mixture":
         x += rng.standard_normal((50, d), dtype=np.float32)[rng.integers(0, 50, n)]
+    if kind == "Zipf":
+        p = 1 / np.arange(1, 2001)
+        x += rng.standard_normal((2000, d), dtype=np.float32)[rng.choice(2000, n, p=p / p.sum())]
     init = x[rng.choice(n, k, replace=False)]
     x_ND, c_KD = torch.from_numpy(x), torch.from_numpy(init)
     centroids, times, products = {}, {}, []
-    for name in [name for name in WAYS if importlib.util.find_spec(WAYS[name].split(".")[0])] * repeats:
+    found = [name for name in WAYS if importlib.util.find_spec(WAYS[name].split(".")[0])]
+    for name in WAYS.keys() - found:
+        print(f"{name}: not installed, left out")
+    for name in found * repeats:
         products.append(min(cpu(lambda: x_ND @ c_KD.T)[0] for _ in range(2)))
         seconds, centroids[name] = cpu(lambda name=name: centroids_by(name, x, init, n_iter))
         times.setdefault(name, []).append(seconds / n_iter / products[-1])
@@ -74,6 +94,7 @@ def speed(n, d, k, kind, n_iter=10, repeats=3):
     return {
         "data": f"{n // 1000}k x {d}, K = {k}, {kind}",
         "iterations": n_iter,
+        "instruction_set": instruction_set(),
         "gemm_cpu_s": gemm,
         "seeding_and_one_assignment_over_gemm": cpu(lambda: curate.kmeans(x, k=k, n_iter=0))[0] / gemm,
         "ratio_to_gemm": {
@@ -177,6 +198,8 @@ PARTS = {
     "speed, K = 1000, mixture": lambda: speed(100_000, 384, 1000, "mixture"),
     "speed, K = 4096, Gaussian": lambda: speed(200_000, 256, 4096, "Gaussian", repeats=2),
     "speed, K = 4096, mixture": lambda: speed(200_000, 256, 4096, "mixture", repeats=2),
+    "speed, K = 1000, Zipf": lambda: speed(100_000, 384, 1000, "Zipf", repeats=2),
+    "speed, K = 4096, Zipf": lambda: speed(100_000, 384, 4096, "Zipf", repeats=2),
     "balance 1.0": lambda: balance(1.0, range(5)),
     "balance 0.5": lambda: balance(0.5, range(5)),
     "billion": billion,

@@ -314,10 +314,13 @@ def scale():
 def kmeans():
     """A line a library, a column a data set."""
     runs = [part for name, part in sorted(load("curation").items()) if name.startswith("speed")]
-    rows = [[name] for name in runs[0]["ratio_to_gemm"]]
+    rows = [[name] for name in dict.fromkeys(name for r in runs for name in r["ratio_to_gemm"])]
     for r in runs:
-        for row, c in zip(rows, r["ratio_to_gemm"].values(), strict=True):
-            row.append(f"{c['median']:.2f} ({min(c['all']):.2f}-{max(c['all']):.2f}); {c['inertia']:.1f}")
+        for row in rows:
+            c = r["ratio_to_gemm"].get(row[0])
+            figures = c and f"{c['median']:.2f} ({min(c['all']):.2f}-{max(c['all']):.2f}); {c['inertia']:.1f}"
+            row.append(figures or "not measured")
+    rows.append(["instruction set", *(r.get("instruction_set", "not recorded") for r in runs)])
     rows.append(["n", *(len(r["ratio_to_gemm"]["curate.kmeans"]["all"]) for r in runs)])
     rows.append(["bare product, CPU-s", *(f"{r['gemm_cpu_s']:.2f}" for r in runs)])
     seeding = [f"{r['seeding_and_one_assignment_over_gemm']:.2f}" for r in runs]

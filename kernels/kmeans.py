@@ -27,6 +27,7 @@ if triton is not None:
 
 IMPLS = ("ref", "triton")  # of top3
 GROUPS = 32  # of centroids; a point keeps one float for each
+GATHERING = 300  # centroids more: what `compare` costs a point and group, most of it for gathering rows
 UNIT = 2.0**-24  # half a unit in the last place of float32, relative
 TILE_BYTES = 16 << 20  # of scores at a time: 4 to 32 MiB ran within 4% of each other, 256 MiB 1.3x slower
 
@@ -244,16 +245,15 @@ class NearestSearch:
         self.square_K = self.exact_KD.square().sum(1)
         length_K = self.square_K.sqrt().float()
         self.longest = length_K.max().item()
-        # With a larger share of the groups open, one product with all centroids is cheaper than comparing by group.
-        self.screen_above = 0.5 if product == "float32" else 0.125
         self.slot_P = group_GS.T.reshape(-1)  # groups side by side: the maximum by group runs along memory
         self.bias_P = (-self.square_K / 2).float()[self.slot_P].masked_fill_(self.slot_P < 0, -3e38)
         self.prepare_screen(length_K)
-        self.group_K = torch.empty(len(c_KD), dtype=torch.int64, device=c_KD.device)
+        self.group_K, self.rank_K = torch.empty(2, len(c_KD), dtype=torch.int64, device=c_KD.device)
         self.groups = []  # ids, middle, centroids about it, their negative squares, the longest
         for g, ids in enumerate(group_GS):
-            ids = ids[ids >= 0].sort().values
-            self.group_K[ids] = g
+            ids = ids[ids >= 0]
+            self.group_K[ids], self.rank_K[ids] = g, torch.arange(len(ids), device=ids.device)
+            ids = ids.sort().values
             middle_D = self.exact_KD[ids].mean(0).float()
             local_SD = c_KD[ids] - middle_D
             square_S = local_SD.double().square().sum(1).float()
@@ -285,45 +285,52 @@ class NearestSearch:
         far_BG = torch.sub((square_B - error_B)[:, None], upper_BG, alpha=2).clamp_(min=0).sqrt_()
         return near_B, far_BG, far_BG <= near_B[:, None]
 
-    def screen(self, x_BD, norm_B, rounding_B):
-        """label_B, near_B, far_BG, open_BG by one product with all centroids."""
+    def screen(self, x_BD, norm_B, rounding_B, label_B, fresh):
+        """label_B, near_B, far_BG, open_BG by one product with the first `fresh` centroids of every group.
+
+        With all of them label_B becomes the best; with fewer it stays, and near is infinite where its own is not fresh.
+        """
+        slots = fresh * len(self.groups)
         h_B = 2 * self.channels * UNIT * (norm_B + self.longest)
         if self.product == "float32":
-            slot_B, best_B, upper_BG = self.best_scores(x_BD)
+            label_B, best_B, upper_BG = self.best_scores(x_BD, label_B, slots)
             slack_B = h_B * self.longest
-            return self.slot_P[slot_B], *self.bounds(norm_B, best_B - slack_B, upper_BG + slack_B[:, None])
+            return label_B, *self.bounds(norm_B, best_B - slack_B, upper_BG + slack_B[:, None])
         h_B = 1.02 * (h_B + rounding_B + 1.01 * norm_B * self.rounding)  # 1.02: for rounding h itself
         h_B = h_B.bfloat16().float()
         d, x_BE = x_BD.shape[1], scratch("x", len(x_BD), self.channels, torch.bfloat16, x_BD.device)
         x_BE[:, :d], x_BE[:, d : d + 3], x_BE[:, d + 3], x_BE[:, d + 4 :] = x_BD, 1, h_B, 0
         if self.product == "fused":
             return self.screen_fused(x_BD, x_BE, norm_B, h_B)
-        slot_B, best_B, upper_BG = self.best_scores(x_BE)
-        label_B = self.slot_P[slot_B]
+        label_B, best_B, upper_BG = self.best_scores(x_BE, label_B, slots)
         lower_B = best_B - self.output_error * best_B.abs() - 2 * h_B * self.bound_K[label_B]
         return label_B, *self.bounds(norm_B, lower_B, upper_BG + self.output_error * upper_BG.abs())
 
-    def best_scores(self, x_BE):
-        """The best slot and score of each point, and for each group the best score of the other slots. On a CPU."""
-        b, p, n_groups = len(x_BE), len(self.slot_P), len(self.groups)
-        slot_B, best_B, other_BG = torch.empty(b, dtype=torch.int64), torch.empty(b), torch.empty(b, n_groups)
-        for tile in tiles(b, p):
+    def best_scores(self, x_BE, label_B, slots):
+        """The label and score of each point, and for each group the best score of the others. On a CPU."""
+        b, n_groups, every = len(x_BE), len(self.groups), slots == len(self.slot_P)
+        label_B, best_B, other_BG = label_B.clone(), torch.empty(b), torch.empty(b, n_groups)
+        for tile in tiles(b, slots):
             m = tile.stop - tile.start
-            score_MP = scratch("score", m, p, torch.float32, x_BE.device)
+            score_MP = scratch("score", m, slots, torch.float32, x_BE.device)
             if self.product == "float32":
-                torch.addmm(self.bias_P, x_BE[tile], self.factor_EP, out=score_MP)
+                torch.addmm(self.bias_P[:slots], x_BE[tile], self.factor_EP[:, :slots], out=score_MP)
             else:
-                product_MP = scratch("product", m, p, torch.bfloat16, x_BE.device)
-                score_MP.copy_(torch.mm(x_BE[tile], self.factor_EP, out=product_MP))
+                product_MP = scratch("product", m, slots, torch.bfloat16, x_BE.device)
+                score_MP.copy_(torch.mm(x_BE[tile], self.factor_EP[:, :slots], out=product_MP))
             row_M, score_MSG = torch.arange(m), score_MP.view(m, -1, n_groups)
             top_MG = score_MSG.amax(1)
-            g_M = argmax(top_MG)
+            g_M = argmax(top_MG) if every else self.group_K[label_B[tile]]
             own_MS = score_MSG[row_M, :, g_M]
-            s_M = argmax(own_MS)
-            best_B[tile] = own_MS.gather(1, s_M[:, None])[:, 0]
-            top_MG[row_M, g_M] = own_MS.scatter_(1, s_M[:, None], -3e38).amax(1)
-            slot_B[tile], other_BG[tile] = s_M * n_groups + g_M, top_MG
-        return slot_B, best_B, other_BG
+            s_M = argmax(own_MS) if every else self.rank_K[label_B[tile]]
+            if every:
+                label_B[tile] = self.slot_P[s_M * n_groups + g_M]
+            fresh_M, s_M1 = s_M < own_MS.shape[1], s_M.clamp(max=own_MS.shape[1] - 1)[:, None]
+            score_M = own_MS.gather(1, s_M1)[:, 0]
+            best_B[tile] = score_M.where(fresh_M, -torch.inf)
+            top_MG[row_M, g_M] = own_MS.scatter_(1, s_M1, score_M.masked_fill(fresh_M, -3e38)[:, None]).amax(1)
+            other_BG[tile] = top_MG
+        return label_B, best_B, other_BG
 
     def screen_fused(self, x_BD, x_BE, norm_B, h_B):
         """The same with the scores kept on the chip: one group. Where two centroids are left, differences decide."""
@@ -340,42 +347,48 @@ class NearestSearch:
         open_B1[two] = False
         return label_B, near_B, far_B1, open_B1
 
-    def compare(self, x_BD, wanted_BG):
-        """label_B, near_B, far_BG from the wanted groups alone; far is infinite for the others."""
-        best_BG = torch.full(wanted_BG.shape, torch.inf, device=x_BD.device)  # squared distances
-        next_BG, error_BG, label_BG = best_BG.clone(), torch.zeros_like(best_BG), torch.zeros_like(wanted_BG, dtype=int)
+    def compare(self, x_ND, wanted_BG, at_B):
+        """label_B, near_B, far_BG of the points at_B from the wanted groups alone; far is infinite for the others."""
         g_M, row_M = wanted_BG.T.nonzero(as_tuple=True)
+        found = []
         for g, rows in enumerate(row_M.split(torch.bincount(g_M, minlength=len(self.groups)).tolist())):
             if len(rows):
                 ids, middle_D, local_DS, minus_square_S, longest = self.groups[g]
-                x_MD = x_BD.index_select(0, rows).sub_(middle_D)  # twice as fast as x_BD[rows]
-                square_M = torch.linalg.vecdot(x_MD, x_MD)
+                x_MD = x_ND.index_select(0, at_B[rows]).sub_(middle_D)  # twice as fast as x_ND[at_B[rows]]
+                length_M = x_MD.norm(dim=1)  # a tenth of vecdot's time
                 score_MS = torch.addmm(minus_square_S, x_MD, local_DS, alpha=2)
                 s_M = argmax(score_MS)[:, None]
-                label_BG[rows, g], best_BG[rows, g] = ids[s_M[:, 0]], square_M - score_MS.gather(1, s_M)[:, 0]
-                next_BG[rows, g] = square_M - score_MS.scatter_(1, s_M, -torch.inf).amax(1)
-                error_BG[rows, g] = (len(middle_D) + 16) * UNIT * (square_M.sqrt() + longest).square()
+                best_M, next_M = score_MS.gather(1, s_M)[:, 0], score_MS.scatter_(1, s_M, -torch.inf).amax(1)
+                found.append((ids[s_M[:, 0]], length_M.square(), best_M, next_M, (length_M + longest).square_()))
+        label_M, square_M, best_M, next_M, error_M = (torch.cat(parts) for parts in zip(*found, strict=True))
+        best_BG = torch.full(wanted_BG.shape, torch.inf, device=x_ND.device)  # squared distances
+        next_BG, error_BG, label_BG = best_BG.clone(), torch.zeros_like(best_BG), torch.zeros_like(wanted_BG, dtype=int)
+        best_BG[row_M, g_M], next_BG[row_M, g_M], label_BG[row_M, g_M] = square_M - best_M, square_M - next_M, label_M
+        error_BG[row_M, g_M] = (x_ND.shape[1] + 16) * UNIT * error_M
         g_B = best_BG.argmin(1)[:, None]
         near_B = (best_BG.gather(1, g_B) + error_BG.gather(1, g_B))[:, 0].clamp_(min=0).sqrt_()
         best_BG.scatter_(1, g_B, next_BG.gather(1, g_B))
         return label_BG.gather(1, g_B)[:, 0], near_B, (best_BG - error_BG).clamp_(min=0).sqrt_()
 
-    def find(self, x_BD, norm_B, rounding_B, label_B, near_B, far_BG):
-        """New label_B, near_B, far_BG of points from their old ones (-1, inf and -inf where nothing is known)."""
-        open_BG = far_BG <= near_B[:, None]
-        if open_BG.float().mean() > self.screen_above:
-            label_B, near_B, far_BG, open_BG = self.screen(x_BD, norm_B, rounding_B)
-        else:
-            label_B, near_B, far_BG = label_B.clone(), near_B.clone(), far_BG.clone()
+    def find(self, x_BD, norm_B, rounding_B, label_B, near_B, far_BG, fresh):
+        """New label_B, near_B, far_BG of points from their old ones (-1, inf and -inf where nothing is known).
+
+        far_BG need not hold for the first `fresh` centroids of every group.
+        """
+        label_B, near_B, far_BG, open_BG = label_B.clone(), near_B.clone(), far_BG.clone(), far_BG <= near_B[:, None]
+        if fresh:
+            label_B, new_near_B, new_far_BG, open_BG = self.screen(x_BD, norm_B, rounding_B, label_B, fresh)
+            every = fresh * len(self.groups) == len(self.slot_P)
+            near_B, far_BG = (new_near_B, new_far_BG) if every else (near_B.fmin(new_near_B), far_BG.fmin(new_far_BG))
+            open_BG = open_BG if every else far_BG <= near_B[:, None]
         left = open_BG.any(1).nonzero()[:, 0]
         if len(left):
             wanted_MG = open_BG[left].scatter_(1, self.group_K[label_B[left]][:, None], True)
-            x_MD = x_BD if len(left) == len(x_BD) else x_BD.index_select(0, left)
-            label_M, near_M, far_MG = self.compare(x_MD, wanted_MG)
+            label_M, near_M, far_MG = self.compare(x_BD, wanted_MG, left)
             far_MG = torch.where(wanted_MG, far_MG, far_BG[left])
             ties = (far_MG <= near_M[:, None]).any(1).nonzero()[:, 0]
             if len(ties):
-                label_M[ties] = nearest_ref(x_MD[ties], self.exact_KD, self.square_K)
+                label_M[ties] = nearest_ref(x_BD[left[ties]], self.exact_KD, self.square_K)
                 far_MG[ties] = 0  # `compare` left its own choice out of far; float64 may have chosen another
             label_B[left], near_B[left], far_BG[left] = label_M, near_M, far_MG
         return label_B, near_B, far_BG
@@ -405,17 +418,35 @@ class Assignment:
         if before is None:
             groups = split_into_groups(c_KD, 1 if product == "fused" else GROUPS)
             self.far_NG = torch.full((len(self.norm_N), len(groups)), -torch.inf, device=c_KD.device)
-            self.step_K, self.step_G = c_KD.new_zeros(len(c_KD)), c_KD.new_zeros(len(groups))
+            self.step_K = c_KD.new_zeros(len(c_KD))
         else:
             # 1 + 1e-6 and the last bits of near and far, which are at most the data's extent, cover float32's rounding.
             extent = before.longest + (self.norm_N.max().item() if len(self.norm_N) else 0.0)
             self.step_K = (c_KD.double() - before.c_KD.double()).norm(dim=1).float() * (1 + 1e-6) + 2.0**-22 * extent
-            self.step_G = torch.stack([self.step_K[ids].max() for ids, *_ in before.groups])
             groups, self.moves = before.group_GS, self.moves + 1
         if self.moves == 1:  # means group better than seeds, and after this long a step no bound is worth keeping
             groups = split_into_groups(c_KD, len(groups))
             self.far_NG.fill_(-torch.inf)
-        self.search = NearestSearch(c_KD, groups, product)
+        step_GS = self.step_K[groups].masked_fill_(groups < 0, -1.0)
+        step_GS, order_GS = step_GS.sort(dim=1, descending=True, stable=True)
+        self.step_GS = torch.nn.functional.pad(step_GS.clamp(min=0), (0, 1))
+        self.search = NearestSearch(c_KD, groups.gather(1, order_GS), product)
+
+    def choose_fresh(self, label_B, near_B, far_BG):
+        """How many centroids of every group, the fastest, to multiply anew: what costs least on a sample of points."""
+        search, (n_groups, size) = self.search, self.search.group_GS.shape
+        label_B, near_B, far_BG = label_B[::8], near_B[::8], far_BG[::8]
+        if label_B[0] < 0:
+            return size
+        looked_B, step_B = (far_BG - self.step_GS[:, 0] <= near_B[:, None]).any(1), self.step_K[label_B]
+        if search.product == "fused":
+            return size if looked_B.float().mean() > 0.125 else 0
+        costs = {}
+        for fresh in (size * part // 16 for part in (0, 1, 2, 3, 4, 6, 8, 12, 16)):
+            near_M = near_B - step_B * (search.rank_K[label_B] < fresh)
+            n_open = (far_BG - self.step_GS[:, fresh] <= near_M[:, None]).sum() * (fresh < size)
+            costs[fresh] = (looked_B.sum() * n_groups * fresh + n_open * (size + GATHERING)).item()
+        return min(costs, key=costs.get)
 
     def update(self, block, read_rows):
         """Bring the labels of a block (a slice of the points) up to date, once after each `set_centroids`.
@@ -425,12 +456,14 @@ class Assignment:
         """
         near_B, far_BG = self.near_N[block], self.far_NG[block]
         near_B += self.step_K[self.label_N[block]]
-        far_BG -= self.step_G
-        looked_M = (far_BG <= near_B[:, None]).any(1).nonzero()[:, 0]
+        looked_M = (far_BG - self.step_GS[:, 0] <= near_B[:, None]).any(1).nonzero()[:, 0]
         if len(looked_M) == 0:
+            far_BG -= self.step_GS[:, 0]
             return None, looked_M, looked_M
+        fresh = self.choose_fresh(self.label_N[block], near_B, far_BG)
         at = block if len(looked_M) > 0.8 * len(near_B) else looked_M + block.start  # a contiguous read beats a gather
-        x_MD, old_M = read_rows(at), self.label_N[at].clone()
-        known = (self.norm_N[at], self.rounding_N[at], old_M, self.near_N[at], self.far_NG[at])
-        self.label_N[at], self.near_N[at], self.far_NG[at] = self.search.find(x_MD, *known)
+        x_MD, old_M, far_MG = read_rows(at), self.label_N[at].clone(), self.far_NG[at] - self.step_GS[:, fresh]
+        far_BG -= self.step_GS[:, 0]
+        known = (self.norm_N[at], self.rounding_N[at], old_M, self.near_N[at], far_MG)
+        self.label_N[at], self.near_N[at], self.far_NG[at] = self.search.find(x_MD, *known, fresh)
         return x_MD, old_M, self.label_N[at]
