@@ -226,15 +226,15 @@ class NearestSearch:
     `far`, which is at most the distance to any other centroid of the group. A group is *open* for the point while
     far <= near; with no group open the label is proven. (After Ding et al., "Yinyang K-Means", 2015.)
 
-    1. `screen`: one product with all centroids, in bfloat16 where that is fast. s_k = x.c_k - |c_k|^2 / 2 is largest
-       for the nearest centroid, and rounded x', c' change it by at most
+    1. `screen`: one product with all centroids, or the first of every group, in bfloat16 where that is fast.
+       s_k = x.c_k - |c_k|^2 / 2 is largest for the nearest centroid, and rounded x', c' change it by at most
 
            |x - x'| |c_k| + |x'| |c_k - c'_k| + E 2^-24 (|x| |c_k| + |c_k|^2)          (Cauchy-Schwarz; float32 sums)
 
        which is at most h |c_k| with one h a point. That is one more channel of the product (h beside x', |c_k| beside
        c'), which then returns upper bounds of s themselves. (One bound for all centroids will not do: a cluster of one
        point in 384-d can be 8 times as long as its neighbours of 100.) The largest bounds by group give `far`, the
-       best's lower bound gives `near`. Skipped where few groups are open, because the next step is then cheaper.
+       best's lower bound gives `near`.
     2. `compare`: float32, only with a point's open groups and its own. Both are taken about the middle of the group:
        the shorter the vectors, the smaller the error.
     3. `nearest_ref`: float64, for near ties.
@@ -286,12 +286,9 @@ class NearestSearch:
         return near_B, far_BG, far_BG <= near_B[:, None]
 
     def screen(self, x_BD, norm_B, rounding_B, label_B, fresh):
-        """label_B, near_B, far_BG, open_BG by one product with the first `fresh` centroids of every group.
-
-        With all of them label_B becomes the best; with fewer it stays, and near is infinite where its own is not fresh.
-        """
-        slots = fresh * len(self.groups)
-        h_B = 2 * self.channels * UNIT * (norm_B + self.longest)
+        """label_B, near_B, far_BG, open_BG by one product with the first `fresh` centroids of every group. With all of
+        them label_B becomes the best; with fewer it stays, and near is infinite where the own centroid is not fresh."""
+        slots, h_B = fresh * len(self.groups), 2 * self.channels * UNIT * (norm_B + self.longest)
         if self.product == "float32":
             label_B, best_B, upper_BG = self.best_scores(x_BD, label_B, slots)
             slack_B = h_B * self.longest
@@ -349,8 +346,7 @@ class NearestSearch:
 
     def compare(self, x_ND, wanted_BG, at_B):
         """label_B, near_B, far_BG of the points at_B from the wanted groups alone; far is infinite for the others."""
-        g_M, row_M = wanted_BG.T.nonzero(as_tuple=True)
-        found = []
+        (g_M, row_M), found = wanted_BG.T.nonzero(as_tuple=True), []
         for g, rows in enumerate(row_M.split(torch.bincount(g_M, minlength=len(self.groups)).tolist())):
             if len(rows):
                 ids, middle_D, local_DS, minus_square_S, longest = self.groups[g]
@@ -372,9 +368,7 @@ class NearestSearch:
 
     def find(self, x_BD, norm_B, rounding_B, label_B, near_B, far_BG, fresh):
         """New label_B, near_B, far_BG of points from their old ones (-1, inf and -inf where nothing is known).
-
-        far_BG need not hold for the first `fresh` centroids of every group.
-        """
+        far_BG need not hold for the first `fresh` centroids of every group."""
         label_B, near_B, far_BG, open_BG = label_B.clone(), near_B.clone(), far_BG.clone(), far_BG <= near_B[:, None]
         if fresh:
             label_B, new_near_B, new_far_BG, open_BG = self.screen(x_BD, norm_B, rounding_B, label_B, fresh)
@@ -402,7 +396,8 @@ class Assignment:
 
     What one pass proved is of use to the next. When the centroids move, a point's `near` grows by the step of its own
     centroid, and its `far` shrinks by the longest step of the group; the point is looked at again only where that opens
-    a group. A point that cannot change its cluster is not even read.
+    a group. A point that cannot change its cluster is not even read. Most centroids hardly move while a few go far, so
+    a group lists its fastest first: multiplied afresh, they leave to `far` the longest step of the others.
 
     norm_N: |x| of every point. rounding_N: |x - bfloat16(x)|. Both float32, on the device that computes.
     """
@@ -438,14 +433,14 @@ class Assignment:
         label_B, near_B, far_BG = label_B[::8], near_B[::8], far_BG[::8]
         if label_B[0] < 0:
             return size
-        looked_B, step_B = (far_BG - self.step_GS[:, 0] <= near_B[:, None]).any(1), self.step_K[label_B]
-        if search.product == "fused":
-            return size if looked_B.float().mean() > 0.125 else 0
-        costs = {}
+        open_BG, costs = far_BG - self.step_GS[:, 0] <= near_B[:, None], {}
+        looked, step_B = open_BG.any(1).sum(), self.step_K[label_B]
+        if search.product != "float32":  # bfloat16 is so fast that only all or none were measured
+            return size if open_BG.sum() > 0.125 * looked * n_groups else 0
         for fresh in (size * part // 16 for part in (0, 1, 2, 3, 4, 6, 8, 12, 16)):
             near_M = near_B - step_B * (search.rank_K[label_B] < fresh)
             n_open = (far_BG - self.step_GS[:, fresh] <= near_M[:, None]).sum() * (fresh < size)
-            costs[fresh] = (looked_B.sum() * n_groups * fresh + n_open * (size + GATHERING)).item()
+            costs[fresh] = (looked * n_groups * fresh + n_open * (size + GATHERING)).item()
         return min(costs, key=costs.get)
 
     def update(self, block, read_rows):
