@@ -275,7 +275,8 @@ def measured(found):
 
 
 def value(result, measure):
-    """A measure of a run; the mean over teachers of one that is each teacher's; None where it was not measured."""
+    """A measure or loss of a run; the mean over teachers of what each of them has; None where it was not measured."""
+    result = result | result["losses"] | {"loss": sum(result["losses"].values())}
     own = [v for name, v in result.items() if name.endswith("_" + measure)]
     return result.get(measure, np.mean(own) if own else None)
 

@@ -103,11 +103,10 @@ def step():
 
 
 def int8():
-    found, columns = load("int8"), ("int8", "bf16", "difference")
-    cell = "{mean:.3f} ± {std:.3f}"
-    rows = [(m, *(cell.format(**found[c][m]) for c in columns)) for m in ("zeroshot", "knn", "miou", "loss")]
-    note = f"n = {found['n']} seeds each, mean ± standard deviation (`{found['script']}` of commit {found['commit']})."
-    return table(("measure", *columns), rows, note)
+    """A cache in int8, as it is, and in bfloat16."""
+    measures = ("zeroshot", "knn", "miou", "patch_cosine", "loss", "dense_registers")
+    names = (*measures[:3], "patch cosine", "loss at the end", "of it, the dense teacher's registers")
+    return against_base(load("claims"), ["as it is", "int8 cache: bfloat16"], measures, names)
 
 
 def loader():
