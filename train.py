@@ -741,7 +741,7 @@ def write_result(run, student, failed):
     text = json.dumps(result, indent=1) + "\n"
     write_atomically(run.folder / "result.json", lambda file: file.write(text.encode()))
     rate = result["tokens_per_s"]
-    print(f"{result['seconds']:.0f} s in all, {rate:.0f} tokens/s in training; see {run.folder}", flush=True)
+    print(f"{result['seconds']:.0f} s in all, {run.seconds:.0f} of them training at {rate:.0f} tokens/s; see {run.folder}", flush=True)
     return failed
 
 

@@ -32,22 +32,30 @@ def spread(values, digits=3, sign=""):
     return f"{mean(values):{sign}.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
-def scores(results, *notes):
-    """A line a measure: means over runs of student (with standard deviation), teacher and untrained student."""
+def scores(results, *notes, longer=()):
+    """A line a measure: means over runs of student (with standard deviation), teacher and untrained student.
+
+    longer: results of longer runs, for a column beside.
+    """
     columns, rows = ("student", "teacher", "untrained"), []
     for measure in results[0]["student"]:
         student, *others = ([r[who][measure] for r in results if measure in r[who]] for who in columns)
         shares = [s / t for s, t in zip(student, others[0], strict=False)]
-        cells = [f"{mean(v):.3f}" if v else "" for v in others]
+        cells = [spread([r["student"][measure] for r in longer])] if longer else []
+        cells += [f"{mean(v):.3f}" if v else "" for v in others]
         rows.append((measure, spread(student), *cells, f"{mean(shares):.0%}" if shares else ""))
-    return table(("measure", *columns, "share of the teacher"), rows, *notes)
+    more = [f"after {longer[0]['steps']} steps"] if longer else []
+    return table(("measure", columns[0], *more, *columns[1:], "share of the teacher"), rows, *notes)
 
 
 def toy():
-    runs = [load(path.stem) for path in sorted(HERE.glob("toy_seed*.json"))]
-    seconds = [r["seconds"] for r in runs]
-    note = f"`python train.py --seed S`, n = {len(runs)} seeds, mean ± standard deviation; "
-    return scores(runs, note + f"{min(seconds):.0f} to {max(seconds):.0f} s a run, everything included.")
+    runs, longer = ([load(path.stem) for path in sorted(HERE.glob(f"toy_{kind}*.json"))] for kind in ("seed", "longer"))
+    seconds, training = [r["seconds"] for r in runs], [r["tokens"] / r["tokens_per_s"] for r in runs]
+    note = f"`python train.py --seed S`, n = {len(runs)} seeds, mean ± standard deviation; {min(seconds):.0f} to "
+    note += f"{max(seconds):.0f} s a run, everything included, {mean(training):.0f} of them training."
+    if longer:
+        note += f" `--steps {longer[0]['steps']}` (n = {len(longer)}): {mean(r['seconds'] for r in longer):.0f} s."
+    return scores(runs, note, longer=longer)
 
 
 def photos():
