@@ -740,8 +740,8 @@ def write_result(run, student, failed):
     result["seconds"] = time.perf_counter() - run.began
     text = json.dumps(result, indent=1) + "\n"
     write_atomically(run.folder / "result.json", lambda file: file.write(text.encode()))
-    rate = result["tokens_per_s"]
-    print(f"{result['seconds']:.0f} s in all, {run.seconds:.0f} of them training at {rate:.0f} tokens/s; see {run.folder}", flush=True)
+    rate = f"{run.seconds:.0f} of them training at {result['tokens_per_s']:.0f} tokens/s"
+    print(f"{result['seconds']:.0f} s in all, {rate}; see {run.folder}", flush=True)
     return failed
 
 

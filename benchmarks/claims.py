@@ -12,6 +12,7 @@ compared on held-out images, by scores and by how much of the teachers' geometry
 
 import argparse
 import functools
+import gc
 import json
 import os
 import time
@@ -305,6 +306,7 @@ def main():
             if asked and not (photos and words.startswith("toy-")) and seed not in found.setdefault(arm, {}):
                 found[arm][seed] = run(args, out, words, seed, photos)
                 args.out.write_text(json.dumps(found, indent=1) + "\n")
+                gc.collect()  # a run's cache, held by a cycle, has shards in memory
 
 
 if __name__ == "__main__":
