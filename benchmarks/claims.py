@@ -263,7 +263,9 @@ def compared(found, measures=None):
             continue
         result[arm] = {"n": len(seeds)}
         for measure in measures or measured(found):
-            a, b = (np.array([value(part[seed], measure) for seed in seeds]) for part in (runs, base))
+            a, b = (np.array([value(part[seed], measure) for seed in seeds], float) for part in (runs, base))
+            if np.isnan(a).any():  # what was not measured of this arm
+                continue
             test = scipy.stats.ttest_rel(a, b)
             low, high = test.confidence_interval(0.95)
             result[arm][measure] = float((a - b).mean()), float(high - low) / 2, float(test.pvalue)
