@@ -90,13 +90,15 @@ class Axes:
         low, high, y = (np.log(v) for v in (*self.ys, max(y, 1e-9))) if self.log else (*self.ys, y)
         return x0 + (x1 - x0) * (x - self.xs[0]) / (self.xs[1] - self.xs[0]), y1 - (y1 - y0) * (y - low) / (high - low)
 
-    def band(self, xs, rows, colour):
-        """The mean of rows of values at xs, and a standard deviation to either side."""
-        middle, spread = np.mean(rows, 0), np.std(rows, 0, ddof=1)
-        edge = [*zip(xs, middle - spread, strict=True), *reversed([*zip(xs, middle + spread, strict=True)])]
-        pale = tuple(255 - (255 - c) // 4 for c in colour)
-        self.page.draw.polygon([tuple(SCALE * v for v in self.at(*point)) for point in edge], pale)
-        self.page.line([self.at(*point) for point in zip(xs, middle, strict=True)], colour, 2)
+    def curves(self, xs, rows_of):
+        """{colour: rows of values at xs}: bands of a standard deviation to either side, and the means above them."""
+        for colour, rows in rows_of.items():
+            middle, spread = np.mean(rows, 0), np.std(rows, 0, ddof=1)
+            edge = [*zip(xs, middle - spread, strict=True), *reversed([*zip(xs, middle + spread, strict=True)])]
+            pale = tuple(255 - (255 - c) // 4 for c in colour)
+            self.page.draw.polygon([tuple(SCALE * v for v in self.at(*point)) for point in edge], pale)
+        for colour, rows in rows_of.items():
+            self.page.line([self.at(*point) for point in zip(xs, np.mean(rows, 0), strict=True)], colour, 2)
 
     def bars(self, heights, colour, first=0):
         for x, height in enumerate(heights, first):
@@ -231,35 +233,34 @@ def evidence(_):
 
 
 def optimisers(_):
-    """The loss by step under each optimiser: the mean over seeds, and a band of one standard deviation."""
-    found, page = found_in("claims"), Page(900, 330)
-    axes = Axes(
-        page, (60, 40, 620, 270), (20, 300), (1.8, 7), (20, 100, 200, 300), (2, 3, 4, 5, 6), "", "step", log=True
-    )
-    page.text(60, 20, "loss, the mean of 20 steps", 13, GREY)
+    """The loss by step under each optimiser."""
+    found, page = found_in("claims"), Page(760, 330)
+    ticks, title = (20, 100, 200, 300), "loss, the mean of 20 steps"
+    axes = Axes(page, (50, 40, 560, 270), (20, 300), (1.8, 12), ticks, (2, 3, 4, 6, 8, 10), title, "step", log=True)
     arms = {"as it is": GREY, "optimiser: AdamW, lr 2e-2": ORANGE, "optimiser: Muon for matrices": BLUE}
-    for i, (arm, colour) in enumerate((arms | {"optimiser: Muon, lr 2e-2": GREEN}).items()):
-        curves = [run["loss"] for run in found[arm].values() if "loss" in run]
-        axes.band(range(20, 20 * len(curves[0]) + 1, 20), curves, colour)
-        words = "AdamW, lr 6e-3" if arm == "as it is" else arm.split(": ")[1].replace(" for matrices", ", lr 6e-3")
-        page.text(650, 70 + 26 * i, words, 15, colour)
+    arms |= {"optimiser: Muon, lr 2e-2": GREEN}
+    axes.curves(range(20, 301, 20), {colour: [r["loss"] for r in found[arm].values()] for arm, colour in arms.items()})
+    for i, words in enumerate(("AdamW, lr 6e-3", "AdamW, lr 2e-2", "Muon, lr 6e-3", "Muon, lr 2e-2")):
+        page.text(590, 70 + 26 * i, words, 15, [*arms.values()][i])
     page.save("optimisers", 64)
 
 
 def subsets(_):
     """Scores with all classes alike of students of a part of a long-tailed pool, against its size."""
     page, colours = Page(900, 360), {"random": GREY, "by the text teacher": PURPLE, "by the dense teacher": GREEN}
-    for n, (name, title, ys) in enumerate((("claims", "toy", (0.2, 0.8)), ("claims_cifar", "CIFAR-10", (0.1, 0.4)))):
-        found, box = found_in(name), (60 + 440 * n, 60, 430 + 440 * n, 280)
-        ticks = [round(ys[0] + i * (ys[1] - ys[0]) / 3, 2) for i in range(4)]
-        axes = Axes(page, box, (-0.1, 2.1), ys, (), ticks, f"{title}: kNN, mean over classes")
+    for n, (name, title, ticks) in enumerate(
+        (("claims", "toy", (0.4, 0.5, 0.6)), ("claims_cifar", "CIFAR-10", (0.2, 0.25, 0.3)))
+    ):
+        found, box, rows_of = found_in(name), (60 + 440 * n, 60, 430 + 440 * n, 280), {}
+        axes = Axes(page, box, (-0.2, 2.2), (ticks[0], ticks[-1]), (), ticks, f"{title}: kNN, mean over classes")
         for i, (how, colour) in enumerate(colours.items()):
-            runs = [found[f"curation to 1/{part}: {how}"] for part in (16, 8, 4)]
-            seeds = set.intersection(*map(set, runs))
-            axes.band(range(3), [[at[seed]["knn_balanced"] for at in runs] for seed in sorted(seeds)], colour)
-            page.text(60 + 270 * i, 340, how, 15, colour) if not n else None
+            page.text(60 + 270 * i, 340, how, 15, colour)
+            runs = [found.get(f"curation to 1/{part}: {how}", {}) for part in (16, 8, 4)]
+            if all(runs):
+                rows_of[colour] = [[run[seed]["knn_balanced"] for run in runs] for seed in runs[0]]
+        axes.curves(range(3), rows_of)
         for i, part in enumerate(("a 16th of the pool", "an 8th", "a 4th")):
-            page.text(axes.at(i, ys[0])[0], box[3] + 14, part, 12, GREY, "mm")
+            page.text(axes.at(i, ticks[0])[0], box[3] + 14, part, 12, GREY, "mm")
     page.save("subsets", 64)
 
 
