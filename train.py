@@ -107,7 +107,7 @@ class Flags:
     resume: bool = flag(False, PATHS, "go on from the newest checkpoint of --out")
     overwrite: bool = flag(False, PATHS, "begin anew where --out holds a run already")
     on_corrupt: str = flag("stop", PATHS, "where the cache is damaged: stop, or skip those images", ("stop", "skip"))
-    save_every: int = flag(200, PATHS, "steps between checkpoints; the last step is always saved", COUNT)
+    save_every: int = flag(100, PATHS, "steps between checkpoints; the last step is always saved", COUNT)
     save_minutes: float = flag(0.0, PATHS, "minutes between checkpoints as well; 0: by steps alone", (0, 1e6))
     log_every: int = flag(20, PATHS, "steps between lines of log.jsonl", COUNT)
     eval_every: int = flag(0, PATHS, "steps between measures of held-out images, by kNN too; 0: none", (0, 10**9))
