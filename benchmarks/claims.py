@@ -38,8 +38,13 @@ BUDGETS = 16, 32, 64
 # toy-DTYPE or toy-BUDGETS (a cache stored otherwise), or how a part of them is chosen (`choose`)
 ARMS = {
     "": {"as it is": ""},
-    "ARKD": {"none": "--arkd 0", "weight 2": "--arkd 2", "weight 8": "--arkd 8", "RKD, 0.5": "--arkd-mode rkd"}
-    | {"RKD, 2": "--arkd-mode rkd --arkd 2"},
+    "ARKD": {
+        "none": "--arkd 0",
+        "weight 2": "--arkd 2",
+        "weight 8": "--arkd 8",
+        "RKD, 0.5": "--arkd-mode rkd",
+        "RKD, 2": "--arkd-mode rkd --arkd 2",
+    },
     "PHI-S": {"every channel": "--balancing channels", "one scalar": "--balancing scale", "none": "--balancing none"},
     "token balance": {"mean over all patches of a pack": "--alike tokens"},
     "MoE": {
@@ -53,20 +58,23 @@ ARMS = {
         "WSD schedule": "--schedule wsd",
         "AdamW, lr 2e-2": "--lr 2e-2",
         "Muon for matrices": "--optimizer muon",
-    }
-    | {"Muon, lr 2e-2": "--optimizer muon --lr 2e-2"},
+        "Muon, lr 2e-2": "--optimizer muon --lr 2e-2",
+    },
     "int8 cache": {"bfloat16": "toy-bf16"},
     "token budgets": {
         "16, 32 and 64": "toy-16-32-64",
         "16, 32 and 64, mean over patches": "toy-16-32-64 --alike tokens",
-    }
-    | {"64": "toy-64", "16": "toy-16"},
-} | {
-    f"curation to 1/{part}": {"random": f"random/{part}", "by the text teacher": f"0:9,90/{part}"}
-    | {"by the dense teacher": f"1:9,90/{part}"}
-    | ({"by the dense teacher, one level": f"1:90/{part}"} if part == 8 else {})
-    for part in (16, 8, 4)
+        "64": "toy-64",
+        "16": "toy-16",
+    },
 }
+for part in (16, 8, 4):
+    ARMS[f"curation to 1/{part}"] = {
+        "random": f"random/{part}",
+        "by the text teacher": f"0:9,90/{part}",
+        "by the dense teacher": f"1:9,90/{part}",
+    }
+ARMS["curation to 1/8"]["by the dense teacher, one level"] = "1:90/8"
 MEASURES = ("zeroshot", "knn", "miou", "distances", "cka", "neighbours", "patch_cosine")
 
 

@@ -268,7 +268,7 @@ def shares():
 def costs():
     """CPU seconds of a run, when it reaches the loss of the run as it is, and how evenly its experts are loaded."""
     found, rows = load("claims"), []
-    base = median(r["loss"][-1] for r in found["as it is"].values() if "loss" in r)
+    base = median(r["loss"][-1] for r in found["as it is"].values())
     for arm, runs in found.items():
         if base_of(arm) != "as it is" or not arm.startswith(("as it is", "MoE", "bias", "optimiser")):
             continue
@@ -276,6 +276,7 @@ def costs():
         curve = [median(losses) for losses in zip(*(r["loss"] for r in runs.values() if "loss" in r), strict=True)]
         at = next((20 * (i + 1) for i, loss in enumerate(curve) if loss <= base), None)
         reached = f"step {at}, {median(seconds) * at / (20 * len(curve)):.0f} CPU-s" if at else "not reached"
+        reached = reached if curve else "not recorded"
         name = "the run as it is" if arm == "as it is" else arm
         rows.append((name, len(runs), f"{median(seconds):.0f}", reached, f"{mean(load_spread):.2f}"))
     head = ("arm", "n", "CPU-s", "loss of the run as it is reached at", "expert load, most less least")

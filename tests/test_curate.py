@@ -348,7 +348,7 @@ def test_balance_beats_random_and_needs_resampling():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("distance, goal", [(1.0, 0.99), (0.5, 0.89)])
-def test_balance_of_section_9(distance, goal):
+def test_a_long_tailed_pool_is_balanced_to_its_goal(distance, goal):
     """Catches anything that costs balance: see `draw_seeds_greedily` for what one choice is worth."""
     x, y = zipf(distance)
     assert curate.entropy(np.bincount(y[curate.curate(x, [1000, 100], 2000)], minlength=50)) >= goal
