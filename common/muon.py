@@ -64,14 +64,14 @@ def local(x):
 
 
 def whole(x, p):
-    """The matrix p's likeness of which every rank has a part x; parts of stacks are left alone."""
+    """The whole matrix of p's shape whose rows x this rank holds; of experts, which a rank holds whole, x itself."""
     if p.ndim > 2 or not hasattr(p, "to_local"):
         return x
     return type(p.data).from_local(x, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()).full_tensor()
 
 
 def part(x, p):
-    """The inverse of `whole`, for x [1, m, n]."""
+    """The rows that this rank holds of x [1, m, n], a matrix of p's shape: the inverse of `whole`."""
     if p.ndim > 2 or not hasattr(p, "to_local"):
         return x
     return type(p.data).from_local(x[0], p.device_mesh).redistribute(placements=p.placements).to_local()

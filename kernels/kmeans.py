@@ -27,7 +27,7 @@ if triton is not None:
 
 IMPLS = ("ref", "triton")  # of top3
 GROUPS = 32  # of centroids; a point keeps one float for each
-GATHERING = 300  # centroids more: what `compare` costs a point and group, most of it for gathering rows
+GATHERING = 300  # comparing a point with a group costs as much as so many more centroids: its row has to be gathered
 UNIT = 2.0**-24  # half a unit in the last place of float32, relative
 TILE_BYTES = 16 << 20  # of scores at a time: 4 to 32 MiB ran within 4% of each other, 256 MiB 1.3x slower
 
