@@ -348,11 +348,11 @@ class PhiS(Float32Buffers):
     """PHI-S standardisation (E1; arXiv 2410.01680): y = H U^T (x - mean) / sigma, x = mean + sigma U H^T y.
 
     U holds the covariance's eigenvectors, sigma^2 is its mean eigenvalue, H a normalised Hadamard matrix. The rotation
-    spreads variance evenly: in y's space, the *balanced* one, every channel has variance 1, by one scalar for all.
+    spreads variance evenly: in y's space, the *standardised* one, every channel has variance 1, by one scalar for all.
     """
 
     def __init__(self, mean_C, rotation_CC, sigma):
-        """rotation_CC is H U^T. sigma may be [C], a divisor a channel, where nothing is rotated (`rebalance`)."""
+        """rotation_CC is H U^T. sigma may be [C], a divisor a channel, where nothing is rotated (`without_phi_s`)."""
         super().__init__()
         self.register_buffer("mean", mean_C)
         self.register_buffer("rotation", rotation_CC)
@@ -388,11 +388,11 @@ class PhiS(Float32Buffers):
         return cls(*(t.to(dtype) for t in (mean, (H / math.sqrt(C)) @ vectors.T, sigma)))
 
     def apply(self, x):
-        """Teacher's space to balanced space, [..., C] -> [..., C]."""
+        """Teacher's space to standardised space, [..., C] -> [..., C]."""
         return (x.to(self.mean.dtype) - self.mean) @ self.rotation.T / self.sigma
 
     def invert(self, y):
-        """Balanced space to the teacher's own, [..., C] -> [..., C]."""
+        """Standardised space to the teacher's own, [..., C] -> [..., C]."""
         return self.mean + self.sigma * (y.to(self.mean.dtype) @ self.rotation)
 
     def fold(self, linear):
@@ -420,12 +420,12 @@ INT8_STEP = 1 / 16  # of a standard deviation: +-127 steps reach 7.9 sigma, roun
 
 
 def quantise(y):
-    """Balanced features to int8 steps; values beyond +-7.9 sigma are clipped."""
+    """Standardised features to int8 steps; values beyond +-7.9 sigma are clipped."""
     return (y / INT8_STEP).round().clamp(-127, 127).to(torch.int8)
 
 
 def dequantise(y):
-    """Balanced features as stored (int8 steps or floats) to float32 (floats keep a wider dtype)."""
+    """Standardised features as stored (int8 steps or floats) to float32 (floats keep a wider dtype)."""
     return y.float() * INT8_STEP if y.dtype == torch.int8 else y.to(torch.promote_types(y.dtype, torch.float32))
 
 
@@ -438,7 +438,7 @@ class Space:
 
     `summary_variance` and `register_variance` are mean channel variances in the teacher's own space. `pool` holds the
     state of a frozen MAP head (see MapPool) where the teacher's summary is attention-pooled. `replaced_phi_s` is the
-    teacher's PHI-S where an ablation puts another in its place (`rebalance`); None otherwise.
+    teacher's PHI-S where an ablation puts another in its place (`without_phi_s`); None otherwise.
     """
 
     name: str
@@ -467,16 +467,16 @@ class Space:
         return self.phi_s.to(y.device).apply(self.to_own_space(y)) if self.replaced_phi_s else dequantise(y)
 
 
-BALANCINGS = ("phi-s", "channels", "scale", "none")
+STANDARDISATIONS = ("phi-s", "channels", "global", "none")
 
 
-def rebalance(space, how, spread_C=None):
+def without_phi_s(space, how, spread_C=None):
     """The Space in which a student learns without PHI-S, to compare: an ablation.
 
-    how: "channels" gives every channel unit variance (spread_C, its standard deviation), "scale" divides all by the one
-    sigma of PHI-S and rotates nothing, "none" leaves features as the teacher says them.
+    how: "channels" gives every channel unit variance (spread_C, its standard deviation), "global" divides all by the
+    one sigma of PHI-S and rotates nothing, "none" leaves features as the teacher says them.
     """
-    mean, sigma, other = space.phi_s.mean, {"channels": spread_C, "scale": space.phi_s.sigma, "none": 1.0}[how], {}
+    mean, sigma, other = space.phi_s.mean, {"channels": spread_C, "global": space.phi_s.sigma, "none": 1.0}[how], {}
     if how == "none":
         mean = torch.zeros_like(mean)
         other = {"summary_variance": 1.0, "register_variance": (1.0,) * len(space.register_variance)}
@@ -554,7 +554,7 @@ class Head(Float32Buffers):
         nn.init.zeros_(self.fc1.bias)
 
     def to_own_space(self, z):
-        """Balanced features to the teacher's own space; already there once folded."""
+        """Standardised features to the teacher's own space; already there once folded."""
         return z if self.phi_s is None else self.phi_s.invert(z)
 
     def fold(self):
@@ -563,7 +563,7 @@ class Head(Float32Buffers):
             self.fc2, self.phi_s = self.phi_s.fold(self.fc2), None
 
     def forward(self, h_TD, batch):
-        """{"patch": [T, C] balanced, "summary": [M, C] own space, "registers": [M, R, C] own space}.
+        """{"patch": [T, C] standardised, "summary": [M, C] own space, "registers": [M, R, C] own space}.
 
         "patch" has a row for every token; those of CLS, registers and padding are not patches.
         """
@@ -757,8 +757,8 @@ def rebuild(about, state, source):
     spaces, trunk = [], about["trunk"]
     for name, sizes in about["heads"].items():
         C, pool = sizes["dim"], sizes["pool"] or {"heads": 0, "eps": 0}
-        balanced = f"heads.{name}.phi_s.mean" in state  # as a checkpoint of training is, and no student/
-        phi_s = PhiS(torch.zeros(C), torch.zeros(C, C), state[f"heads.{name}.phi_s.sigma"]) if balanced else None
+        standardised = f"heads.{name}.phi_s.mean" in state  # as a checkpoint of training is, and no student/
+        phi_s = PhiS(torch.zeros(C), torch.zeros(C, C), state[f"heads.{name}.phi_s.sigma"]) if standardised else None
         weights = without_prefix(f"heads.{name}.pool.", state) or None
         pooled = {"pool": weights, "pool_heads": pool["heads"], "pool_eps": pool["eps"]}
         spaces.append(Space(name, C, sizes["registers"], phi_s, **pooled))
@@ -861,7 +861,7 @@ def inherit(model, parent):
     """Begin a student with another's weights; returns the teachers whose heads begin afresh.
 
     The trunk must be of the same sizes. A head goes over where both have a teacher of that name and width: from the
-    teacher's own space into this model's balanced one, which gives its last layer a bias.
+    teacher's own space into this model's standardised one, which gives its last layer a bias.
     """
     trunk = {key: value for key, value in parent.state_dict().items() if not key.startswith("heads.")}
     load_exactly(model, model.state_dict() | trunk, "the student to begin with")
@@ -888,19 +888,19 @@ def load_exactly(model, state, source):
 # ---- losses ----
 
 
-def distillation_loss(out, batch, spaces, alike="images"):
+def distillation_loss(out, batch, spaces, loss_per="image"):
     """(E2) summed over the pack's images: {teacher: {"patch", "summary", "registers"}}, float32 scalars.
 
         L(q) = e(summary) + mean over patches of e(patch) + mean over registers of e(register)
         e(kind) = mean over channels of (prediction - target)^2 / v_kind
 
     Divide the sum by the images of the global batch for (E3): every image then weighs the same at every resolution, in
-    whatever pack and on whichever rank. v is 1 for patches, which live in balanced space; summaries and registers are
-    compared in the teacher's own space, where an L2 distance over v is the same number. Without patches in the targets
-    there is no "patch". alike="tokens" weighs all patches of the pack alike, to compare: large images then weigh more.
+    whatever pack and on whichever rank. v is 1 for patches, which live in standardised space; summaries and registers
+    are compared in the teacher's own, where an L2 distance over v is the same number. Without patches in the targets
+    there is no "patch". loss_per="patch" weighs all patches of the pack alike, to compare: large images weigh more.
     """
     patches_M = batch.shapes.prod(1).float()
-    share_M = 1 / patches_M if alike == "images" else (len(patches_M) / patches_M.sum()).expand_as(patches_M)
+    share_M = 1 / patches_M if loss_per == "image" else (len(patches_M) / patches_M.sum()).expand_as(patches_M)
     weight_T = torch.where(batch.is_patch, F.pad(share_M, (0, 1))[batch.image.long()], 0.0)
     losses = {}
     for space in spaces:

@@ -630,7 +630,7 @@ def run_teachers(teachers, batch):
 
 
 def make_targets(teachers, spaces, batch):
-    """What a Batch holds as `targets`, unquantised: patches in balanced space, the rest in the teacher's own."""
+    """What a Batch holds as `targets`, unquantised: patches in standardised space, the rest in the teacher's own."""
     device, answers = batch.rows.device, run_teachers(teachers, batch)
     phi_s = {s.name: s.target_phi_s.to(device) for s in spaces}
     return {n: answers[n] | {"patch": phi_s[n].apply(answers[n]["patch"])} for n in phi_s}

@@ -78,9 +78,9 @@ class Flags:
     clip: float = flag(1.0, RESULTS, "largest norm of the whole gradient", (1e-9, 1e9))
     arkd: float = flag(0.5, RESULTS, "weight of the relational loss; 0 leaves it out", (0, 1000))
     arkd_mode: str = flag("arkd", RESULTS, "asymmetric, or the symmetric baseline", ("arkd", "rkd"))
-    balancing: str = flag("phi-s", RESULTS, "of teachers' channels; the others are to compare", amoe.BALANCINGS)
-    alike: str = flag("images", RESULTS, "what weighs the same in the loss of patches", ("images", "tokens"))
-    balance: float = flag(2e-3, RESULTS, "step of the expert biases towards equal load", (0, 1))
+    standardise: str = flag("phi-s", RESULTS, "teachers' features; others are to compare", amoe.STANDARDISATIONS)
+    loss_per: str = flag("image", RESULTS, "what weighs the same in the loss of patches", ("image", "patch"))
+    expert_bias_rate: float = flag(2e-3, RESULTS, "step of the expert biases towards equal load", (0, 1))
     ema: float = flag(0.0, RESULTS, "decay of an average of the weights, then the student; 0: none", (0, 0.999999))
     seed: int = flag(0, RESULTS, "of initialisation and data order", (0, 2**63 - 1))
     subset: str = flag("", RESULTS, ".npy of image ids to train on, as curate.py writes")
@@ -259,7 +259,7 @@ def note_skipped(run):
 # ---- a step ----
 
 
-def forward(model, spaces, batch, extents, alike="images"):
+def forward(model, spaces, batch, extents, loss_per="image"):
     """A pack's forward pass and its (E2), which torch.compile makes one graph: (summaries, losses, expert load).
 
     ARKD stays outside: it couples the summaries of all packs and ranks, which have to be gathered first. Under DDP the
@@ -267,7 +267,7 @@ def forward(model, spaces, batch, extents, alike="images"):
     """
     out, expert_load = model(batch, extents)
     summaries = {space.name: out[space.name]["summary"].float() for space in spaces}
-    return summaries, amoe.distillation_loss(out, batch, spaces, alike), expert_load
+    return summaries, amoe.distillation_loss(out, batch, spaces, loss_per), expert_load
 
 
 def compile_forward():
@@ -356,7 +356,7 @@ def learning_rate(step, flags):
 
 @torch.no_grad()
 def update(model, optimizer, average, measured, expert_load, bad_steps, step, flags):
-    """Clip, step, balance, average; all skipped, on the device, where the loss or the gradient is not finite.
+    """Clip, step, balance experts, average; all skipped, on the device, where the loss or the gradient is not finite.
 
     bad_steps: [2] int64 on the device: of such steps, in a row and in all. Returns the gradient's norm.
     """
@@ -368,7 +368,7 @@ def update(model, optimizer, average, measured, expert_load, bad_steps, step, fl
     optimizer.found_inf = (~good).float()  # the fused kernel leaves weights and moments alone where this is 1
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    model.balance(expert_load, flags.balance * good)
+    model.balance(expert_load, flags.expert_bias_rate * good)
     if average:
         for name, p in model.named_parameters():
             average[name].lerp_(p.detach(), (1 - flags.ema) * good)
@@ -440,7 +440,8 @@ def hash_of_data(run):
 def restore(run, path, state):
     """Go on from a checkpoint's state. ValueError names what changes results and differs; --steps may grow."""
     for f in fields(Flags):
-        before, now = state["flags"].get(f.name), getattr(run.flags, f.name)
+        now = getattr(run.flags, f.name)
+        before = state["flags"].get(f.name, now)  # an older checkpoint lacks newer flags
         if f.metadata["group"] == RESULTS and before != now and f.name not in ("steps", "accumulate"):
             raise ValueError(f"--resume: {path} was trained with --{f.name.replace('_', '-')} {before}, not {now}")
     if state["data"] != hash_of_data(run):
@@ -484,10 +485,10 @@ def prepare(flags, process, compiled):
         clear_run_folder(folder, flags)
     subset = read_subset(flags.subset)
     dataset, spaces, teachers, world = open_data(flags, process, compiled)
-    spaces = rebalanced(flags, dataset, spaces, teachers, process.device)
+    spaces = spaces_to_learn(flags, dataset, spaces, teachers, process.device)
     model = build(flags, spaces, process.device)
     wrapped = wrap(model, flags, process)
-    run_forward = partial(compile_forward() if compiled else forward, alike=flags.alike)
+    run_forward = partial(compile_forward() if compiled else forward, loss_per=flags.loss_per)
     trained = model, wrapped, run_forward, make_optimizer(model, flags)
     average = {name: p.detach().clone() for name, p in model.named_parameters()} if flags.ema else {}
     bad_steps = torch.zeros(2, dtype=torch.int64, device=process.device)
@@ -560,17 +561,17 @@ def open_images(flags, process, compiled):
     return dataset, data.read_spaces(store, dataset.about, out), teachers
 
 
-def rebalanced(flags, dataset, spaces, teachers, device):
-    """The spaces in which the student learns: the teachers' PHI-S, or another balancing of their channels."""
-    if flags.balancing == "phi-s":
+def spaces_to_learn(flags, dataset, spaces, teachers, device):
+    """The spaces in which the student learns: the teachers' PHI-S, or what --standardise puts in its place."""
+    if flags.standardise == "phi-s":
         return spaces
     spread = {}
-    if flags.balancing == "channels":
+    if flags.standardise == "channels":
         entries = evaluate.split(dataset, 512)[0][:512]
         targets = evaluate.stream(evaluate.of_targets(spaces, teachers, device), dataset, entries, stored=not teachers)
         patches = {name: torch.cat(kinds["patch"]) for name, kinds in evaluate.gather(targets).items()}
         spread = {name: patch.std(0).clamp(min=1e-6).cpu() for name, patch in patches.items()}
-    return [amoe.rebalance(space, flags.balancing, spread.get(space.name)) for space in spaces]
+    return [amoe.without_phi_s(space, flags.standardise, spread.get(space.name)) for space in spaces]
 
 
 def with_sizes(config, sizes):

@@ -45,15 +45,19 @@ ARMS = {
         "RKD, 0.5": "--arkd-mode rkd",
         "RKD, 2": "--arkd-mode rkd --arkd 2",
     },
-    "PHI-S": {"every channel": "--balancing channels", "one scalar": "--balancing scale", "none": "--balancing none"},
-    "token balance": {"mean over all patches of a pack": "--alike tokens"},
+    "PHI-S": {
+        "every channel": "--standardise channels",
+        "one scalar": "--standardise global",
+        "none": "--standardise none",
+    },
+    "token balance": {"mean over all patches of a pack": "--loss-per patch"},
     "MoE": {
         "dense, same active width": "dense_layers=2 dense_hidden=256",
         "first layer dense": "dense_layers=1 dense_hidden=256",
         "top-1 of 8": "top_k=1",
         "top-4 of 8": "top_k=4",
     },
-    "bias balancing": {"none": "--balance 0"},
+    "bias balancing": {"none": "--expert-bias-rate 0"},
     "optimiser": {
         "WSD schedule": "--schedule wsd",
         "AdamW, lr 2e-2": "--lr 2e-2",
@@ -63,7 +67,7 @@ ARMS = {
     "int8 cache": {"bfloat16": "toy-bf16"},
     "token budgets": {
         "16, 32 and 64": "toy-16-32-64",
-        "16, 32 and 64, mean over patches": "toy-16-32-64 --alike tokens",
+        "16, 32 and 64, mean over patches": "toy-16-32-64 --loss-per patch",
         "64": "toy-64",
         "16": "toy-16",
     },

@@ -250,7 +250,7 @@ def budgets():
 
 
 def shares():
-    """What each teacher has of the loss and of the student, under each balancing."""
+    """What each teacher has of the loss and of the student, under each standardisation."""
     rows = []
     for name, title in (("claims", "toy"), ("claims_cifar", "CIFAR-10")):
         found = load(name)
@@ -261,7 +261,7 @@ def shares():
             ]
             cosines = (spread([r[f"{who}_{kind}_cosine"] for r in runs]) for who in (text, dense) for kind in KINDS)
             rows.append((title, "PHI-S" if arm == "as it is" else arm.split(": ")[1], f"{mean(part):.0%}", *cosines))
-    head = ("", "balanced by", "text teacher's share of the loss")
+    head = ("", "standardised by", "text teacher's share of the loss")
     return table((*head, *(f"{who} teacher, {kind} cosine" for who in ("text", "dense") for kind in KINDS)), rows)
 
 

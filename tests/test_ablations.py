@@ -1,4 +1,4 @@
-"""What a run can leave out or replace: --balancing, --alike, --sizes, --optimizer muon; and how runs are compared."""
+"""What a run can leave out or replace: --standardise, --loss-per, --sizes, --optimizer; and how runs are compared."""
 
 import math
 
@@ -25,11 +25,11 @@ def entries_of(cache):
     return [(number, i) for number in cache.numbers for i in range(len(cache.shard(number).ids))]
 
 
-@pytest.mark.parametrize("how", ["channels", "scale", "none"])
-def test_a_balancing_is_what_its_name_says_and_the_way_back_is_exact(cache, how):
+@pytest.mark.parametrize("how", ["channels", "global", "none"])
+def test_a_standardisation_is_what_its_name_says_and_the_way_back_is_exact(cache, how):
     """Catches a spread taken in the wrong space, targets that stay in PHI-S, a folded head that is off."""
-    flags = train.parse(words(cache, "x", "--balancing", how))
-    (space, *_) = train.rebalanced(flags, cache, cache.spaces, [], CPU)
+    flags = train.parse(words(cache, "x", "--standardise", how))
+    (space, *_) = train.spaces_to_learn(flags, cache, cache.spaces, [], CPU)
     batch = cache.read(entries_of(cache))
     stored, rows = batch.targets[space.name]["patch"], batch.is_patch
     own, learnt = cache.spaces[0].to_own_space(stored)[rows], space.patch_target(stored)[rows]
@@ -38,7 +38,7 @@ def test_a_balancing_is_what_its_name_says_and_the_way_back_is_exact(cache, how)
     )
     if how == "none":
         assert torch.allclose(learnt, own, atol=1e-4) and space.summary_variance == 1
-    if how == "scale":
+    if how == "global":
         assert torch.allclose(learnt.var(0), own.var(0) / space.phi_s.sigma**2, rtol=1e-3)
     if how == "channels":
         assert (learnt.std(0) - 1).abs().max() < 0.35 < (own.std(0) / own.std(0).mean() - 1).abs().max()
@@ -51,7 +51,7 @@ def test_a_balancing_is_what_its_name_says_and_the_way_back_is_exact(cache, how)
 @pytest.mark.parametrize("how", ["channels", "none"])
 def test_a_run_without_phi_s_saves_what_it_learnt(cache, tmp_path, how):
     """Catches a checkpoint that forgets the space its heads speak, and targets measured in another than they are in."""
-    train.main(words(cache, tmp_path, "--balancing", how))
+    train.main(words(cache, tmp_path, "--standardise", how))
     saved = torch.load(train.checkpoints(tmp_path)[-1])
     kept, folder = train.student_of(saved), amoe.load(tmp_path / "student")
     batch = cache.read(entries_of(cache)[:5], with_targets=False)
@@ -59,16 +59,16 @@ def test_a_run_without_phi_s_saves_what_it_learnt(cache, tmp_path, how):
     assert all(torch.allclose(a[s.name][kind], b[s.name][kind], atol=1e-4) for s in cache.spaces for kind in a[s.name])
 
 
-def test_tokens_weigh_alike_only_when_asked(cache):
+def test_patches_weigh_alike_only_when_asked(cache):
     """Catches a weight by image under both names, and padding that counts."""
     batch = cache.read(entries_of(cache)[:6], n_tokens=400)
     out = {s.name: {kind: torch.zeros(t.shape) for kind, t in batch.targets[s.name].items()} for s in cache.spaces}
     space, rows = cache.spaces[0], [batch.patch_rows(i) for i in range(6)]
     error_T = amoe.dequantise(batch.targets[space.name]["patch"]).square().mean(1)
     by_image = sum(error_T[r].mean() for r in rows)
-    by_token = 6 * torch.cat([error_T[r] for r in rows]).mean()
-    got = [amoe.distillation_loss(out, batch, [space], alike)[space.name]["patch"] for alike in ("images", "tokens")]
-    assert torch.allclose(torch.stack(got), torch.stack([by_image, by_token])) and abs(by_image - by_token) > 1e-3
+    by_patch = 6 * torch.cat([error_T[r] for r in rows]).mean()
+    got = [amoe.distillation_loss(out, batch, [space], per)[space.name]["patch"] for per in ("image", "patch")]
+    assert torch.allclose(torch.stack(got), torch.stack([by_image, by_patch])) and abs(by_image - by_patch) > 1e-3
 
 
 def test_sizes_take_the_place_of_the_models(cache, tmp_path):

@@ -49,7 +49,7 @@ NUMBERS = {
     TRAIN: {
         **dict.fromkeys(["steps", "accumulate", "log-every", "save-every", "keep"], "0 " + WHOLE),
         **dict.fromkeys(["warmup", "seed", "workers", "threads", "eval-every"], WHOLE),
-        **dict.fromkeys(["lr", "weight-decay", "arkd", "balance", "save-minutes"], REAL),
+        **dict.fromkeys(["lr", "weight-decay", "arkd", "expert-bias-rate", "save-minutes"], REAL),
         "tokens": "0 1000000000 " + WHOLE,
         "clip": "0 " + REAL,
         "ema": "1 1.5 " + REAL,

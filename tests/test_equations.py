@@ -107,7 +107,7 @@ def test_e2_loss_of_one_image():
 def test_e2_pooled_summary():
     """A teacher that pools by attention (SigLIP 2): PHI-S is undone on the tokens before its frozen head pools them.
 
-    Catches: tokens pooled as they are, in balanced space; softmax over the whole pack; padding pooled with the rest."""
+    Catches: tokens pooled as they are, standardised; softmax over the whole pack; padding pooled with the rest."""
     C, heads = 4, 2
     pool = amoe.MapPool(C, 6, heads, eps=1e-6).double()
     for n, (name, p) in enumerate(pool.named_parameters()):

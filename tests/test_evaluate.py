@@ -116,7 +116,7 @@ def test_cosines_leave_the_mean_out():
 
 
 def test_student_features_come_back_in_the_order_asked_for(cache, oracles):
-    """Catches features in cache order, and patches left in balanced space."""
+    """Catches features in cache order, and patches left in standardised space."""
     flags = train.parse(["--cache", str(cache.path)])
     model = train.build(flags, cache.spaces, torch.device("cpu"))
     entries = [(2, 5), (0, 1), (3, 19), (1, 0)]
