@@ -5,7 +5,7 @@ built from. A tar is scanned by its raw headers.
 """
 
 from common.commands import one_line
-from common.store import Window, digest, is_remote, map_ahead, name_hash, open_store, read_bytes, seal, stamp, unseal
+from common.store import Remote, digest, is_remote, map_ahead, name_hash, open_store, read_bytes, seal, stamp, unseal
 from common.tars import BLOCK, tar_members, tar_number
 
 # isort: split
@@ -446,7 +446,7 @@ def scan_tar(path):
     """
     try:
         if is_remote(path):
-            data = Window(path)
+            data = Remote(path)
             return list(tar_images(data, None, data.when))
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return list(tar_images(data, len(data), stamp(os.fstat(file.fileno()).st_mtime_ns)))

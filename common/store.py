@@ -99,7 +99,7 @@ def read_bytes(path, first=0, size=None, known=None):
     return raw, when
 
 
-class Window:
+class Remote:
     """The bytes of a remote object by slices, like a memory map: a mebibyte is fetched at a time."""
 
     def __init__(self, url):
