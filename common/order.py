@@ -3,6 +3,7 @@
 import itertools
 from bisect import bisect_right
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -46,7 +47,8 @@ class Order:
             self.subset = np.sort(subset)
         self.readable = np.array(dataset.numbers)  # shards: a lost one leaves the order of the others alone
         self.windows = -(-dataset.n_shards // WINDOW)
-        self.newest_permutation = None, None  # (epoch, its permutation)
+        # The numbers of the shards in the order of an epoch, the newest kept: a permutation of 390,625 takes 10 ms
+        self.permuted = lru_cache(1)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(dataset.n_shards))
         if not any(len(self.kept(number)) for number in dataset.numbers):
             raise ValueError(
                 f"{dataset.path} holds no image to train on (a tenth is held out, --subset keeps its ids only)"
@@ -81,23 +83,16 @@ class Order:
         number, i = image
         return self.special + int(self.dataset.shard(number).shapes[i].prod())
 
-    def permuted(self, epoch):
-        """The numbers of the shards in the order of an epoch, which is kept: a permutation of 390,625 takes 10 ms."""
-        if self.newest_permutation[0] != epoch:
-            random = np.random.default_rng([self.seed, epoch])
-            self.newest_permutation = epoch, random.permutation(self.dataset.n_shards)
-        return self.newest_permutation[1]
-
-    def fill(self, position):
-        """Fill the packs of a window: (shard number, index) of images, as two arrays; [(first, end)] of the packs among
-        them; and the images carried over into the next window.
+    def in_window(self, position):
+        """A window's images, (shard number, index) [N, 2], and their tokens [N], in the order in which they are packed:
+        those carried over, then those of its shards, shuffled.
 
         All shards are asked for before one is looked at: a cache reads what it knows of them side by side.
         """
-        new_shards = self.permuted(position.epoch)[position.window * WINDOW : (position.window + 1) * WINDOW]
-        carried = np.array(position.carried, np.int64).reshape(-1, 2)  # (shard number, index)
+        carried = np.array(position.carried, np.int64).reshape(-1, 2)
         carried = carried[is_in(carried[:, 0], self.readable)]
         old_shards, place = np.unique(carried[:, 0], return_inverse=True)
+        new_shards = self.permuted(position.epoch)[position.window * WINDOW : (position.window + 1) * WINDOW]
         numbers = np.concatenate([old_shards, new_shards[is_in(new_shards, self.readable)]])
         shards = [self.dataset.shard(number) for number in numbers.tolist()]
         # An image is a row from here on: its place among all images of these shards, the old ones first.
@@ -109,34 +104,37 @@ class Order:
         random = np.random.default_rng([self.seed, position.epoch, position.window + 1])
         row = np.concatenate([starts[place] + carried[:, 1], random.permutation(new_rows)])
         length = self.special + shapes[row, 0].astype(np.int64) * shapes[row, 1]
+        return np.stack([np.repeat(numbers, sizes), np.arange(len(ids)) - np.repeat(starts, sizes)], 1)[row], length
+
+    def fill(self, position):
+        """Pack a window's images: (shard number, index) [N, 2], pack after pack; [(first, end)] of each pack that is
+        done, among these; and the images ((shard number, index), ...) of the others, carried over to the next window.
+        """
+        images, length = self.in_window(position)
         if (longest := length.max(initial=0)) > self.n_tokens:
             raise ValueError(f"--tokens {self.n_tokens} is less than an image of {longest} of {self.dataset.path}")
         pack, room = first_fit(length.tolist(), self.n_tokens)
+        not_full = [p for p in range(len(room))[-OPEN_PACKS:] if room[p] > (1 - FULL) * self.n_tokens]
         # Equally long images side by side: attention runs them as one batch.
         by_pack = np.argsort(pack * (self.n_tokens + 1) + length, kind="stable")
-        number, index = np.repeat(numbers, sizes)[row], row - np.repeat(starts, sizes)[row]
-        not_full = [p for p in range(len(room))[-OPEN_PACKS:] if room[p] > (1 - FULL) * self.n_tokens]
-        left_over = np.concatenate([np.zeros(0, np.int64), *(np.flatnonzero(pack == p) for p in not_full)])
         ends = [0, *np.bincount(pack, minlength=len(room)).cumsum().tolist()]
-        spans = [(ends[p], ends[p + 1]) for p in range(len(room)) if p not in not_full]
-        carry = tuple(zip(number[left_over].tolist(), index[left_over].tolist(), strict=True))
-        return number[by_pack], index[by_pack], spans, carry
+        spans = [span for p, span in enumerate(itertools.pairwise(ends)) if p not in not_full]
+        carried = tuple(tuple(image) for p in not_full for image in images[pack == p].tolist())
+        return images[by_pack], spans, carried
 
     def plan(self, position):
         """The packs of a window, [[(shard number, index), ...], ...], and the images that it carries over."""
-        number, index, spans, carried = self.fill(position)
-        images = list(zip(number.tolist(), index.tolist(), strict=True))
+        images, spans, carried = self.fill(position)
+        images = list(map(tuple, images.tolist()))
         return [images[first:end] for first, end in spans], carried
 
     def packs(self, position, rank=0, world=1):
         """(pack, position after it), for ever; every world-th pack is `rank`'s, and None stands for those of others."""
         turns = itertools.cycle(range(world))
         while True:
-            number, index, spans, carried = self.fill(position)
+            images, spans, carried = self.fill(position)
             for n, (first, end) in enumerate(spans[position.pack :], position.pack + 1):
-                pack = None
-                if next(turns) == rank:
-                    pack = list(zip(number[first:end].tolist(), index[first:end].tolist(), strict=True))
+                pack = list(map(tuple, images[first:end].tolist())) if next(turns) == rank else None
                 yield pack, Position(position.epoch, position.window, n, position.carried)
             last = position.window + 1 >= self.windows
             position = Position(position.epoch + last, 0 if last else position.window + 1, 0, carried)
