@@ -734,7 +734,7 @@ class PlugIn(Student):
 
 def normalise(rows):
     """uint8 pixels to [-1, 1]; floats are taken as already normalised."""
-    return rows.float() / 127.5 - 1 if rows.dtype == torch.uint8 else rows
+    return rows.float().div_(127.5).sub_(1) if rows.dtype == torch.uint8 else rows
 
 
 # ---- checkpoints ----

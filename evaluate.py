@@ -104,23 +104,27 @@ def stream(model, dataset, entries, n_tokens=4096, stored=False, progress=None, 
     a bar. `heads`: see `of_head`, by default all. An image whose header promised more than it held is left out.
     """
     registers = getattr(model, "registers", 4)
-    lengths = [1 + registers + int(dataset.shard(number).shapes[i].prod()) for number, i in entries]
-    parts = [entries[part] for part in split_by_tokens(lengths, n_tokens)]
+    length = {(number, i): 1 + registers + int(dataset.shard(number).shapes[i].prod()) for number, i in entries}
+    parts = [entries[part] for part in split_by_tokens([length[entry] for entry in entries], n_tokens)]
+    # Equally long images side by side: attention runs them as one batch.
+    packs = [sorted(part, key=length.get) for part in parts]
     read = functools.partial(dataset.read, registers=registers, with_targets=stored)
     bar = tqdm(total=len(entries), unit="image", desc=progress, disable=progress is None, leave=False)
     with bar, ThreadPoolExecutor(1) as reader:
-        ahead = [reader.submit(read, part) for part in parts[:1]]
+        ahead = [reader.submit(read, images) for images in packs[:1]]
         for n, part in enumerate(parts):
             batch = ahead.pop().result()
-            ahead += [reader.submit(read, following) for following in parts[n + 1 : n + 2]]
+            ahead += [reader.submit(read, images) for images in packs[n + 1 : n + 2]]
             answer, kinds = model(batch), ("summary", "patch")
             features = {h: {kind: f[kind].float().cpu() for kind in kinds if kind in f} for h, f in answer.items()}
-            there = iter(part)
-            for i, image_id in enumerate(batch.ids.tolist()):
-                entry = next(e for e in there if dataset.shard(e[0]).ids[e[1]] == image_id)
+            finite = all(torch.isfinite(x).all() for f in features.values() for x in f.values())
+            images, place = iter(packs[n]), {}
+            for i, image_id in enumerate(batch.ids.tolist()):  # without those that could not be read
+                place[next(e for e in images if dataset.shard(e[0]).ids[e[1]] == image_id)] = i
+            for entry, i in ((entry, place[entry]) for entry in part if entry in place):
                 at = {"summary": i, "patch": batch.patch_rows(i)}
                 of_image = {h: {kind: x[at[kind]] for kind, x in f.items()} for h, f in features.items()}
-                for head, f in of_image.items():
+                for head, f in () if finite else of_image.items():
                     if not all(torch.isfinite(x).all() for x in f.values()):
                         who, image = getattr(model, "name", "the model"), dataset.meta(entry)["source"]
                         raise ValueError(f"{who}, head '{head}': features of {image} that are not finite")
@@ -240,16 +244,20 @@ def linear_probe(x_NC, share_NK, iterations=40, decay=1e-4):
     Full-batch L-BFGS from zero on standardised features: nothing to tune, nothing to draw.
     """
     mean, std = require_finite(x_NC).mean(0), x_NC.std(0).clamp(min=1e-6)
-    x = (x_NC - mean) / std
-    weight = torch.zeros(share_NK.shape[1], x.shape[1], requires_grad=True)
-    bias = torch.zeros(share_NK.shape[1], requires_grad=True)
+    x, total_N1 = (x_NC - mean) / std, share_NK.sum(1, keepdim=True)
+    weight, bias = torch.zeros(share_NK.shape[1], x.shape[1]), torch.zeros(share_NK.shape[1])
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=iterations, history_size=10, line_search_fn="strong_wolfe")
 
     def closure():
-        optimizer.zero_grad()
-        loss = -(share_NK * F.linear(x, weight, bias).log_softmax(1)).sum(1).mean() + decay * weight.square().sum()
-        loss.backward()
-        return loss
+        """The loss; its gradient by hand, with respect to logits softmax times an image's total, less its shares."""
+        logits = F.linear(x, weight, bias)
+        said = (share_NK * logits).sum()
+        largest = logits.amax(1, keepdim=True)
+        sum_N1 = logits.sub_(largest).exp_().sum(1, keepdim=True)
+        loss = ((sum_N1.log() + largest) * total_N1).sum() - said
+        gradient_NK = logits.mul_(total_N1 / sum_N1).sub_(share_NK).div_(len(x))
+        weight.grad, bias.grad = (gradient_NK.T @ x).add_(weight, alpha=2 * decay), gradient_NK.sum(0)
+        return loss / len(x) + decay * weight.square().sum()
 
     optimizer.step(closure)
     weight = weight.detach() / std

@@ -20,6 +20,8 @@ from common.store import name_hash
 import functools
 import json
 import math
+import struct
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,6 +161,18 @@ class Scene:
         return (image.clip(0, 1) * 255).round().astype(np.uint8), label.astype(np.uint8)
 
 
+def stored_png(image_HW3):
+    """An uncompressed PNG of uint8 pixels; Pillow would try five filters a row, where noise is made smaller by none."""
+
+    def part(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width, _ = image_HW3.shape
+    size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits of red, green and blue
+    rows = np.pad(image_HW3.reshape(height, -1), ((0, 0), (1, 0)))  # a row's first byte: 0, no filter
+    return b"\x89PNG\r\n\x1a\n" + part(b"IHDR", size) + part(b"IDAT", zlib.compress(rows, 0)) + part(b"IEND", b"")
+
+
 class World:
     """`n` scenes fixed by `seed`; scene i is written to `folder` under the name `name(i)`."""
 
@@ -202,7 +216,7 @@ class World:
             if (masks / self.name(i)).exists():  # written after its image
                 return
             image, label = self.scenes[i].render(np.random.default_rng([self.seed, 2, i]))
-            Image.fromarray(image).save(images / self.name(i), compress_level=0)  # noise does not shrink
+            (images / self.name(i)).write_bytes(stored_png(image))
             Image.fromarray(label).save(masks / self.name(i), compress_level=1)
 
         with ThreadPoolExecutor() as pool:
@@ -257,6 +271,14 @@ class Oracle:
         return out | ({"registers": torch.from_numpy(self.embed(np.stack(registers)))} if self.registers else {})
 
 
+@functools.cache
+def blur(n):
+    """[n, n]: each row the weights of n patches, a Gaussian of one patch around its own."""
+    at = np.arange(n)
+    weight = np.exp(-0.5 * (at[:, None] - at) ** 2)
+    return weight / weight.sum(1, keepdims=True)
+
+
 class TextOracle(Oracle):
     """Text-aligned, like SigLIP: an image and the caption that fits it lie together; patches are blurred in space."""
 
@@ -265,10 +287,7 @@ class TextOracle(Oracle):
 
     def read(self, scene, h, w):
         cover = coverage(scene, h, w)
-        for axis, n in ((0, h), (1, w)):
-            at = np.arange(n)
-            kernel = np.exp(-0.5 * ((at[:, None] - at) / 1.0) ** 2)
-            cover = np.moveaxis(np.tensordot(kernel / kernel.sum(1, keepdims=True), cover, (1, axis)), 0, axis)
+        cover = blur(w) @ (blur(h) @ cover.reshape(h, -1)).reshape(cover.shape)
         things = [self.meaning(t) for t in scene.things]
         patch = cover.astype(np.float32) @ np.stack([*things, np.float32(scene.tint) @ self.tint_3C])
         total = cover.mean((0, 1))
@@ -299,11 +318,12 @@ class DenseOracle(Oracle):
         x = ((np.arange(w, dtype=np.float32) + 0.5) * scene.width / w / side)[None, :]
         y = ((np.arange(h, dtype=np.float32) + 0.5) * scene.height / h / side)[:, None]
         tint = np.float32(scene.tint) @ self.tint_3C
-        patch = cover[..., -1:] * tint
-        for i, t in enumerate(scene.things):
-            place = np.stack(np.broadcast_arrays((x - t.x) / t.radius, (y - t.y) / t.radius), -1).clip(-1.5, 1.5)
-            meaning = self.meaning(t) + 0.5 * place.astype(np.float32) @ self.extra_16C[:2]
-            patch = patch + cover[..., i : i + 1] * meaning
+        parts, meanings = [cover], [*(self.meaning(t) for t in scene.things), tint]
+        for i, t in enumerate(scene.things):  # where in its thing a patch lies, as much as the thing covers of it
+            for offset in ((x - t.x) / t.radius, (y - t.y) / t.radius):
+                parts.append((cover[..., i] * 0.5 * offset.clip(-1.5, 1.5))[..., None])
+            meanings += [*self.extra_16C[:2]]
+        patch = np.concatenate(parts, -1, dtype=np.float32) @ np.stack(meanings)
         first = scene.things[0]
         layout = np.float32([first.x, first.y, first.radius * 2, len(scene.things) / 2, scene.width / scene.height])
         summary = self.concept_KC[first.concept] + 0.5 * self.shape_SC[first.shape] + 0.3 * layout @ self.extra_16C[2:7]
