@@ -534,11 +534,11 @@ def read_mask(root, dataset, entry, side=None):
         return torch.from_numpy(array.astype(np.int64))
 
 
-def fit_probes(args, train, classes, n_patches):
-    """Yields {head: (weight, bias)}: linear probes of at most --probe-patches of the n_patches that train() has."""
+def fit_probes(args, images, classes, n_patches):
+    """{head: (weight, bias)}: linear probes of at most --probe-patches of the n_patches that the images have."""
     random = torch.Generator().manual_seed(0)
     rows, labels = {}, []
-    for mask, shape, features in train():
+    for mask, shape, features in images:
         share = patch_labels(mask, *shape, classes, args.void)
         known = (share.sum(1) > 0) & (torch.rand(len(share), generator=random) < args.probe_patches / n_patches)
         labels.append(share[known])
@@ -546,7 +546,7 @@ def fit_probes(args, train, classes, n_patches):
             rows.setdefault(head, []).append(f["patch"][known])
     if not any(map(len, labels)):
         raise ValueError(f"{args.train}/masks say nothing: every pixel is --void {args.void}")
-    yield {head: linear_probe(torch.cat(x), torch.cat(labels)) for head, x in rows.items()}
+    return {head: linear_probe(torch.cat(x), torch.cat(labels)) for head, x in rows.items()}
 
 
 def published_probes(args, train, classes):
@@ -586,28 +586,28 @@ def measure_segment(args, model, budget):
         for entry, shape, f in stream(model, dataset, entries, progress=f"{budget}: {label}", heads=args.head):
             yield read_mask(root, dataset, entry, 16 * shape[0] if args.published else None), shape, f
 
-    def train():
-        order = torch.randperm(len(trained)).tolist() if args.published else range(len(trained))
-        return seen(roots[0], bank, [trained[i] for i in order], "to learn from")
-
-    largest = lambda mask: int(mask.where(mask != args.void, 0).max())  # noqa: E731
-    classes = 1 + max(largest(read_mask(roots[0], bank, entry)) for entry in trained)
-    n_patches = sum(int(bank.shard(number).shapes[i].prod()) for number, i in trained)
-    fits = published_probes(args, train, classes) if args.published else fit_probes(args, train, classes, n_patches)
-    best = {}
-    for probes in fits:
-        pixels, count = dict.fromkeys(probes, 0), 0
+    def tested(probes):
+        """{head: figures} of the probes."""
+        pixels, count, found = dict.fromkeys(probes, 0), 0, {}
         for truth, shape, features in seen(roots[1], test, held, "to be tested on"):
             count += 1
             for head, probe in probes.items():
-                of_image = confusion(probe, features[head]["patch"], shape, truth, classes, args.void)
-                pixels[head] = pixels[head] + of_image
+                pixels[head] += confusion(probe, features[head]["patch"], shape, truth, classes, args.void)
         for head, c_KK in pixels.items():
             ious, accuracy = class_ious(c_KK, args.void if args.published else None), c_KK.diag().sum() / c_KK.sum()
-            figures = {"miou": float(ious.nanmean()), "pixel_accuracy": float(accuracy), "images": count}
-            figures["iou_by_class"] = {k: iou for k, iou in enumerate(ious.tolist()) if iou == iou}
-            best[head] = max(best.get(head, figures), figures, key=lambda some: some["miou"])
-    return best
+            found[head] = {"miou": float(ious.nanmean()), "pixel_accuracy": float(accuracy), "images": count}
+            found[head]["iou_by_class"] = {k: iou for k, iou in enumerate(ious.tolist()) if iou == iou}
+        return found
+
+    learn = functools.partial(seen, roots[0], bank, label="to learn from")
+    largest = lambda mask: int(mask.where(mask != args.void, 0).max())  # noqa: E731
+    classes = 1 + max(largest(read_mask(roots[0], bank, entry)) for entry in trained)
+    if not args.published:
+        n_patches = sum(int(bank.shard(number).shapes[i].prod()) for number, i in trained)
+        return tested(fit_probes(args, learn(trained), classes, n_patches))
+    shuffled = lambda: learn([trained[i] for i in torch.randperm(len(trained)).tolist()])  # noqa: E731
+    epochs = [tested(probes) for probes in published_probes(args, shuffled, classes)]
+    return {head: max((found[head] for found in epochs), key=lambda some: some["miou"]) for head in epochs[0]}
 
 
 def measure_pca(args, model, budget):
