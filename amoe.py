@@ -243,7 +243,8 @@ class Float32Buffers(nn.Module):
 class Attention(nn.Module):
     """Attention within each image, [T, D] -> [T, D]; queries and keys are normalised, then rotated; a sink a head.
 
-    rotation: (cos, sin) by kernels.rope.rotations. extents: where images lie, as kernels.attention.attend takes it.
+    rotation: (cos, sin) by kernels.rope.rotations. mask: which tokens share an image, a BlockMask for FlexAttention
+    (compiled, on CUDA) or `image_runs` for SDPA (elsewhere).
     """
 
     def __init__(self, config):
@@ -253,10 +254,10 @@ class Attention(nn.Module):
         self.wo = nn.Linear(inner, config.dim, bias=False)
         self.sinks = nn.Parameter(torch.empty(config.heads))
 
-    def forward(self, x_TD, rotation, extents):
+    def forward(self, x_TD, rotation, mask):
         q, k, v = (w(x_TD).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         q, k = (rotate(rms_norm(t, None, QK_EPS), *rotation) for t in (q, k))
-        return self.wo(attend(q, k, v, extents, self.sinks).flatten(1))
+        return self.wo(attend(q, k, v, mask, self.sinks).flatten(1))
 
 
 class FeedForward(nn.Module):
@@ -330,9 +331,9 @@ class Block(nn.Module):
         else:
             self.moe = MoE(config)
 
-    def forward(self, x_TD, rotation, extents, real_T):
+    def forward(self, x_TD, rotation, mask, real_T):
         """Returns the residual stream [T, D] and the expert load [E], None from a dense block."""
-        x_TD = x_TD + self.attention(self.attention_norm(x_TD), rotation, extents)
+        x_TD = x_TD + self.attention(self.attention_norm(x_TD), rotation, mask)
         normed_TD = self.ffn_norm(x_TD)
         if hasattr(self, "moe"):
             out_TD, load_E = self.moe(normed_TD, real_T)
@@ -604,12 +605,12 @@ class Student(Float32Buffers):
     def device(self):
         return next(self.parameters()).device
 
-    def forward(self, batch, extents=None):
+    def forward(self, batch, mask=None):
         """Returns ({teacher: outputs of its Head, "amoe": the trunk's own}, expert load [MoE layers, E] float32).
 
-        extents: what kernels.attention.attend takes; by default `image_runs`, made here on the host.
+        mask: attention's, see Attention; by default `image_runs`, made here on the host.
         """
-        h_TD, expert_load = self.tokens(batch, extents)
+        h_TD, expert_load = self.tokens(batch, mask)
         out = {name: head(h_TD, batch) for name, head in self.heads.items()}
         out["amoe"] = {"patch": h_TD, "summary": h_TD[batch.starts[:-1].long()]}
         return out, expert_load
@@ -687,9 +688,9 @@ class AMoE(Student):
         for head in self.heads.values():
             head.initialise()
 
-    def tokens(self, batch, extents=None):
+    def tokens(self, batch, mask=None):
         """The tokens [T, D] after the final norm, and the expert load [MoE layers, E]."""
-        extents = image_runs(batch.starts, batch.n_tokens) if extents is None else extents
+        mask = image_runs(batch.starts, batch.n_tokens) if mask is None else mask
         n_special = 1 + self.config.registers
         offset_T, real_T = batch.offset, batch.image < batch.n_images
         # A one-hot product: its gradient is a small GEMM, where that of indexing would be a scatter onto five rows.
@@ -701,9 +702,9 @@ class AMoE(Student):
         loads = []
         for block in self.layers:
             if self.recompute and torch.is_grad_enabled():
-                x_TD, load_E = checkpoint(block, x_TD, rotation, extents, real_T, use_reentrant=False)
+                x_TD, load_E = checkpoint(block, x_TD, rotation, mask, real_T, use_reentrant=False)
             else:
-                x_TD, load_E = block(x_TD, rotation, extents, real_T)
+                x_TD, load_E = block(x_TD, rotation, mask, real_T)
             loads += [] if load_E is None else [load_E]
         return self.norm(x_TD), torch.stack(loads) if loads else x_TD.new_zeros(0, 0, dtype=torch.float32)
 
@@ -724,8 +725,8 @@ class PlugIn(Student):
         for head in self.heads.values():
             head.initialise()
 
-    def tokens(self, batch, extents=None):
-        """The trunk's answer [T, dim], and no expert load; extents are AMoE's alone."""
+    def tokens(self, batch, mask=None):
+        """The trunk's answer [T, dim], and no expert load; the mask is AMoE's alone."""
         h_TD = self.trunk(batch)
         if h_TD.shape != (batch.n_tokens, self.trunk.dim):
             raise ValueError(f"{self.factory} answered {list(h_TD.shape)} to a pack of {batch.n_tokens} tokens")

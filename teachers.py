@@ -141,12 +141,12 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(D, sizes.hidden), nn.Linear(sizes.hidden, D)
         self.scale1, self.scale2 = (nn.Parameter(torch.ones(D)) if sizes.layer_scale else None for _ in range(2))
 
-    def forward(self, x_SD, extents, rotation=None):
+    def forward(self, x_SD, mask, rotation=None):
         h_SD = self.norm1(x_SD)
         q, k, v = (w(h_SD).unflatten(-1, (self.heads, -1)) for w in (self.query, self.key, self.value))
         if rotation is not None:
             q, k = rotate_half(q, *rotation), rotate_half(k, *rotation)
-        h_SD = self.out(attend(q, k, v, extents).flatten(1))
+        h_SD = self.out(attend(q, k, v, mask).flatten(1))
         x_SD = x_SD + (h_SD if self.scale1 is None else h_SD * self.scale1)
         h_SD = self.norm2(x_SD)
         if self.gate is None:
@@ -158,16 +158,16 @@ class Block(nn.Module):
 
 
 class Trunk(nn.Module):
-    """The blocks and the final norm, over tokens [S, D] of images in `extents` (see kernels.attention.attend)."""
+    """The blocks and the final norm, over tokens [S, D] of images by `mask` (see kernels.attention.attend)."""
 
     def __init__(self, sizes):
         super().__init__()
         self.blocks = nn.ModuleList(Block(sizes) for _ in range(sizes.layers))
         self.norm = nn.LayerNorm(sizes.dim, eps=sizes.eps)
 
-    def forward(self, x_SD, extents, rotation=None):
+    def forward(self, x_SD, mask, rotation=None):
         for block in self.blocks:
-            x_SD = block(x_SD, extents, rotation)
+            x_SD = block(x_SD, mask, rotation)
         return self.norm(x_SD)
 
 
@@ -197,7 +197,7 @@ class Teacher(Float32Buffers):
         return self.patch(rows_PC.to(dtype)).to(dtype)
 
     def lay_out(self, batch, special):
-        """The batch's Layout, and what `attend` takes as extents."""
+        """The batch's Layout, and the mask for `attend`."""
         device = self.patch.weight.device
         layout = Layout.of(batch, special, device, batch.n_tokens if self.flex else 0)
         starts, length = layout.starts, layout.length
@@ -234,14 +234,14 @@ class DINOv3(Teacher):
     @torch.no_grad()  # not inference_mode: a training step could not use the targets
     def forward(self, batch):
         special = 1 + self.registers
-        layout, extents = self.lay_out(batch, special)
+        layout, mask = self.lay_out(batch, special)
         rows_PC = batch.rows.to(self.patch.weight.device)[layout.batch_P]
         if rows_PC.dtype == torch.uint8:  # floats are taken as already normalised
             rows_PC = (rows_PC.float() / 255 - self.pixel[0]) / self.pixel[1]
         x_SD = layout.to_sequence(self.embed(rows_PC))
         special_MS = layout.starts[:-1, None].to(x_SD.device) + torch.arange(special, device=x_SD.device)
         x_SD[special_MS] = torch.cat([self.cls_token[0], self.register_tokens[0]]).to(x_SD.dtype)
-        x_SD = self.trunk(x_SD, extents, self.rotation(layout)).float()
+        x_SD = self.trunk(x_SD, mask, self.rotation(layout)).float()
         tokens_MSD = x_SD[special_MS]
         out = {"patch": layout.to_batch(x_SD[layout.own_P], batch.n_tokens), "summary": tokens_MSD[:, 0]}
         return out | ({"registers": tokens_MSD[:, 1:]} if self.registers else {})
@@ -307,10 +307,10 @@ class SigLIP2(Teacher):
 
     @torch.no_grad()
     def forward(self, batch):
-        layout, extents = self.lay_out(batch, 0)
+        layout, mask = self.lay_out(batch, 0)
         rows_PC = normalise(batch.rows.to(self.patch.weight.device)[layout.batch_P])
         x_PD = self.embed(rows_PC)
-        x_SD = self.trunk(layout.to_sequence(x_PD + self.positions(layout).to(x_PD.dtype)), extents)
+        x_SD = self.trunk(layout.to_sequence(x_PD + self.positions(layout).to(x_PD.dtype)), mask)
         x_PD = x_SD[layout.own_P]
         with torch.autocast(x_PD.device.type, enabled=False):  # the pooled summary in the weights' own dtype
             summary_MD = self.head(x_PD.to(self.patch.weight.dtype), layout.image_P, batch.n_images).float()

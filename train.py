@@ -259,13 +259,13 @@ def note_skipped(run):
 # ---- a step ----
 
 
-def forward(model, spaces, batch, extents, loss_per="image"):
+def forward(model, spaces, batch, mask, loss_per="image"):
     """A pack's forward pass and its (E2), which torch.compile makes one graph: (summaries, losses, expert load).
 
     ARKD stays outside: it couples the summaries of all packs and ranks, which have to be gathered first. Under DDP the
     model and the losses are a graph each, for a compiler does not follow the wrapper's own bookkeeping.
     """
-    out, expert_load = model(batch, extents)
+    out, expert_load = model(batch, mask)
     summaries = {space.name: out[space.name]["summary"].float() for space in spaces}
     return summaries, amoe.distillation_loss(out, batch, spaces, loss_per), expert_load
 
@@ -378,7 +378,7 @@ def update(model, optimizer, average, measured, expert_load, bad_steps, step, fl
 
 
 def to_device(batch, process, compiled, teachers, spaces):
-    """(the batch on the device, what its attention takes as extents): a BlockMask for FlexAttention, else image_runs.
+    """(the batch on the device, its attention's mask): a BlockMask for FlexAttention, else image_runs.
 
     Both are made on the host before the batch leaves it. Without a cache, the teachers make the targets here.
     """
@@ -386,9 +386,9 @@ def to_device(batch, process, compiled, teachers, spaces):
         if not batch.mask_blocks:  # a pack that is not the loader's
             batch = replace(batch, mask_blocks=mask_blocks(batch.starts, batch.n_tokens)).pin_memory()
         batch = batch.to(process.device)
-        extents = block_mask(batch.mask_blocks, batch.image)
+        mask = block_mask(batch.mask_blocks, batch.image)
     else:
-        extents = image_runs(batch.starts, batch.n_tokens)
+        mask = image_runs(batch.starts, batch.n_tokens)
         batch = batch.to(process.device)
     if teachers:
         batch.targets = make_targets(teachers, spaces, batch)
@@ -396,7 +396,7 @@ def to_device(batch, process, compiled, teachers, spaces):
         per_image = [t for target in batch.targets.values() for kind, t in target.items() if kind != "patch"]
         for t in [batch.starts, batch.shapes, batch.ids, *per_image]:
             torch._dynamo.maybe_mark_dynamic(t, 0)
-    return batch, extents
+    return batch, mask
 
 
 # ---- checkpoints ----

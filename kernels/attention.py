@@ -1,7 +1,7 @@
 """Attention within each image of a pack, with optional sinks: FlexAttention under torch.compile, SDPA elsewhere.
 
-FlexAttention (CUDA) reads the extents of images from a BlockMask; uncompiled it would build T x T scores, so eager
-code, on any device, runs SDPA on runs of equally long images. torch 2.13 has no FlexAttention gradients on a CPU.
+FlexAttention (CUDA) takes a BlockMask; uncompiled it would build T x T scores, so eager code, on any device, runs SDPA
+on runs of equally long images. torch 2.13 has no FlexAttention gradients on a CPU.
 
 Shape letters: T tokens in the pack, M images in it, H heads, d head width.
 """
@@ -138,25 +138,25 @@ def each_run(runs, *tensors):
         yield rows, [t[rows].unflatten(0, (images, length)).transpose(1, 2) for t in tensors]
 
 
-def attend(q_THd, k_THd, v_THd, extents, sinks_H=None):
+def attend(q_THd, k_THd, v_THd, mask, sinks_H=None):
     """Attention within each image of the pack, scale 1 / sqrt(d), [T, H, d]; with sinks, out *= sigmoid(lse - sink).
 
-    `extents` chooses the form. A BlockMask runs FlexAttention, which wants torch.compile around it. `image_runs(...)`
+    The mask chooses the form. A BlockMask runs FlexAttention, which wants torch.compile around it. `image_runs(...)`
     runs SDPA on each image: on a CPU as `WithSinks`, elsewhere with the sink as one more key of score `sink` and value
     zero, which is the same function, since sigmoid(lse - sink) = e^lse / (e^lse + e^sink).
     """
     d = q_THd.shape[-1]
-    if isinstance(extents, BlockMask):
+    if isinstance(mask, BlockMask):
         q, k, v = (t.transpose(0, 1)[None] for t in (q_THd, k_THd, v_THd))
-        out, aux = flex_attention(q, k, v, block_mask=extents, return_aux=AuxRequest(lse=True))
+        out, aux = flex_attention(q, k, v, block_mask=mask, return_aux=AuxRequest(lse=True))
         out_THd, lse_TH = out[0].transpose(0, 1), aux.lse[0].T  # turned before the gate: after it, that is a copy
         return out_THd if sinks_H is None else out_THd * torch.sigmoid(lse_TH - sinks_H)[..., None].to(out.dtype)
-    alike = sinks_H is not None and q_THd.dtype == sinks_H.dtype
+    runs, alike = mask, sinks_H is not None and q_THd.dtype == sinks_H.dtype
     if alike and q_THd.device.type == "cpu" and not torch.compiler.is_compiling():
-        return WithSinks.apply(q_THd, k_THd, v_THd, sinks_H, extents)
-    sizes = [images * length for _, images, length in extents]  # split: its gradient is one concatenation
+        return WithSinks.apply(q_THd, k_THd, v_THd, sinks_H, runs)
+    sizes = [images * length for _, images, length in runs]  # split: its gradient is one concatenation
     outs = []
-    for (_, images, length), *qkv in zip(extents, *(t.split(sizes) for t in (q_THd, k_THd, v_THd)), strict=True):
+    for (_, images, length), *qkv in zip(runs, *(t.split(sizes) for t in (q_THd, k_THd, v_THd)), strict=True):
         q, k, v = (t.unflatten(0, (images, length)).transpose(1, 2) for t in qkv)
         if sinks_H is not None:
             # Queries gain a constant channel; the extra key is zero but there, where it holds the sink's score. On CUDA

@@ -90,7 +90,7 @@ class NoWaiting(TorchFunctionMode):
 @pytest.mark.parametrize("packs", [1, 2])
 def test_a_step_never_waits_for_the_device(cache, as_on_cuda, packs, monkeypatch):
     """Catches .item(), .tolist(), bool(), nonzero() and torch.tensor(numbers, device=...) in a step: on the meta device
-    there is no data to read. Attention's extents are made on the host, before the batch leaves it."""
+    there is no data to read. Attention's mask is made on the host, before the batch leaves it."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # meta has none
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
     meta = Process(0, 1, torch.device("meta"))
