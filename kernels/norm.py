@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 
-class Fewer(torch.autograd.Function):
-    """x / sqrt(mean(x^2) + eps) * weight; with y the normalised x and g' = g weight, dx = (g' - y mean(g' y)) y / x."""
+class RMSNormFunction(torch.autograd.Function):
+    """weight y, with y = s x and s = 1 / sqrt(mean(x^2) + eps). Backward: s (g' - y mean(g' y)), with g' = g weight."""
 
     @staticmethod
     def forward(ctx, x_ND, weight_D, eps):
@@ -32,7 +32,7 @@ def rms_norm(x_ND, weight_D, eps):
     """F.rms_norm over the last axis; on a CPU, uncompiled and unrounded, in half of its time."""
     whole = x_ND.dtype in (torch.float32, torch.float64) and (weight_D is None or weight_D.dtype == x_ND.dtype)
     if x_ND.device.type == "cpu" and whole and not torch.compiler.is_compiling():
-        return Fewer.apply(x_ND, weight_D, eps)
+        return RMSNormFunction.apply(x_ND, weight_D, eps)
     return F.rms_norm(x_ND, x_ND.shape[-1:], weight_D, eps)
 
 
