@@ -545,7 +545,7 @@ def load_features(config):
     path = Path(config.features)
     if path.is_dir() and (path / "cache.json").exists():
         about, images = data.Cache(path).about, config.images and [config.images]
-        ids, x_ND = data.summaries(path, config.teacher or next(iter(about["teachers"]), None))
+        ids, x_ND = data.open_summaries(path, config.teacher or next(iter(about["teachers"]), None))
         seen = about["pixels"] or images
         return ids, x_ND, (lambda rows: data.thumbnails(path, ids[rows], images)) if seen else None
     if path.suffix != ".npy" or not path.is_file():

@@ -74,9 +74,9 @@ from teachers import (
     in_packs,
     load_teachers,
     make_targets,
+    probes_of,
     space_bytes,
     space_from,
-    summaries_of,
 )
 
 # isort: split
@@ -352,7 +352,7 @@ class Summaries:
         return self[:].astype(dtype or self.dtype, copy=False)
 
 
-def summaries(path, teacher):
+def open_summaries(path, teacher):
     """All of a cached teacher's summaries: (ids int64 [N], features [N, C], read when sliced), in cache order."""
     cache = Cache(path)
     if teacher not in cache.about["teachers"]:
@@ -516,7 +516,7 @@ def fit_or_read_spaces(store, file, about, out, dataset, teachers, calibrate, de
     sample = [(*answer, view.source.id) for view, answer in answers if not isinstance(answer, str)]
     if not sample:
         raise ValueError(f"none of {len(chosen)} calibration images can be decoded: is --images {dataset.path} right?")
-    fitted, probes = fit_spaces(teachers, sample, device), summaries_of(teachers, sample[0], device)
+    fitted, probes = fit_spaces(teachers, sample, device), probes_of(teachers, sample[0], device)
     raws = {space.name: space_bytes(space, probes[space.name]) for space in fitted}
     if not store.read(file).result().value:  # unless another machine was faster
         with write_errors(f"{out}/{file}"):
@@ -544,7 +544,7 @@ def check_teachers(store, out, teachers, dataset, chosen, device):
     view, answer = next(((v, answer) for v, answer in decoded if not isinstance(answer, str)), (None, None))
     if view is None:
         return  # the images are gone; what there is to write will say so
-    for name, now in summaries_of(teachers, (*answer, view.source.id), device).items():
+    for name, now in probes_of(teachers, (*answer, view.source.id), device).items():
         before = safetensors.torch.load(store.read(f"teachers/{name}.safetensors").result().value)["probe"]
         change = float((now - before).norm() / before.norm())
         if change > 0.1:  # rounding, also that of bfloat16 on another machine, stays under 0.02

@@ -157,7 +157,7 @@ def gather(streamed, kept=None, kinds=None):
     return {head: f | {"summary": torch.stack(f["summary"])} for head, f in out.items()}
 
 
-def summaries(model, dataset, entries, heads, label=None, stored=False):
+def summaries_by_head(model, dataset, entries, heads, label=None, stored=False):
     """({head: [N, C]}, the entries that there are), heads by default all."""
     kept, streamed = [], stream(model, dataset, entries, stored=stored, progress=label, heads=heads)
     return {head: f["summary"] for head, f in gather(streamed, kept, ["summary"]).items()}, kept
@@ -363,7 +363,7 @@ def add_knn(result, dataset, models, bank, held, features):
         return
     for who, model in models.items():
         label = f"{who}, neighbours"
-        known, kept = summaries(model, dataset, bank, list(features["teacher"]), label, who == "teacher")
+        known, kept = summaries_by_head(model, dataset, bank, list(features["teacher"]), label, who == "teacher")
         labels, truth = class_numbers((dataset, kept), (dataset, held))
         for head, x in known.items():
             result[who][f"{head}_knn"] = knn(x, labels, features[who][head]["summary"], truth)
@@ -463,8 +463,8 @@ def class_numbers(*parts):
 def measure_knn(args, model, budget):
     """k nearest neighbours, a folder a class"""
     (train, trained), (test, held) = open_train_and_test(args.train, args.test, args, budget)
-    bank, trained = summaries(model, train, trained, args.head, f"{budget}: bank")
-    queries, held = summaries(model, test, held, args.head, f"{budget}: queries")
+    bank, trained = summaries_by_head(model, train, trained, args.head, f"{budget}: bank")
+    queries, held = summaries_by_head(model, test, held, args.head, f"{budget}: queries")
     labels, truth = class_numbers((train, trained), (test, held))
     how = args.k, args.temperature, args.published
     return {h: {"knn": knn(x, labels, queries[h], truth, *how), "images": len(held)} for h, x in bank.items()}
@@ -503,7 +503,7 @@ def measure_zeroshot(args, model, budget):
         words = spoken.get(name, name.replace("_", " "))
         words = words.lower() if args.published else words
         text.append(unit(args.encode_text([t.format(words) for t in templates]), args.published).mean(0))
-    images, kept = summaries(model, dataset, entries, heads, f"{budget}: images")
+    images, kept = summaries_by_head(model, dataset, entries, heads, f"{budget}: images")
     check_widths(images, text[0], args.text_head)
     truth, text = torch.tensor([names.index(category(dataset, e)) for e in kept]), torch.stack(text)
     return {h: {"zeroshot": zeroshot(x, text, truth, args.published), "images": len(kept)} for h, x in images.items()}
@@ -515,7 +515,7 @@ def measure_retrieval(args, model, budget):
     entries = [e for e in entries if dataset.meta(e)["caption"]]
     if not entries:
         raise ValueError(f"{dataset.path} has no captions: it needs captions.json, or a .txt beside each image")
-    images, kept = summaries(model, dataset, entries, args.head or [args.text_head], f"{budget}: images")
+    images, kept = summaries_by_head(model, dataset, entries, args.head or [args.text_head], f"{budget}: images")
     # An image's caption may be another's too: both are then right; as published, its own image alone is
     truth, captions = distinct((dataset.meta(e)["caption"], args.published and e) for e in kept)
     text = args.encode_text([caption for caption, _ in captions])

@@ -119,7 +119,7 @@ class Pictures:
     def scores(self, model, said):
         """kNN in the dense teacher's space and zero-shot; with classes alike, and as frequent as in the pool."""
         text, dense = (space.name for space in self.cache.spaces)
-        known, _ = evaluate.summaries(model, self.cache, self.bank, [dense])
+        known, _ = evaluate.summaries_by_head(model, self.cache, self.bank, [dense])
         right = {
             "knn": lambda some: evaluate.knn(known[dense], self.labels, said[dense]["summary"][some], self.truth[some])
         }
@@ -151,7 +151,7 @@ def choose(pictures, how, seed):
     if how == "random":
         return np.sort(np.random.default_rng(seed).choice(pictures.ids, n, replace=False))
     teacher, levels = how.split(":")
-    ids, x_NC = data.summaries(pictures.cache.path, pictures.cache.spaces[int(teacher)].name)
+    ids, x_NC = data.open_summaries(pictures.cache.path, pictures.cache.spaces[int(teacher)].name)
     at = np.argsort(ids)[np.searchsorted(np.sort(ids), pictures.ids)]
     levels = [len(at) // int(size) for size in levels.split(",")]
     return np.sort(pictures.ids[curate.curate(x_NC[:][at], levels, n, seed)])

@@ -131,7 +131,7 @@ FIGURES = {
     "open cache": lambda folder: Order(data.Cache(folder / "cache"), TOKENS),
     "first batch": first_batch,
     "subset": subset,
-    "summaries": lambda folder: data.summaries(folder / "cache", "t")[1][: 8 * SHARD],
+    "summaries": lambda folder: data.open_summaries(folder / "cache", "t")[1][: 8 * SHARD],
     "plan cache": lambda folder: plan(data.Cache(folder / "cache")),
     "plan table": lambda folder: plan(open_table(folder)),
     "k-means": cluster,

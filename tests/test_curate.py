@@ -478,7 +478,7 @@ def test_killed_run_continues_with_the_same_result(tmp_path, features, monkeypat
 
 def test_command_takes_a_cache(cache, world, tmp_path):
     """Catches rows handed out for image ids, another teacher's summaries, and pictures that are not the rows'."""
-    ids, x = data.summaries(cache.path, "dense")
+    ids, x = data.open_summaries(cache.path, "dense")
     arguments = ["--levels", "12", "4", "--keep", "30", "--out", str(tmp_path / "out")]
     curate.main(["--features", str(cache.path), "--teacher", "dense", *arguments])
     kept = np.load(tmp_path / "out" / "kept.npy")

@@ -233,7 +233,7 @@ def test_summaries_are_read_when_sliced(world, oracles, tmp_path):
     for i in (10, 30, 31, 79):
         (folder / f"0000{i}.png").write_bytes(b"junk")
     cache = data.cache(folder, oracles, tmp_path / "c", max_tokens=64, shard_images=20, progress=False)
-    ids, features = data.summaries(tmp_path / "c", "dense")
+    ids, features = data.open_summaries(tmp_path / "c", "dense")
     want = np.concatenate([shard.all("summary.dense") for shard in cache.shards])
     assert ids.tolist() == [int(i) for shard in cache.shards for i in shard.ids] and features.shape == want.shape == (
         76,
@@ -243,13 +243,13 @@ def test_summaries_are_read_when_sliced(world, oracles, tmp_path):
     at = np.random.default_rng(0).integers(76, size=30)
     assert np.array_equal(features[at], want[at]) and features[5:5].shape == (0, 96)
     shutil.rmtree(tmp_path / "c/index")
-    again, rows = data.summaries(tmp_path / "c", "dense")
+    again, rows = data.open_summaries(tmp_path / "c", "dense")
     assert np.array_equal(again, ids) and np.array_equal(rows[:], want)
     shown = data.thumbnails(tmp_path / "c", ids[[50, 3]])
     assert np.array_equal(shown[1], cache.read([(0, 3)]).images()[0].numpy())
     (tmp_path / "c/summary.dense/c/1/0").unlink()
     with pytest.raises(ValueError, match=r"summary\.dense"):
-        data.summaries(tmp_path / "c", "dense")[1][15:25]
+        data.open_summaries(tmp_path / "c", "dense")[1][15:25]
 
 
 def test_a_cache_of_summaries_alone(world, oracles, cache, tmp_path):
@@ -257,7 +257,7 @@ def test_a_cache_of_summaries_alone(world, oracles, cache, tmp_path):
     kind = {"max_tokens": 64, "shard_images": 20, "progress": False}
     alone = data.cache(world.folder / "images", oracles, tmp_path / "c", patches=False, **kind)
     assert not list((tmp_path / "c").glob("shards/*/patch*")) and data.verify(alone) == []
-    assert data.summaries(tmp_path / "c", "text")[1].shape == (80, 64)
+    assert data.open_summaries(tmp_path / "c", "text")[1].shape == (80, 64)
     assert len(data.thumbnails(tmp_path / "c", alone.all_ids()[:2])) == 2
     said, want = alone.read([(0, 0), (3, 4)]), cache.read([(0, 0), (3, 4)])
     assert torch.equal(said.rows, want.rows) and set(said.targets["dense"]) == {"summary", "registers"}

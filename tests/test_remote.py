@@ -79,9 +79,9 @@ def test_a_cache_on_s3_is_written_killed_resumed_verified_and_trained_on(s3, cac
     subprocess.run(command, cwd=ROOT, check=True, timeout=400, stdout=subprocess.DEVNULL)
     opened = data.Cache(url)
     assert opened.index is not None and len(opened.numbers) == 10 and data.verify(opened) == []
-    ids, features = data.summaries(url, "dense")
+    ids, features = data.open_summaries(url, "dense")
     assert np.array_equal(ids, np.concatenate([s.ids for s in cache.shards]))
-    assert np.allclose(features[3:60], data.summaries(cache.path, "dense")[1][3:60], atol=1e-4)
+    assert np.allclose(features[3:60], data.open_summaries(cache.path, "dense")[1][3:60], atol=1e-4)
     run = [sys.executable, "train.py", "--cache", url, "--steps", "2", "--tokens", "400", "--no-evaluate"]
     subprocess.run([*run, "--out", str(tmp_path)], cwd=ROOT, check=True, timeout=400, env=os.environ.copy())
     key = "shards/00004/pixels/c/0/0"
