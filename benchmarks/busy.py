@@ -7,8 +7,8 @@ A turn's figure is its median step. `python -m benchmarks.tables` puts busy.json
 
 import amoe
 import train
+from benchmarks.measure import machine, record
 from benchmarks.speed import make_step, random_pack
-from kernels.bench import machine, record
 
 # isort: split
 import argparse

@@ -7,7 +7,7 @@ Peers are measured if installed (`pip install faiss-cpu scikit-learn superkmeans
 
 import curate
 import kernels.kmeans
-from kernels.bench import machine, record
+from benchmarks.measure import machine, record
 
 # isort: split
 import argparse

@@ -31,13 +31,13 @@ from torch._subclasses import fake_tensor
 
 import amoe
 import train
+from benchmarks.measure import record
 from benchmarks.speed import mixed_shapes, random_pack, random_spaces
 from common.process import Process
 from kernels import arkd as arkd_file
 from kernels import moe as moe_file
 from kernels import triton
 from kernels.attention import BLOCK, mask_blocks
-from kernels.bench import record
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = torch.device("cuda", 0)

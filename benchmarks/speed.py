@@ -1,48 +1,43 @@
-"""How fast the step, the teachers, the loader and decoding are: `python -m benchmarks.speed COMMAND`.
+"""How fast the step, the teachers and the loader are: `python -m benchmarks.speed [--out FOLDER] COMMAND`.
 
     step [train.py's flags]    the training step and its kernels; packs against the same images padded to one length.
                                With --cache or --images on those, else on random packs with teachers of real sizes;
                                with --blocks a block is compiled in the place of the whole step, which takes minutes
     teachers [KIND]            DINOv3 ViT-L and SigLIP 2 So400m, weights random: packed against padded
     loader CACHE               packs of a cache against the same rows out of plain memory-mapped files, cold and warm
-    decode FOLDER [--draft]    images per second of CPU time by the Pillow of this interpreter: run by two environments
-                               in turns, six times each, for pillow-simd against Pillow (decode.json keeps the lines)
 
-What is compared takes turns in one process, so that whatever else the machine does slows all alike; figures are
-medians. Every result is printed as a JSON line and, with --out FOLDER and but for decoding's, kept under its name in
-FOLDER/COMMAND.json. kernels/bench.py --all runs the first as well. Without a GPU random packs and their teachers are
-small, and nothing says how fast a GPU is.
+Every result is printed as a JSON line and, with --out, kept under its name in FOLDER/COMMAND.json. kernels/bench.py
+runs the first as well. Without a GPU random packs and their teachers are small, and nothing says how fast a GPU is.
 
 Shape letters: T tokens in the pack, M images in it, D model width, C channels of a teacher.
 """
 
 import argparse
-import contextlib
 import gc
 import itertools
 import json
 import math
 import os
 import resource
-import statistics
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import numpy as np
-import PIL
 import torch
 import torch.nn.functional as F
 
 import amoe
 import data
-import images
 import teachers
 import train
+from benchmarks.measure import CUDA, DEVICE, in_turns, machine, peaks, ratios, record, wall_s
 from common.order import WINDOW, Order, Position
+from common.store import map_ahead
 from kernels.attention import mask_blocks
-from kernels.bench import CUDA, DEVICE, in_turns, machine, median_ms, peaks, record
 
 # ---- packs ----
 
@@ -113,8 +108,8 @@ def time_padding(run, packs, n_tokens, repeats):
     # of compiled packs, which hold fewer images: as if they had been the average ones of their pack
     kept = [n * w.n_images / b.n_images for n, b, w in zip(useful, packs, wide, strict=True)]
     rates = {name: [sum(n) / s for s in seconds[name]] for name, n in (("packed", useful), ("padded", kept))}
-    out = {f"{name}_tokens_per_s": statistics.median(rate) for name, rate in rates.items()}
-    return out | {"packed_over_padded": statistics.median(a / b for a, b in zip(*rates.values(), strict=True))}
+    out = {f"{name}_tokens_per_s": median(rate) for name, rate in rates.items()}
+    return out | {"packed_over_padded": median(ratios(*rates.values()))}
 
 
 # ---- the step ----
@@ -194,11 +189,11 @@ def time_training(step, packs, repeats, tokens):
         host.append(time.perf_counter() - began)
 
     seconds = in_turns({"steps": steps}, repeats)["steps"]
-    useful, step_s = float(torch.cat(lengths).sum()) / len(lengths), statistics.median(seconds) / n
+    useful, step_s = float(torch.cat(lengths).sum()) / len(lengths), median(seconds) / n
     return {
         "steps": n * repeats,
         "step_ms": 1e3 * step_s,
-        "host_ms": 1e3 * statistics.median(host[1:]) / n,  # of it, until the host had handed out the work
+        "host_ms": 1e3 * median(host[1:]) / n,  # of it, until the host had handed out the work
         "tokens_per_s": useful / step_s,
         "data_wait_share": sum(waited[n:]) / sum(seconds),
         "fill": useful / tokens,
@@ -225,16 +220,13 @@ def measure_step(words, repeats, save, blocks=False):
     # of the GPU; of the whole process on a CPU
     result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30 if CUDA else host_gib()
     save(result)
-    peak, flops = peaks()["matmul_flops"], flops_per_token(model, result["keys_per_query"])
-    result |= {"mflop_per_token": flops / 1e6, "matmul_tflops": peak / 1e12}
+    flops, peak = flops_per_token(model, result["keys_per_query"]), peaks()["matmul_flops"]
     result["mfu"] = flops * result["tokens_per_s"] / peak
     result |= time_padding(step, mixed, flags.tokens if compiled else None, repeats)
     save(result)
-    blocks_ms, _ = median_ms(lambda: mask_blocks(mixed[0].starts, flags.tokens), torch.device("cpu"))
-    result |= {"mask_blocks_ms": blocks_ms, "mask_blocks_share": blocks_ms / result["step_ms"]}
-    result["parts_ms"] = kernel_times(step, mixed[0])
-    result["parts_ms"]["copy to the device"] = median_ms(lambda: mixed[0].to(process.device), process.device)[0]
-    return result
+    blocks_s = median(wall_s(lambda: mask_blocks(mixed[0].starts, flags.tokens)) for _ in range(20))
+    result |= {"mask_blocks_share": 1e3 * blocks_s / result["step_ms"]}
+    return result | {"parts_ms": kernel_times(step, mixed[0])}
 
 
 def host_gib():
@@ -292,97 +284,53 @@ def drop_pages(folder):
             os.close(file)
 
 
-def open_window(path, n_tokens):
-    """(order of the packs of a cache's first window of shards alone, those packs)."""
-    cache = data.Cache(path)
-    cache.numbers = cache.numbers[:WINDOW]
-    order = Order(cache, n_tokens)
-    packs, position = order.plan(Position())[0], Position()
-    # what threads read ahead at the end of the window is one image
-    order.packs = lambda *_: (
-        (entries, position) for entries in itertools.chain(packs, itertools.repeat(packs[-1][:1]))
-    )
-    return order, packs
-
-
-def plain_reader(cache, packs, folder, maps):
-    """A function that copies every pack's pixels and features out of memory-mapped files and returns their bytes.
-
-    The files are written here, into `folder`, with the rows of the same images; those in `maps` {} are mapped already.
-    """
-    by_row = ["pixels", *(f"patch.{s.name}" for s in cache.spaces)]
-    by_image = [f"{kind}.{s.name}" for s in cache.spaces for kind in ("summary", "registers")[: 1 + bool(s.registers)]]
-    for shard, name in itertools.product(cache.shards, by_row + by_image):
+def write_plain_files(cache, folder):
+    """Write every array of the cache's shards as a .npy of its own; their paths."""
+    names = ["pixels", *(f"patch.{s.name}" for s in cache.spaces)]
+    names += [name for s in cache.spaces for name in data.names_by_image(s)]
+    paths = [f"{folder}/{shard.number}.{name}.npy" for shard in cache.shards for name in names]
+    for path, (shard, name) in zip(paths, itertools.product(cache.shards, names), strict=True):
         array = shard.all(name)
-        array = array if array.dtype.kind in "iuf" else array.view(np.int16)  # bfloat16
-        np.save(f"{folder}/{shard.number}.{name}.npy", array)
-    parts = [[(n, slice(*cache.shard(n).starts[i : i + 2].tolist())) for n, i in entries] for entries in packs]
-
-    def rows(number, name):
-        if (number, name) not in maps:
-            maps[number, name] = np.load(f"{folder}/{number}.{name}.npy", mmap_mode="r")
-        return maps[number, name]
-
-    def read():
-        size = 0
-        for entries, pack_parts in zip(packs, parts, strict=True):
-            size += sum(np.concatenate([rows(n, name)[part] for n, part in pack_parts]).nbytes for name in by_row)
-            size += sum(np.stack([rows(n, name)[i] for n, i in entries]).nbytes for name in by_image)
-        return size
-
-    return read
+        np.save(path, array if array.dtype.kind in "iuf" else array.view(np.int16))  # bfloat16
+    return paths
 
 
 def measure_loader(path, n_tokens, repeats):
-    """Tokens/s, MB/s and share of plain files' bandwidth, of the first window of shards."""
+    """Tokens/s of the packs of a cache's first window of shards, MB/s of plain files that hold the same shards, and the
+    share of their bandwidth. A turn opens the cache, or the files, anew: what it finds are the kernel's pages."""
     torch.set_num_threads(1)
-    (order, packs), maps = open_window(path, n_tokens), {}
+    cache = data.Cache(path)
+    cache.numbers = cache.numbers[:WINDOW]
+    order = Order(cache, n_tokens)
+    packs, _ = order.plan(Position())
     tokens = sum(order.length(image) for entries in packs for image in entries)
-    result = {"name": f"{Path(path).name}, {n_tokens} tokens", "packs": len(packs), "repeats": repeats}
-    result |= {"fill": tokens / n_tokens / len(packs), "reads": {}}
-    orders = [order]
+    patches = tokens - order.special * sum(map(len, packs))
+    share = patches / sum(int(shard.starts[-1]) for shard in cache.shards)  # of what the shards hold
 
     def read(threads):
-        for _ in zip(packs, data.loader(orders[0], Position(), threads=threads), strict=False):
-            pass
+        opened = data.Cache(path)
+        one = lambda entries: data.read_pack(opened, entries, n_tokens, order.special - 1)  # noqa: E731
+        with ThreadPoolExecutor(threads or 1) as pool:
+            for _ in map_ahead(pool, one, packs, 2 * threads) if threads else map(one, packs):
+                pass
 
-    def forget():
-        """A cache just opened, and no page of it in memory."""
-        orders.clear()
-        maps.clear()
+    def cold(way):
         drop_pages(path)
-        orders.append(open_window(path, n_tokens)[0])
+        return wall_s(way)
 
+    result = {"name": f"{Path(path).name}, {n_tokens} tokens", "packs": len(packs), "repeats": repeats, "reads": {}}
     with tempfile.TemporaryDirectory(dir=path) as folder:  # on the same disk
-        read_plain = plain_reader(order.dataset, packs, folder, maps)
-        result["mb"] = read_plain() / 1e6
-        del order
-        ways = {"plain files": read_plain} | {f"{n} threads": lambda n=n: read(n) for n in (0, 1, 2)}
-        for pages, before in (("warm", lambda: None), ("cold", forget)):
-            seconds = in_turns(ways, repeats, before)
-            for way, taken in seconds.items():
-                ratio = statistics.median(a / b for a, b in zip(seconds["plain files"], taken, strict=True))
-                rates = {"tokens_per_s": tokens, "mb_per_s": result["mb"]}
-                rates = {key: n / statistics.median(taken) for key, n in rates.items()}
-                result["reads"][f"{pages}, {way}"] = rates | {"of_plain": ratio}
+        files = write_plain_files(cache, folder)
+        read_plain = lambda: [np.array(np.load(file, mmap_mode="r")).nbytes for file in files]  # noqa: E731
+        result["mb"] = mb = share * sum(read_plain()) / 1e6
+        ways = {"plain files": read_plain, "0 threads": lambda: read(0), "2 threads": lambda: read(2)}
+        for pages, measure in (("warm", wall_s), ("cold", cold)):
+            seconds = in_turns(ways, repeats, measure)
+            plain = [share * s for s in seconds.pop("plain files")]
+            for way, taken in (("plain files", plain), *seconds.items()):
+                rates = {"tokens_per_s": tokens / median(taken), "mb_per_s": mb / median(taken)}
+                result["reads"][f"{pages}, {way}"] = rates | {"of_plain": median(ratios(plain, taken))}
     return result
-
-
-# ---- decoding ----
-
-
-def measure_decoding(folder, draft):
-    """Images per second of CPU time of one thread, so that other work on the machine counts little."""
-    torch.set_num_threads(1)
-    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix in (".png", ".jpg"))
-    for _ in range(2):  # the first time finds the files' pages
-        began, n = time.process_time(), 0
-        for path in paths:
-            with contextlib.suppress(ValueError):  # smaller than a patch
-                images.load_image(path, max_tokens=256, draft=draft)
-                n += 1
-    rate = n / (time.process_time() - began)
-    return {"pillow": PIL.__version__, "draft": draft, "images": n, "images_per_cpu_s": rate}
 
 
 # ---- command line ----
@@ -399,9 +347,6 @@ def main():
     loader = commands.add_parser("loader")
     loader.add_argument("cache")
     loader.add_argument("--tokens", type=int, default=2048, help="in a pack")
-    decode = commands.add_parser("decode")
-    decode.add_argument("folder")
-    decode.add_argument("--draft", action="store_true", help="as training data are decoded (JPEG)")
     args, words = parser.parse_known_args()
     if words and args.command != "step":
         parser.error(f"unrecognized arguments: {' '.join(words)}")
@@ -410,16 +355,15 @@ def main():
         record(args.out, f"{args.command}.json", result["name"], result)
 
     with tempfile.TemporaryDirectory() as folder:  # where train.py keeps what it fits for --images
-        results = {
-            "step": lambda: [measure_step([*words, "--out", folder], args.repeats, keep, args.blocks)],
-            "teachers": lambda: (measure_teacher(kind, args.repeats) for kind in ([args.kind] if args.kind else REAL)),
-            "loader": lambda: [measure_loader(args.cache, args.tokens, args.repeats)],
-            "decode": lambda: [measure_decoding(args.folder, args.draft)],
-        }
-        for result in results[args.command]():
-            print(json.dumps(result), flush=True)
-            if "name" in result:
-                keep(result)
+        if args.command == "step":
+            results = [measure_step([*words, "--out", folder], args.repeats, keep, args.blocks)]
+        elif args.command == "teachers":
+            results = (measure_teacher(kind, args.repeats) for kind in ([args.kind] if args.kind else REAL))
+        else:
+            results = [measure_loader(args.cache, args.tokens, args.repeats)]
+    for result in results:
+        print(json.dumps(result), flush=True)
+        keep(result)
 
 
 if __name__ == "__main__":

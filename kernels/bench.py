@@ -12,12 +12,9 @@ after it and the next run find in Inductor's cache.
     moe, attention, arkd, kmeans      an operation's forms at real sizes
 
 A form that is wrong against float64 on the inputs it is timed on is not timed, and the exit status is 1. Without a GPU
-shapes are small and Triton is left out: its interpreter is no measure of speed. Times are medians, of
-`triton.testing.do_bench` on CUDA (which clears L2 between runs), of wall time on a CPU.
-
-The floor of a shape is the longer of its operations at the rate of a large bfloat16 matrix product (float32 on a CPU)
-and its fewest bytes, each input read and each output written once, at the rate of a large copy, both measured in the
-same run. "% of floor" is floor over time: 100 is the best that machine allows.
+shapes are small and Triton is left out: its interpreter is no measure of speed. "% of floor" is floor over time, at
+best 100: the floor is the time of an operation's products at the rate of a large one, or of its fewest bytes (inputs
+read and outputs written once) at the rate of a large copy, whichever is longer; both rates are of the same run.
 
 Shape letters: T tokens, D model width, E experts, F expert width, K experts a token or centroids, B images of the
 global batch, H heads, d head width, N points.
@@ -25,9 +22,6 @@ global batch, H heads, d head width, N points.
 
 import argparse
 import functools
-import json
-import platform
-import statistics
 import subprocess
 import sys
 import time
@@ -36,23 +30,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.utils.benchmark
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository, also when run as a script
 
 import kernels
-from common.store import write_atomically
+from benchmarks.measure import CUDA, DEVICE, ROOT, machine, median_ms, peaks, record
 from kernels import arkd as arkd_file
 from kernels import kmeans as kmeans_file
 from kernels import moe as moe_file
 from kernels.attention import attend, image_runs, mask_of
 
-if kernels.triton is not None:
-    import triton.testing
-
-ROOT = Path(__file__).resolve().parent.parent
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 SECONDS = 530  # of --all
 
@@ -76,36 +63,37 @@ class Case:
 # ---- the operations ----
 
 
-def forms_of(file, function, *asked, compiled=()):
+def forms_of(file, function, *asked):
     """{form: function of the inputs, or why it does not run or is not timed here} of a kernel file's IMPLS.
 
-    asked: what its `choose` wants to know beside the device. compiled: the forms to time compiled, too.
+    asked: what its `choose` wants to know beside the device.
     """
     forms = {} if CUDA else {"triton": "Triton's interpreter is no measure of speed"}
     for impl in [impl for impl in file.IMPLS if impl not in forms]:
         try:
             file.choose(impl, DEVICE, *asked)
-            forms[impl] = lambda *a, impl=impl: function(*a, impl=impl)
+            forms[impl] = functools.partial(function, impl=impl)
         except ValueError as refusal:
             forms[impl] = str(refusal)
-    # A graph break is no error here: ref reads the counts on the host.
-    return forms | {
-        f"compiled {impl}": torch.compile(forms[impl], dynamic=False) for impl in compiled if callable(forms[impl])
-    }
+    return forms
 
 
 def normal(*shape, dtype=FLOAT32, scale=1.0):
     return torch.randn(shape, device=DEVICE, dtype=dtype) * scale
 
 
-def moe_case(dtype, shape, empty=(), compiled=()):
+def name(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+def moe_case(dtype, shape, empty=()):
     T, D, E, F, K = shape
     score_TE = torch.rand(T, E, device=DEVICE)
     score_TE[:, list(empty)] = -1
     w1, w3, w2 = (normal(*s, dtype=dtype, scale=s[2] ** -0.5) for s in [(E, F, D)] * 2 + [(E, D, F)])
     weight_TK = torch.rand(T, K, device=DEVICE)
     inputs = (normal(T, D, dtype=dtype), score_TE.topk(K, dim=1).indices, weight_TK, w1, w2, w3)
-    forms = forms_of(moe_file, moe_file.moe, dtype, compiled=compiled)
+    forms = forms_of(moe_file, moe_file.moe, dtype)
     if dtype != BFLOAT16:
         forms["grouped"] = "computes in bfloat16"
     flops = 3 * 2 * T * K * 3 * D * F  # three products forward; each has two in the backward
@@ -115,10 +103,10 @@ def moe_case(dtype, shape, empty=(), compiled=()):
     return Case("moe", shape, inputs, (0, 2, 3, 4, 5), forms, exact, flops, read, (tolerance, tolerance))
 
 
-def arkd_case(B, D, teacher_D, spread=1.0, duplicates=0, compiled=()):
+def arkd_case(B, D, teacher_D, spread=1.0, duplicates=0):
     student_BD, teacher_BD = normal(B, D), normal(B, teacher_D, scale=spread)
     student_BD[:duplicates] = student_BD[0]
-    forms = forms_of(arkd_file, arkd_file.arkd, FLOAT32, B, compiled=compiled)
+    forms = forms_of(arkd_file, arkd_file.arkd, FLOAT32, B)
     if B > arkd_file.MEDIAN_EXACT:
         forms["ref"] = f"its {B} x {B} tensors would take {B * B * 4 / 2**30:.0f} GiB each"
     flops = 7 * 2 * B * B * D  # two products for the means, two for the loss; in the backward two and weights @ z
@@ -178,30 +166,25 @@ CHECKS = [
     *((kmeans_case, *shape, dtype) for dtype in (FLOAT32, BFLOAT16) for shape in ((1, 5, 1), (3000, 70, 300))),
     *((kmeans_case, 1001, 33, 7, dtype) for dtype in (FLOAT32, BFLOAT16)),
 ]
-TIMED = [
-    (moe_case, FLOAT32, (1024, 128, 8, 128, 2)),
-    (attention_case, FLOAT32, 4, 32, list(range(0, 1024, 69)), 1024),
-    (arkd_case, 512, 384, 384),
-    (kmeans_case, 10_000, 64, 200),
-]
-if CUDA:  # compiling is most of the time: few are compiled
-    TIMED = [
-        (moe_case, BFLOAT16, (16384, 768, 28, 384, 6), (), ("grouped", "triton")),
-        (moe_case, BFLOAT16, (16384, 768, 28, 384, 2)),
-        (moe_case, BFLOAT16, (65536, 768, 28, 384, 6)),
-        *((attention_case, BFLOAT16, 8, 128, image_starts(low), 16384) for low in (261, 21)),
-        (arkd_case, 2048, 1152, 1152, 1.0, 0, ("ref",)),
-        (arkd_case, 32768, 1152, 1152),
-        *((kmeans_case, 1_000_000, *shape) for shape in ((384, 1000, BFLOAT16), (384, 1000), (256, 4096, BFLOAT16))),
-    ]
-OPS = {"moe": moe_case, "attention": attention_case, "arkd": arkd_case, "kmeans": kmeans_case}
+TIMED = {
+    "moe": [(moe_case, FLOAT32, (1024, 128, 8, 128, 2))],
+    "attention": [(attention_case, FLOAT32, 4, 32, list(range(0, 1024, 69)), 1024)],
+    "arkd": [(arkd_case, 512, 384, 384)],
+    "kmeans": [(kmeans_case, 10_000, 64, 200)],
+}
+if CUDA:
+    TIMED = {
+        "moe": [(moe_case, BFLOAT16, (T, 768, 28, 384, K)) for T, K in ((16384, 6), (16384, 2), (65536, 6))],
+        "attention": [(attention_case, BFLOAT16, 8, 128, image_starts(low), 16384) for low in (261, 21)],
+        "arkd": [(arkd_case, B, 1152, 1152) for B in (2048, 32768)],
+        "kmeans": [
+            (kmeans_case, 1_000_000, *shape) for shape in ((384, 1000, BFLOAT16), (384, 1000), (256, 4096, BFLOAT16))
+        ],
+    }
+COMPILED = {"moe": "grouped", "arkd": "ref"}  # too, at an operation's first shape: compiling is most of the time
 
 
 # ---- checking and timing ----
-
-
-def name(dtype):
-    return str(dtype).removeprefix("torch.")
 
 
 def leaves(case, dtype=None):
@@ -217,40 +200,6 @@ def step(function, inputs, case):
         return [out]
     cotangent = torch.ones_like(out) if out.ndim == 0 else case.inputs[0].sin().to(out.dtype)
     return [out, *torch.autograd.grad(out, [inputs[i] for i in case.gradients], cotangent)]
-
-
-def median_ms(function, device=DEVICE):
-    """(median milliseconds, n)."""
-    if device.type == "cuda":
-        times = triton.testing.do_bench(function, warmup=100, rep=400, return_mode="all")
-        return statistics.median(times), len(times)
-    timer = torch.utils.benchmark.Timer("f()", globals={"f": function}, num_threads=torch.get_num_threads())
-    times = timer.blocked_autorange(min_run_time=0.5)
-    return 1e3 * times.median, len(times.times) * times.number_per_run
-
-
-def in_turns(ways, repeats, before=lambda: None):
-    """{name: [seconds] of each turn} of ways {name: function}; `before` every run and a first turn are not timed."""
-    seconds = {name: [] for name in ways}
-    for turn in range(1 + repeats):
-        for name, way in ways.items():
-            before()
-            began = time.perf_counter()
-            way()
-            if CUDA:
-                torch.cuda.synchronize()
-            if turn:
-                seconds[name].append(time.perf_counter() - began)
-    return seconds
-
-
-def peaks():
-    """Measured FLOP/s of a large matrix product and bytes/s of a large copy, read and written."""
-    n, dtype = (8192, BFLOAT16) if CUDA else (2048, FLOAT32)
-    a, b, source = normal(n, n, dtype=dtype), normal(n, n, dtype=dtype), normal(2**28 if CUDA else 2**24)
-    target = torch.empty_like(source)
-    product_ms, copy_ms = median_ms(lambda: a @ b)[0], median_ms(lambda: target.copy_(source))[0]
-    return {"matmul_flops": 2 * n**3 / product_ms * 1e3, "copy_bytes": 8 * source.numel() / copy_ms * 1e3}
 
 
 def measure(case, peak):
@@ -275,11 +224,7 @@ def measure(case, peak):
 def check(case, function, exacts, row):
     """Add a form's errors to the row, |out - exact| / |exact| of value and gradients, and what is wrong with them."""
     torch._dynamo.reset()  # forms share their code, and a compiler's limit is on the shapes of one code
-    if CUDA:
-        torch.cuda.reset_peak_memory_stats()
     outs = step(function, leaves(case), case)
-    if CUDA:
-        row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     if case.error:
         row["errors"] = [case.error(outs[0])]
     else:
@@ -295,38 +240,15 @@ def time_form(case, function, peak, row):
     """Add its milliseconds to the row: of the forward pass and, where there is a backward, of both."""
     inputs = leaves(case)
     with torch.no_grad():
-        row["forward_ms"], row["n_forward"] = median_ms(lambda: function(*inputs))
+        row["forward_ms"] = ms = median_ms(lambda: function(*inputs))
     if case.gradients:
-        row["step_ms"], row["n_step"] = median_ms(lambda: step(function, inputs, case))
-    ms = row.get("step_ms", row["forward_ms"])
+        row["step_ms"] = ms = median_ms(lambda: step(function, inputs, case))
     floor_ms = 1e3 * max(case.flops / peak["matmul_flops"], case.bytes / peak["copy_bytes"])
     row |= {"tflops": case.flops / ms / 1e9, "gbytes_per_s": case.bytes / ms / 1e6}
-    row |= {"floor_ms": floor_ms, "percent_of_floor": 100 * floor_ms / ms}
-
-
-def record(folder, file, key, value):
-    """Put {key: value} into a JSON file of the folder, atomically; no folder, no file."""
-    if folder is None:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / file
-    content = json.loads(path.read_text()) if path.exists() else {}
-    text = json.dumps(content | {key: value}, indent=1) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    row["percent_of_floor"] = 100 * floor_ms / ms
 
 
 # ---- the parts ----
-
-
-def machine():
-    return {
-        "machine": torch.cuda.get_device_name() if CUDA else platform.processor() or platform.machine(),
-        "device": DEVICE.type,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": kernels.triton and kernels.triton.__version__,
-    }
 
 
 def line(row):
@@ -343,19 +265,20 @@ def line(row):
 def run_part(part, folder):
     """The checks, or one operation's figures; written and printed row by row. Returns whether all was right."""
     torch.manual_seed(0)
-    file, peak, cases = "checks.json", None, CHECKS
-    if part != "checks":
-        file, peak, cases = "kernels.json", peaks(), [case for case in TIMED if case[0] is OPS[part]]
+    peak = None if part == "checks" else peaks()
+    file, rows = "checks.json" if part == "checks" else "kernels.json", {}
+    if peak:
         print(f"measured: matmul {peak['matmul_flops'] / 1e12:.2f} TFLOP/s, copy {peak['copy_bytes'] / 1e9:.1f} GB/s")
         record(folder, file, "peak", peak)
     record(folder, file, "machine", machine())
-    rows = {}
-    for make, *arguments in cases:
-        new = measure(make(*arguments), peak)
-        op = new[0]["op"]
-        rows[op] = rows.get(op, []) + new
+    for make, *arguments in TIMED.get(part, CHECKS):
+        case, form = make(*arguments), COMPILED.get(part)
+        if CUDA and not rows and callable(case.forms.get(form)):
+            case.forms[f"compiled {form}"] = torch.compile(case.forms[form], dynamic=False)
+        new = measure(case, peak)
+        rows[case.op] = rows.get(case.op, []) + new
         print(*map(line, new), sep="\n", flush=True)
-        record(folder, file, op, rows[op])
+        record(folder, file, case.op, rows[case.op])
         if CUDA:
             torch.cuda.empty_cache()
     return not any("wrong" in row or "failed" in row for op in rows for row in rows[op])
@@ -367,9 +290,9 @@ def parts(out):
     step = ["-m", "benchmarks.speed", *out, "step"]
     step += ["--model", "amoe-0.3b", "--tokens", "16384"] if CUDA else []
     agree = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_step.py", "-k", "compiled_steps"]
-    own = lambda part: ["kernels/bench.py", "--only", part, *out]  # noqa: E731
-    found = {"checks": (110, own("checks")), "agree": (130, agree), "step": (130, [*step, "--blocks"])}
-    found |= {op: (seconds, own(op)) for op, seconds in {"moe": 90, "attention": 60, "arkd": 50, "kmeans": 40}.items()}
+    own = {"checks": 110, "moe": 90, "attention": 60, "arkd": 50, "kmeans": 40}
+    own = {part: (seconds, ["kernels/bench.py", "--only", part, *out]) for part, seconds in own.items()}
+    found = {"checks": own.pop("checks"), "agree": (130, agree), "step": (130, [*step, "--blocks"]), **own}
     if CUDA:
         found |= {"step-triton": (130, [*step, "--blocks", "--kernels", "triton"]), "step-whole": (400, step)}
     return found
@@ -379,28 +302,22 @@ def run_all(folder):
     """Every part in a process of its own, within the time there is. Returns whether all of them were right."""
     until, outcomes = time.monotonic() + SECONDS, {}
     for part, (seconds, words) in parts(["--out", str(folder.resolve())] if folder else []).items():
-        began, seconds = time.monotonic(), min(seconds, until - time.monotonic())
+        seconds = min(seconds, until - time.monotonic())
         print(f"\n---- {part}, {seconds:.0f} s at most ----", flush=True)
         try:
-            if seconds < 15:
-                outcomes[part] = "not begun: no time was left"
-            else:
-                status = subprocess.run([sys.executable, *words], cwd=ROOT, timeout=seconds).returncode
-                outcomes[part] = f"exit status {status}" if status else "right"
+            status = subprocess.run([sys.executable, *words], cwd=ROOT, timeout=max(seconds, 1)).returncode
+            outcomes[part] = f"exit status {status}" if status else "right"
         except subprocess.TimeoutExpired:
             outcomes[part] = "ran out of its time; what it had measured is written"
-        outcomes[part] += f", {time.monotonic() - began:.0f} s"
         record(folder, "checks.json", "parts", outcomes)
     print(*(f"{part:<14}{outcome}" for part, outcome in outcomes.items()), sep="\n")
-    return all(outcome.startswith("right") for outcome in outcomes.values())
+    return all(outcome == "right" for outcome in outcomes.values())
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--all", action="store_true", help="every part, within nine minutes (the default)")
-    parser.add_argument(
-        "--only", "--op", choices=("checks", *OPS), action="append", help="one part in this process; repeatable"
-    )
+    parser.add_argument("--only", "--op", choices=("checks", *TIMED), action="append", help="one part; repeatable")
     parser.add_argument("--out", type=Path, help="folder to write checks.json, kernels.json and step.json to")
     flags = parser.parse_args()
     if CUDA and kernels.triton is None:

@@ -34,7 +34,7 @@ def test_a_bench_measures_everything_where_nothing_is_named(monkeypatch):
     measured = []
     monkeypatch.setattr(curation, "PARTS", {"a": lambda: {"a": 1}, "b": lambda: {"b": 2}})
     monkeypatch.setattr(curation, "record", lambda folder, file, key, value: measured.append(key))
-    monkeypatch.setattr(speed, "measure_teacher", lambda kind, repeats: measured.append(kind) or {})
+    monkeypatch.setattr(speed, "measure_teacher", lambda kind, repeats: measured.append(kind) or {"name": kind})
     for main, words in ((curation.main, []), (speed.main, ["teachers"]), (speed.main, ["teachers", "dinov3"])):
         monkeypatch.setattr("sys.argv", ["bench", *words])
         main()
