@@ -4,7 +4,6 @@ A function a table: `toy` makes the lines between <!-- toy --> and <!-- /toy -->
 names the pages that say something else than the JSON does.
 """
 
-import itertools
 import json
 import math
 import re
@@ -13,6 +12,7 @@ from pathlib import Path
 from statistics import mean, median, stdev
 
 from benchmarks.claims import BUDGETS, base_of, compared, measured, value
+from benchmarks.measure import ratios
 
 HERE, KINDS = Path(__file__).resolve().parent, ("summary", "patch")
 
@@ -37,24 +37,26 @@ def scores(results, *notes, longer=()):
 
     longer: results of longer runs, for a column beside.
     """
-    columns, rows = ("student", "teacher", "untrained"), []
+    rows = []
     for measure in results[0]["student"]:
-        student, *others = ([r[who][measure] for r in results if measure in r[who]] for who in columns)
-        shares = [s / t for s, t in zip(student, others[0], strict=False)]
+        student, *others = (
+            [r[who][measure] for r in results if measure in r[who]] for who in ("student", "teacher", "untrained")
+        )
         cells = [spread([r["student"][measure] for r in longer])] if longer else []
-        cells += [f"{mean(v):.3f}" if v else "" for v in others]
-        rows.append((measure, spread(student), *cells, f"{mean(shares):.0%}" if shares else ""))
+        share = f"{mean(ratios(student, others[0])):.0%}" if others[0] else ""
+        rows.append((measure, spread(student), *cells, *(f"{mean(v):.3f}" if v else "" for v in others), share))
     more = [f"after {longer[0]['steps']} steps"] if longer else []
-    return table(("measure", columns[0], *more, *columns[1:], "share of the teacher"), rows, *notes)
+    return table(("measure", "student", *more, "teacher", "untrained", "share of the teacher"), rows, *notes)
 
 
 def toy():
     runs, longer = ([load(path.stem) for path in sorted(HERE.glob(f"toy_{kind}*.json"))] for kind in ("seed", "longer"))
     seconds, training = [r["seconds"] for r in runs], [r["tokens"] / r["tokens_per_s"] for r in runs]
-    note = f"`python train.py --seed S`, n = {len(runs)} seeds, mean ± standard deviation; {min(seconds):.0f} to "
-    note += f"{max(seconds):.0f} s a run, everything included, {mean(training):.0f} of them training."
-    if longer:
-        note += f" `--steps {longer[0]['steps']}` (n = {len(longer)}): {mean(r['seconds'] for r in longer):.0f} s."
+    note = (
+        f"`python train.py --seed S`, n = {len(runs)} seeds, mean ± standard deviation; {min(seconds):.0f} to "
+        f"{max(seconds):.0f} s a run, everything included, {mean(training):.0f} of them training. "
+        f"`--steps {longer[0]['steps']}` (n = {len(longer)}): {mean(r['seconds'] for r in longer):.0f} s."
+    )
     return scores(runs, note, longer=longer)
 
 
@@ -105,8 +107,9 @@ def step():
         "padded_tokens_per_s": ("tokens/s, images of the same pack padded to the longest", "{:.0f}"),
         "packed_over_padded": ("packed over padded", "{:.2f}x"),
     }
-    runs = load("step").values()
-    rows = [(text, *(cell.format(r[key]) if key in r else "" for r in runs)) for key, (text, cell) in lines.items()]
+    runs = load("step").values()  # one that was cut short has its first figures only
+    measured = {key: line for key, line in lines.items() if any(key in r for r in runs)}
+    rows = [(text, *(cell.format(r[key]) if key in r else "" for r in runs)) for key, (text, cell) in measured.items()]
     return table(("`python -m benchmarks.speed step`", *(r["name"] for r in runs)), rows)
 
 
@@ -154,50 +157,24 @@ def adapt():
     return table(("", *(f"{where}: {m}" for where, m in keys)), rows, note.format(**found["held_out"]))
 
 
-def decode():
-    """pillow-simd against Pillow, the two run in turns."""
-    rows = []
-    for what, runs in load("decode").items():
-        rates = [[r["images_per_cpu_s"] for r in runs if (".post" in r["pillow"]) == simd] for simd in (True, False)]
-        ratios = [a / b for a, b in zip(*rates, strict=True)]
-        cells = (*(f"{median(r):.0f}" for r in rates), f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
-        rows.append((what, *cells, len(ratios)))
-    return table(("images", "pillow-simd, images/CPU-s", "Pillow, images/CPU-s", "ratio", "n"), rows)
-
-
 def busy():
     """Median steps of the toy, and how many times the default's of the same turn, under each policy of idle threads."""
-    if not (HERE / "busy.json").exists():
-        return ["Not measured yet: `python -m benchmarks.busy`, four minutes on an idle machine."]
-    found = load("busy")["toy"]
+    found, rows = load("busy")["toy"], []
     idle, beside = found["step_ms"].values()
-    rows = []
     for policy in idle:
-        cells = [cell for at in (idle, beside) for cell in (at[policy], over(at[policy], at["default"]))]
-        rows.append((policy, *(f"{median(c):.{2 if i % 2 else 0}f}" for i, c in enumerate(cells))))
+        cells = [(median(at[policy]), median(ratios(at[policy], at["default"]))) for at in (idle, beside)]
+        rows.append((policy, *(cell for ms, times in cells for cell in (f"{ms:.0f}", f"{times:.2f}"))))
     head = ("idle threads", "idle, ms", "over the default", f"beside {found['spinners']}, ms", "over the default")
-    slower = median(over(beside["default"], idle["default"]))
+    slower = median(ratios(beside["default"], idle["default"]))
     note = f"`python -m benchmarks.busy`: the toy's step, {found['cores']} cores, medians of {len(idle['default'])} "
     return table(head, rows, note + f"turns; beside spinning processes the default takes {slower:.1f} times as long.")
 
 
-def over(a, b):
-    return [x / y for x, y in zip(a, b, strict=True)]
-
-
 def protocols():
     """From the strict protocol to the published one, difference by difference; a column a teacher."""
-    found, rows = load("protocols"), {}
-    for measure, unit in (("knn", "kNN"), ("zeroshot", "zero-shot"), ("segmentation", "mIoU")):
-        for teacher, scores in found[measure].items():
-            for name, score in scores.items():
-                rows.setdefault((unit, name), {})[teacher] = f"{score:.3f}"
-    for way, (teacher, scores) in itertools.product(("image to text", "text to image"), found["retrieval"].items()):
-        for name, score in scores.items():
-            rows.setdefault((f"recall at 10, {way}", name), {})[teacher] = f"{score[way]:.3f}"
-    names = [*found["knn"]]
-    lines = [(*row, *(cells.get(name, "") for name in names)) for row, cells in rows.items()]
-    return table(("measure", "protocol", *(f"`{name}`" for name in names)), lines)
+    found = load("protocols")
+    rows = [(*words, *("" if x is None else f"{x:.3f}" for x in scores)) for *words, scores in found["rows"]]
+    return table(("measure", "protocol", *(f"`{name}`" for name in found["teachers"])), rows)
 
 
 def longer():
@@ -298,19 +275,19 @@ SCALE = {  # what benchmarks.scale measures: in words, what it was before with 2
 def scale():
     """What grows with the number of images; at 2e8 by the line through the two largest sizes."""
     found, rows, units = load("scale"), [], {"mib": "MiB", "images_per_s": "images/s"}
-    sizes = found["sizes"]
-    for what, (label, before, goal) in SCALE.items():
-        measured = [figures[what] for figures in found["figures"].values() if what in figures]
-        for unit in measured[0]:
-            (n0, y0), (n1, y1) = [(n, m[unit]) for n, m in zip(sizes, measured, strict=False)][-2:]
+    for what, words in SCALE.items():
+        label, *beside = words
+        measured = {int(n): figures[what] for n, figures in found["figures"].items() if what in figures}
+        for unit in next(iter(measured.values())):
+            cells = [f"{measured[n][unit]:.3g}" if n in measured else "" for n in found["sizes"]]
+            (n0, y0), (n1, y1) = [(n, figure[unit]) for n, figure in measured.items()][-2:]
             growth = f"{math.log(max(y1, 1e-3) / max(y0, 1e-3)) / math.log(n1 / n0):.2f}"
             far = f"{y1 + max(0.0, y1 - y0) * (2e8 - n1) / (n1 - n0):.3g}"
             if unit == "images_per_s":  # of 200k tokens/s a rank, in images of 261
                 growth, far = "", f"{256 * 200_000 / 261 / y1:.0%} of a core at 256 ranks"
-            cells = [f"{m[unit]:.3g}" for m in measured] + [""] * (len(sizes) - len(measured))
-            rows.append((label, units.get(unit, unit), *cells, growth, far, before, goal))
-            label = before = goal = ""
-    head = ("what", "", *(f"{n:.0e}" for n in sizes), "exponent", "at 2e8", "before, at 2e8", "goal")
+            rows.append((label, units.get(unit, unit), *cells, growth, far, *beside))
+            label, beside = "", ("", "")
+    head = ("what", "", *(f"{n:.0e}" for n in found["sizes"]), "exponent", "at 2e8", "before, at 2e8", "goal")
     note = (
         "`python -m benchmarks.scale`, {machine}. The table takes {table_bytes:.0f} bytes an image with a name of 29, "
         "the index of a cache {index_bytes:.0f}. A tar is scanned at {tar_us[0]:.1f} us a member of 2.6 kB, with the "
@@ -321,18 +298,19 @@ def scale():
 
 def kmeans():
     """A line a library, a column a data set."""
-    runs = [part for name, part in sorted(load("curation").items()) if name.startswith("speed")]
-    rows = [[name] for name in dict.fromkeys(name for r in runs for name in r["ratio_to_gemm"])]
-    for r in runs:
-        for row in rows:
-            c = r["ratio_to_gemm"].get(row[0])
-            figures = c and f"{c['median']:.2f} ({min(c['all']):.2f}-{max(c['all']):.2f}); {c['inertia']:.1f}"
-            row.append(figures or "not measured")
-    rows.append(["instruction set", *(r.get("instruction_set", "not recorded") for r in runs)])
-    rows.append(["n", *(len(r["ratio_to_gemm"]["curate.kmeans"]["all"]) for r in runs)])
-    rows.append(["bare product, CPU-s", *(f"{r['gemm_cpu_s']:.2f}" for r in runs)])
-    seeding = [f"{r['seeding_and_one_assignment_over_gemm']:.2f}" for r in runs]
-    return table(["", *(r["data"] for r in runs)], [*rows, ["D^2 seeds and one assignment, in products", *seeding]])
+    runs, rows = [part for name, part in sorted(load("curation").items()) if name.startswith("speed")], []
+    for way in dict.fromkeys(way for r in runs for way in r["ratio_to_gemm"]):
+        found = [r["ratio_to_gemm"].get(way) for r in runs]
+        cell = "{median:.2f} ({least:.2f}-{most:.2f}); {inertia:.1f}"
+        cells = [c and cell.format(least=min(c["all"]), most=max(c["all"]), **c) for c in found]
+        rows.append((way, *(c or "not measured" for c in cells)))
+    rows.append(("n", *(len(r["ratio_to_gemm"]["curate.kmeans"]["all"]) for r in runs)))
+    for what, key in (
+        ("bare product, CPU-s", "gemm_cpu_s"),
+        ("D^2 seeds and one assignment, in products", "seeding_over_gemm"),
+    ):
+        rows.append((what, *(f"{r[key]:.2f}" for r in runs)))
+    return table(("", *(r["data"] for r in runs)), rows)
 
 
 def balance():
@@ -344,48 +322,8 @@ def balance():
     return table(("", "centres 1.0 apart: entropy", "CPU-s", "0.5 apart: entropy", "CPU-s"), rows)
 
 
-def plan():
-    columns = {
-        "points": "{points:.3g}",
-        "clusters": "{clusters:.3g}",
-        "flop": "{flop:.1e}",
-        "core-hours": "{core_hours:.3g}",
-        "hours, 8 machines of 64 cores": "{hours:.2g}",
-        "GB a machine": "{gb:.2g}",
-    }
-    found = load("curation")
-    levels, small, took = found["billion"]["planned"], *(found["scaled down"][key] for key in ("planned", "measured"))
-    cells = [[cell.format(gb=r["bytes_a_machine"] / 1e9, **r) for cell in columns.values()] for r in levels]
-    seconds, most = sum(3600 * r["core_hours"] for r in small), max(r["bytes_a_machine"] for r in small)
-    note = (
-        f"The scaled-down tree was planned at {seconds:.1f} CPU-s and {most / 2**20:.0f} MiB, and took "
-        f"{sum(took['cpu_s']):.1f} CPU-s and {took['bytes'] / 2**20:.0f} MiB."
-    )
-    return table(("level", *columns), [(i, *row) for i, row in enumerate(cells, 1)], note)
-
-
-def pays():
-    """Of curated.json: means over seeds, and the differences from the random subset of the same seed."""
-    runs = load("curated")["runs"]
-    wheres = {"tail": "rarer half of the concepts", "concepts": "mean over concepts", "all": "all"}
-    rows = {f"{m}, {what}": (lambda r, m=m, w=w: r[m][w], 3) for m in ("zeroshot", "knn") for w, what in wheres.items()}
-    rows["subset: entropy over concepts"] = (lambda r: r["entropy_over_concepts"], 3)
-    rows["subset: images of the rarer half"] = (lambda r: r["tail_images"], 0)
-    rows["subset: share of scenes with two things"] = (lambda r: r["two_things"], 3)
-    head, lines = ["", "random"], [[what] for what in rows]
-    for way in dict.fromkeys(r["way"] for r in runs):
-        head += [] if way == "random" else [f"curated from `{way}`", "less random"]
-        for line, (read, digits) in zip(lines, rows.values(), strict=True):
-            values, random = ([read(r) for r in runs if r["way"] == w] for w in (way, "random"))
-            line.append(spread(values, digits))
-            if way != "random":
-                line.append(spread([a - b for a, b in zip(values, random, strict=True)], digits, "+"))
-    return table(head, lines)
-
-
-MAKERS = toy, photos, longer, evaluate, teachers, step, lower, int8, loader, adapt, decode, busy, protocols
-MAKERS += evidence, evidence_cifar, curating, budgets, shares, costs
-MAKERS += scale, kmeans, balance, plan, pays
+MAKERS = toy, photos, longer, evaluate, teachers, step, lower, int8, loader, adapt, busy, protocols, scale, kmeans
+MAKERS += evidence, evidence_cifar, curating, budgets, shares, costs, balance
 TABLES = {make.__name__: make for make in MAKERS}
 
 
