@@ -7,49 +7,42 @@ A turn's figure is its median step. `python -m benchmarks.tables` puts busy.json
 
 import amoe
 import train
-from benchmarks.measure import machine, record
+from benchmarks.measure import ROOT, in_turns, machine, record, wall_s
 from benchmarks.speed import make_step, random_pack
 
 # isort: split
-import argparse
 import contextlib
 import os
 import signal
-import statistics
 import subprocess
 import sys
-import time
-from pathlib import Path
+from statistics import median
 
-SPINNERS = 4
+SPINNERS, TURNS, SECONDS = 4, 5, 4.0  # processes; turns, and how long one is at least
 POLICIES = "default", "PASSIVE", "ACTIVE"
 
 
-def answer_turns(seconds):
-    """For every line of the standard input, a line with the median step in ms of `seconds`, or of two steps."""
+def answer_turns():
+    """For every line of the standard input, a line with the median step in ms of SECONDS, or of two steps."""
     flags = train.parse(["--device", "cpu"])
     with contextlib.redirect_stdout(sys.stderr):  # it says how it runs
         process, _ = train.setup(flags)
     spaces = [amoe.Space("text", 64), amoe.Space("dense", 96, 2, register_variance=(1.0, 1.0))]
     pack = random_pack([(4 + i % 5, 4 + i % 4) for i in range(54)], 2048, spaces)  # images of 16 to 64 patches
     _, step = make_step(flags, process, False, spaces)
-    step(pack)
     for _ in sys.stdin:
         taken = []
-        while len(taken) < 2 or sum(taken) < seconds:
-            began = time.perf_counter()
-            step(pack)
-            taken.append(time.perf_counter() - began)
-        print(1e3 * statistics.median(taken), flush=True)
+        while len(taken) < 2 or sum(taken) < SECONDS:
+            taken.append(wall_s(lambda: step(pack)))
+        print(1e3 * median(taken), flush=True)
 
 
-def start_process(policy, seconds):
+def start_process(policy):
     """A process that answers turns under a policy."""
     environment = {name: v for name, v in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     environment |= {} if policy == "default" else {"OMP_WAIT_POLICY": policy}
-    command = [sys.executable, "-m", "benchmarks.busy", "--answer", "--seconds", str(seconds)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=environment, **pipes)
+    return subprocess.Popen([sys.executable, "-m", "benchmarks.busy", "answer"], env=environment, **pipes)
 
 
 def take_turn(process):
@@ -62,32 +55,23 @@ def take_turn(process):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=4, help="of a turn, at least (default: 4)")
-    parser.add_argument("--answer", action="store_true", help="be one of the three processes")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of busy.json")
-    args = parser.parse_args()
-    if args.answer:
-        return answer_turns(args.seconds)
     result = machine() | {"cores": os.cpu_count(), "spinners": SPINNERS, "step_ms": {}}
     processes, spinning = {}, []
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that none of them is left behind
     try:
         for policy in POLICIES:
-            processes[policy] = start_process(policy, args.seconds)
+            processes[policy] = start_process(policy)
             take_turn(processes[policy])
         for where in ("idle", "beside"):
-            turns = [{name: take_turn(process) for name, process in processes.items()} for _ in range(args.turns)]
-            result["step_ms"][where] = {policy: [turn[policy] for turn in turns] for policy in POLICIES}
+            result["step_ms"][where] = in_turns(processes, TURNS, take_turn)
             print(where, result["step_ms"][where], flush=True)
             if where == "idle":
                 spinning += [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(SPINNERS)]
     finally:
         for process in (*processes.values(), *spinning):
             process.kill()
-    record(args.out, "busy.json", "toy", result)
+    record(ROOT / "benchmarks", "busy.json", "toy", result)
 
 
 if __name__ == "__main__":
-    main()
+    answer_turns() if sys.argv[1:] == ["answer"] else main()
