@@ -6,34 +6,29 @@ docs/scale.md says what is measured; `python -m benchmarks.tables` makes its tab
 import curate
 import data
 from amoe import PhiS, Space
+from benchmarks.measure import ROOT
 from common.order import WINDOW, Order, Position, read_subset
 from common.shards import FORMAT, INDEX, read_record, write_shard
-from common.sources import ROW_TYPE, Sources, find_sources
+from common.sources import ROW_TYPE, Sources
 from common.store import digest, name_hash, open_store, seal, unseal
-from common.tars import tar_members
 from images import Images
 from teachers import space_bytes
 
 # isort: split
-import argparse
 import json
 import os
 import re
 import subprocess
 import sys
-import tarfile
 import tempfile
 import threading
 import time
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
-SHARD, TOKENS, DIM = 512, 16384, 8
+SIZES, SHARD, TOKENS, DIM = (10**4, 10**5, 10**6, 10**7), 512, 16384, 8
 
 
 def make_table(folder, n):
@@ -145,58 +140,27 @@ def measure(what, folder):
     return found if isinstance(found, dict) else {"s": time.process_time() - began, "mib": own() - before}
 
 
-def scan_a_tar(folder, members=5000):
-    """Microseconds a member of a tar's raw headers alone, and of the whole table, images' own headers included."""
-    raw, times = BytesIO(), []
-    Image.effect_noise((64, 64), 90).save(raw, "JPEG")
-    with tarfile.open(folder / "x.tar", "w") as tar:
-        for i in range(members):
-            header = tarfile.TarInfo(f"{i:06d}.jpg")
-            header.size = len(raw.getvalue())
-            tar.addfile(header, BytesIO(raw.getvalue()))
-    whole = (folder / "x.tar").read_bytes()
-    for work in (lambda: list(tar_members(whole, len(whole))), lambda: find_sources(folder / "x.tar", anew=True)):
-        began = [(time.process_time(), len(work()), time.process_time()) for _ in range(5)]
-        assert all(found == members for _, found, _ in began)
-        times.append(min(end - begin for begin, _, end in began) / members * 1e6)
-    return times
-
-
-# ---- command line ----
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--sizes", type=int, nargs="+", default=[10**4, 10**5, 10**6, 10**7])
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/scale.json")
-    parser.add_argument("--measure", nargs=2, help="one figure of a folder, in this process")
-    args = parser.parse_args()
-    if args.measure:
-        return print(json.dumps(measure(args.measure[0], Path(args.measure[1]))))
-    result = {
-        "sizes": args.sizes,
-        "figures": {},
-        "machine": f"{os.cpu_count()} cores, load {os.getloadavg()[1]:.0f}, numpy {np.__version__}",
-    }
-    for n in args.sizes:
+    result = {"machine": f"{os.cpu_count()} cores, load {os.getloadavg()[1]:.0f}, numpy {np.__version__}"}
+    result |= {"sizes": SIZES, "figures": {}}
+    for n in SIZES:
         with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
+            folder, clustered = Path(name), n <= 10**6
             ids = make_table(folder / "table", n)
             np.save(folder / "half.npy", np.sort(ids[::2]))
             make_cache(folder / "cache", n, ids)
-            if n <= 10**6:
+            if clustered:
                 np.save(folder / "x.npy", np.random.default_rng(0).standard_normal((n, 16), dtype=np.float32))
             figures = result["figures"][str(n)] = {}
-            for what in [what for what in FIGURES if what != "k-means" or n <= 10**6]:
-                words = [sys.executable, "-m", "benchmarks.scale", "--measure", what, name]
+            for what in [what for what in FIGURES if clustered or what != "k-means"]:
+                words = [sys.executable, "-m", "benchmarks.scale", what, name]
                 figures[what] = json.loads(subprocess.check_output(words, cwd=ROOT))
                 print(n, what, figures[what], flush=True)
-            for kind, path in (("table_bytes", "table"), ("index_bytes", "cache/index")):
-                result[kind] = sum(p.stat().st_size for p in (folder / path).rglob("*") if p.is_file()) / n
-            if n == args.sizes[0]:
-                result["tar_us"] = scan_a_tar(folder)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    (ROOT / "benchmarks/scale.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:]:
+        print(json.dumps(measure(sys.argv[1], Path(sys.argv[2]))))
+    else:
+        main()

@@ -10,12 +10,11 @@ import data
 import evaluate
 import images
 import toy
-from benchmarks import claims
+from benchmarks import claims, tables
 from common import pictures
 
 # isort: split
 import argparse
-import json
 import tempfile
 from pathlib import Path
 
@@ -206,35 +205,29 @@ def curves(run):
     write("curves", pictures.curves(run / "log.jsonl"), 64)
 
 
-def found_in(name):
-    """benchmarks/NAME.json."""
-    return json.loads((Path(__file__).parents[1] / "benchmarks" / f"{name}.json").read_text())
-
-
 def evidence(_):
     """Differences from the run as it is, and their 95% intervals, from benchmarks/claims.json."""
-    arms, measures = claims.compared(found_in("claims")), ("zeroshot", "knn", "miou", "neighbours")
+    arms, measures = claims.compared(tables.load("claims")), ("zeroshot", "knn", "miou", "neighbours")
     arms = {arm: measured for arm, measured in arms.items() if claims.base_of(arm) == "as it is"}
-    page, wide = Page(980, 50 + 19 * len(arms)), 170
-    for i, arm in enumerate(arms):
-        page.text(8, 42 + 19 * i, arm, 12)
+    page, below = Page(980, 58 + 19 * len(arms)), len(arms)
     for n, measure in enumerate(measures):
-        left = 270 + n * (wide + 8)
         span = max(abs(mean) + half for mean, half, _ in (arms[arm][measure] for arm in arms))
-        at = lambda x, left=left, span=span: left + wide / 2 * (1 + x / span)  # noqa: E731
-        page.text(left + wide / 2, 12, f"{measure}, ± {span:.2f}", 12, GREY, "mm")
-        page.line([(at(0), 28), (at(0), 42 + 19 * len(arms))], FAINT, 2)
+        box, title = (270 + 178 * n, 40, 440 + 178 * n, 46 + 19 * below), f"{measure}, ± {span:.2f}"
+        axes = Axes(page, box, (-span, span), (below, 0), title=title)
+        page.line([axes.at(0, 0), axes.at(0, below)], FAINT, 2)
         for i, arm in enumerate(arms):
             mean, half, p = arms[arm][measure]
             colour = GREY if p >= 0.05 else RED if mean < 0 else GREEN
-            page.line([(at(mean - half), 42 + 19 * i), (at(mean + half), 42 + 19 * i)], colour, 1.5)
-            page.box(at(mean) - 3, 39 + 19 * i, at(mean) + 3, 45 + 19 * i, fill=colour)
+            page.line([axes.at(mean - half, i + 0.5), axes.at(mean + half, i + 0.5)], colour, 1.5)
+            x, y = axes.at(mean, i + 0.5)
+            page.box(x - 3, y - 3, x + 3, y + 3, fill=colour)
+            page.text(8, y, arm if n == 0 else "", 12)
     page.save("evidence", 32)
 
 
 def optimisers(_):
     """The loss by step under each optimiser."""
-    found, page = found_in("claims"), Page(760, 330)
+    found, page = tables.load("claims"), Page(760, 330)
     ticks, title = (20, 100, 200, 300), "loss, the mean of 20 steps"
     axes = Axes(page, (50, 40, 560, 270), (20, 300), (1.8, 12), ticks, (2, 3, 4, 6, 8, 10), title, "step", log=True)
     arms = {"as it is": GREY, "optimiser: AdamW, lr 2e-2": ORANGE, "optimiser: Muon for matrices": BLUE}
@@ -251,7 +244,7 @@ def subsets(_):
     for n, (name, title, ticks) in enumerate(
         (("claims", "toy", (0.4, 0.5, 0.6)), ("claims_cifar", "CIFAR-10", (0.2, 0.25, 0.3)))
     ):
-        found, box, rows_of = found_in(name), (60 + 440 * n, 60, 430 + 440 * n, 280), {}
+        found, box, rows_of = tables.load(name), (60 + 440 * n, 60, 430 + 440 * n, 280), {}
         axes = Axes(page, box, (-0.2, 2.2), (ticks[0], ticks[-1]), (), ticks, f"{title}: kNN, mean over classes")
         for i, (how, colour) in enumerate(colours.items()):
             page.text(60 + 270 * i, 340, how, 15, colour)
