@@ -13,7 +13,7 @@ import toy
 from amoe import autocast
 from common.checkpoints import checkpoints, copy_to_host, newest_checkpoint, save
 from common.commands import Parser, in_range, locked, run_command
-from common.log import Interval, Log, first_line
+from common.log import Interval, Log, Skipped, first_line
 from common.muon import Muon
 from common.order import Order, Position, read_subset
 from common.pictures import curves, draw
@@ -157,60 +157,57 @@ class Run:
 
     flags: Flags
     process: object  # Process
-    compiled: bool
-    folder: Path
+    # what is learnt from
     dataset: object  # data.Cache, or Images when training without a cache
     spaces: list  # an amoe.Space a teacher
     teachers: list  # those to run at every step; none with a cache
     world: object  # toy.World, or None
+    order: Order
+    # what learns
     model: amoe.Student
     wrapped: object  # the model as ranks share it
     forward: object  # `forward`, compiled or not
     optimizer: torch.optim.Optimizer
     average: dict  # {parameter: its average} under --ema
-    bad_steps: torch.Tensor  # [2] int64, steps that were not finite: in a row, in all
-    interval: object  # Interval
-    subset: object  # image ids of --subset, or None
+    # how far it is, and what is written of it
+    interval: Interval
+    skipped: Skipped
     began: float  # by time.perf_counter, as if the run had never been interrupted
-    log: object = None  # Log
-    writer: object = field(default_factory=lambda: concurrent.futures.ThreadPoolExecutor(1))
-    writing: object = None  # the future of the newest checkpoint
-    saved: float = field(default_factory=time.monotonic)  # when that was begun, or the run
     step: int = 0
     position: Position = field(default_factory=Position)
-    tokens: int = 0  # trained on, padding not counted
-    seconds: float = 0.0  # in training
-    # (image ids, count of skipped steps after it) of each step since `note_skipped`, and of the one before them
-    recent: list = field(default_factory=lambda: [([], torch.tensor(0))])
-    skipped: list = field(default_factory=list)  # image ids of the newest steps that were skipped
+    log: Log | None = None
+    saving: object = None  # the future of the newest checkpoint
+    saved: float = field(default_factory=time.monotonic)  # when that was begun, or the run
+
+    @property
+    def folder(self):
+        return Path(self.flags.out)
 
 
 def train(flags, process, compiled):
     """A run: prepare, loop, finish. A signal saves, and leaves a student behind as well."""
     run = prepare(flags, process, compiled)
     signals = catch_signals()
-    order = Order(run.dataset, flags.tokens, flags.seed, run.subset, run.model.registers)
     threads = flags.workers or (2 if process.device.type == "cuda" else 0)
     reading = {"per_step": flags.accumulate, "threads": threads, "on_corrupt": flags.on_corrupt}
-    batches = data.loader(order, run.position, process.rank, process.world, **reading)
-    if process.rank == 0:
-        print(order.counts_text(), flush=True)
+    batches = data.loader(run.order, run.position, process.rank, process.world, **reading)
     bar = tqdm(total=flags.steps, initial=run.step, unit="step", disable=process.rank > 0, mininterval=1.0)
     interval, signalled, diverged = run.interval, 0, False
     interval.begin()
     while run.step < flags.steps and not signalled and not diverged:
-        packs = []
+        packs, ids = [], []
         for _ in range(flags.accumulate):
             batch, run.position = interval.wait(batches)
+            ids += batch.ids.tolist()  # here they are on the host
             packs.append(to_device(batch, process, compiled, run.teachers, run.spaces))
-        ids = [i for batch, _ in packs for i in batch.ids.tolist()]
         torch.manual_seed((flags.seed << 32) + run.step * process.world + process.rank)  # for a plug-in with dropout
         measured, expert_load = gradients(run.wrapped, packs, run.spaces, flags, process, run.forward)
-        norm = update(run.model, run.optimizer, run.average, measured, expert_load, run.bad_steps, run.step, flags)
+        counts = run.skipped.counts
+        norm = update(run.model, run.optimizer, run.average, measured, expert_load, counts, run.step, flags)
         run.step += 1
-        run.recent.append((ids, run.bad_steps[1].clone()))
-        bar.update()
+        run.skipped.add(ids)
         interval.add(measured)
+        bar.update()
         last, saves = run.step == flags.steps, run.step % flags.save_every == 0
         asked = flags.eval_every and run.step % flags.eval_every == 0
         measures = asked or (saves and flags.evaluate and not last)  # `finish` measures the last step
@@ -218,7 +215,7 @@ def train(flags, process, compiled):
         if logs or last:
             rate, more = learning_rate(run.step - 1, flags), held_out_scores if measures else lambda run: {}
             bar.set_postfix(interval.end(run, rate, norm, expert_load, more))
-            diverged = note_skipped(run) >= 10
+            diverged = run.skipped.note(process) >= 10
         signalled, due = signal_or_due_save(run, signals, logs)
         if (saves or due or last or signalled) and not diverged:
             save_checkpoint(run)
@@ -239,21 +236,6 @@ def signal_or_due_save(run, signals, logs):
     on_any_rank_2 = torch.tensor([max(signals, default=0), float(due)], device=run.process.device)
     signalled, due = run.process.sum(on_any_rank_2).tolist()
     return max(signals, default=signal.SIGTERM) if signalled else 0, due > 0
-
-
-def note_skipped(run):
-    """Add to run.skipped the images, of all ranks, of skipped recent steps; returns how many were skipped in a row.
-
-    A step was skipped where the count of skipped steps, which waited on the device till now, is one more after it.
-    """
-    counts = [int(count) for _, count in run.recent]
-    bad = [ids for (ids, _), before, after in zip(run.recent[1:], counts, counts[1:], strict=False) if after > before]
-    run.recent = run.recent[-1:]
-    if counts[-1] > counts[0]:  # on every rank alike
-        ids = torch.tensor([i for step in bad for i in step], dtype=torch.int64, device=run.process.device)
-        ids = run.process.gather(ids[:, None], run.process.gather_counts(len(ids))).flatten().tolist()
-        run.skipped = (run.skipped + ids)[-1000:]
-    return int(run.bad_steps[0])
 
 
 # ---- a step ----
@@ -411,20 +393,20 @@ def state_of(run):
         weights, moments = get_state_dict(run.model, run.optimizer, options=options)
     else:
         weights, moments = run.model.state_dict(), run.optimizer.state_dict()
-    now = time.perf_counter()
+    tokens, seconds = run.interval.so_far(run.process.world)
     return {
         "step": run.step,
         "student": amoe.describe(run.model),
         "model": weights,
         "optimizer": moments,
         "average": run.average,
-        "bad_steps": run.bad_steps,
+        "bad_steps": run.skipped.counts,
         "position": asdict(run.position),
-        "tokens": run.tokens + run.interval.tokens * run.process.world,
-        "seconds": run.seconds + (now - run.interval.began if run.interval.steps else 0.0),
-        "elapsed": now - run.began,
+        "tokens": tokens,
+        "seconds": seconds,
+        "elapsed": time.perf_counter() - run.began,
         "interval": run.interval.total,
-        "skipped": run.skipped,
+        "skipped": run.skipped.images,
         "flags": asdict(run.flags),
         "world": run.process.world,
         "data": hash_of_data(run),
@@ -433,7 +415,7 @@ def state_of(run):
 
 def hash_of_data(run):
     """Of what packs and targets depend on: the dataset, its teachers' spaces included, and the ids of --subset."""
-    subset = b"" if run.subset is None else run.subset.tobytes()
+    subset = b"" if run.order.subset is None else run.order.subset.tobytes()
     return digest(run.dataset.about["hash"].encode() + subset)
 
 
@@ -467,11 +449,11 @@ def restore(run, path, state):
         run.optimizer.load_state_dict(state["optimizer"])
     for name in run.average:
         run.average[name].copy_(state["average"][name])
-    run.bad_steps.copy_(state["bad_steps"])
-    run.interval.total = {name: value.to(run.process.device) for name, value in state["interval"].items()}
-    run.step, run.tokens, run.seconds = state["step"], state["tokens"], state["seconds"]
-    run.began, run.skipped, run.recent = run.began - state["elapsed"], state["skipped"], [([], state["bad_steps"][1])]
-    p = state["position"]
+    device, p = run.process.device, state["position"]
+    run.skipped = Skipped(state["bad_steps"].to(device), state["skipped"])
+    totals = {name: value.to(device) for name, value in state["interval"].items()}
+    run.interval = Interval(totals, state["tokens"], state["seconds"])
+    run.step, run.began = state["step"], run.began - state["elapsed"]
     run.position = Position(p["epoch"], p["window"], p["pack"], tuple(tuple(c) for c in p["carried"]))
 
 
@@ -487,13 +469,15 @@ def prepare(flags, process, compiled):
     dataset, spaces, teachers, world = open_data(flags, process, compiled)
     spaces = spaces_to_learn(flags, dataset, spaces, teachers, process.device)
     model = build(flags, spaces, process.device)
+    order = Order(dataset, flags.tokens, flags.seed, subset, model.registers)
+    if process.rank == 0:
+        print(order.counts_text(), flush=True)
     wrapped = wrap(model, flags, process)
     run_forward = partial(compile_forward() if compiled else forward, loss_per=flags.loss_per)
-    trained = model, wrapped, run_forward, make_optimizer(model, flags)
     average = {name: p.detach().clone() for name, p in model.named_parameters()} if flags.ema else {}
-    bad_steps = torch.zeros(2, dtype=torch.int64, device=process.device)
-    opened = dataset, spaces, teachers, world
-    run = Run(flags, process, compiled, folder, *opened, *trained, average, bad_steps, Interval(), subset, began)
+    learner = model, wrapped, run_forward, make_optimizer(model, flags), average
+    skipped = Skipped(torch.zeros(2, dtype=torch.int64, device=process.device))
+    run = Run(flags, process, dataset, spaces, teachers, world, order, *learner, Interval(), skipped, began)
     found, state = newest_checkpoint(folder, process.rank > 0) if flags.resume else (None, None)
     if found:
         restore(run, found, state)
@@ -655,15 +639,18 @@ def wrap(model, flags, process):
 # ---- finishing ----
 
 
+SAVER = concurrent.futures.ThreadPoolExecutor(1)  # writes checkpoints, one after the other
+
+
 def save_checkpoint(run):
     """Begin to write the run's checkpoint, in a thread of rank 0; all ranks help to gather sharded weights."""
-    note_skipped(run)
+    run.skipped.note(run.process)
     state, run.saved = state_of(run), time.monotonic()
     if run.process.rank == 0:
-        if run.writing:
-            run.writing.result()  # a full disk is an error here
+        if run.saving:
+            run.saving.result()  # a full disk is an error here
         copied, wait = copy_to_host(state)
-        run.writing = run.writer.submit(lambda: (wait(), save(run.folder, copied, run.flags.keep)))
+        run.saving = SAVER.submit(lambda: (wait(), save(run.folder, copied, run.flags.keep)))
         draw(run.folder / "curves.png", lambda: curves(run.log.path))
 
 
@@ -710,8 +697,8 @@ def finish(run, signalled, signals, diverged):
             print(f"stopped by {signal.Signals(number).name} after step {run.step}: --resume goes on", flush=True)
         sys.exit(128 + number)
 
-    if run.writing:
-        run.writing.result()
+    if run.saving:
+        run.saving.result()
     state, failed = state_of(run), "ten steps in a row were skipped" if diverged else ""
     student = export(run.folder, state).to(run.process.device) if run.process.rank == 0 else None
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -727,9 +714,10 @@ def finish(run, signalled, signals, diverged):
 
 def write_result(run, student, failed):
     """Write result.json, with scores unless `failed` says why there are none; returns what failed."""
-    result = {"steps": run.step, "tokens": run.tokens, "tokens_per_s": run.tokens / max(run.seconds, 1e-9)}
-    if skipped := int(run.bad_steps[1]):
-        names = data.names_of(run.dataset, run.skipped)
+    tokens, seconds = run.interval.so_far(run.process.world)
+    result = {"steps": run.step, "tokens": tokens, "tokens_per_s": tokens / max(seconds, 1e-9)}
+    if skipped := int(run.skipped.counts[1]):
+        names = data.names_of(run.dataset, run.skipped.images)
         result |= {"skipped_steps": skipped, "skipped_images": names}
         some = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
         print(f"{skipped} steps had a loss or a gradient that is not finite and were skipped: {some}", flush=True)
@@ -741,7 +729,7 @@ def write_result(run, student, failed):
     result["seconds"] = time.perf_counter() - run.began
     text = json.dumps(result, indent=1) + "\n"
     write_atomically(run.folder / "result.json", lambda file: file.write(text.encode()))
-    rate = f"{run.seconds:.0f} of them training at {result['tokens_per_s']:.0f} tokens/s"
+    rate = f"{seconds:.0f} of them training at {result['tokens_per_s']:.0f} tokens/s"
     print(f"{result['seconds']:.0f} s in all, {rate}; see {run.folder}", flush=True)
     return failed
 

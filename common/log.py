@@ -76,19 +76,48 @@ def first_line(flags, process, trunk):
     }
 
 
+class Skipped:
+    """The steps that `update` skipped, for their loss or gradient was not finite, and the images that they were of.
+
+    counts: [2] int64 on the device, of such steps in a row and in all. images: ids of the newest.
+    """
+
+    def __init__(self, counts, images=()):
+        self.counts, self.images, self.recent = counts, list(images), []
+
+    def add(self, ids):
+        """The images of a step; whether it was skipped the device knows, and is asked by `note`."""
+        self.recent.append((ids, self.counts[0] > 0))
+
+    def note(self, process):
+        """Add the images, of all ranks, of skipped recent steps; returns how many were skipped in a row."""
+        ids, self.recent = [i for ids, skipped in self.recent if skipped for i in ids], []
+        if ids:  # on every rank alike
+            ids = torch.tensor(ids, dtype=torch.int64, device=process.device)
+            ids = process.gather(ids[:, None], process.gather_counts(len(ids))).flatten().tolist()
+            self.images = (self.images + ids)[-1000:]
+        return int(self.counts[0])
+
+
 class Interval:
     """What happens between two lines of the log: losses averaged over its finite steps, tokens, waiting for data.
 
-    `total` is what a checkpoint keeps of it: sums of losses and, under "steps", of how many steps; on the device.
+    total: sums of losses and, under "steps", of how many steps, on the device. earlier_tokens, of all ranks, and
+    earlier_seconds: in training before this interval. These a checkpoint keeps.
     """
 
-    def __init__(self):
-        self.total = {}
+    def __init__(self, total=None, earlier_tokens=0, earlier_seconds=0.0):
+        self.total, self.earlier_tokens, self.earlier_seconds = total or {}, earlier_tokens, earlier_seconds
         self.begin()
 
     def begin(self):
         """Count and time anew; `total` is for `end` to empty."""
         self.steps, self.tokens, self.waited, self.began = 0, 0, 0.0, time.perf_counter()
+
+    def so_far(self, world):
+        """(tokens, seconds) of the whole run in training; padding is not counted."""
+        seconds = time.perf_counter() - self.began if self.steps else 0.0
+        return self.earlier_tokens + self.tokens * world, self.earlier_seconds + seconds
 
     def wait(self, batches):
         """The next of `batches`, with the time that it took."""
@@ -127,9 +156,9 @@ class Interval:
             expert_load_min=float(relative.min()),
             expert_load_max=float(relative.max()),
             expert_load=[[round(x, 3) for x in row] for row in relative.tolist()],
-            skipped_steps=int(run.bad_steps[1]),
+            skipped_steps=int(run.skipped.counts[1]),
             **more(run),
         )
-        run.tokens, run.seconds = run.tokens + tokens, run.seconds + seconds
+        self.earlier_tokens, self.earlier_seconds = self.earlier_tokens + tokens, self.earlier_seconds + seconds
         self.begin()
         return {"loss": f"{losses['loss']:.3f}", "tokens_per_s": f"{tokens / seconds:.0f}"}
