@@ -46,7 +46,7 @@ SECONDS = 530  # of --all
 
 @dataclass
 class Case:
-    """One operation at one shape; operations and bytes are of the backward pass too where there is one."""
+    """One operation at one shape."""
 
     op: str
     shape: str
@@ -54,8 +54,7 @@ class Case:
     gradients: tuple  # which inputs get one; none: the operation has no backward
     forms: dict[str, Callable | str]  # by name; a string is the reason why that form does not run here
     exact: Callable | None  # the reference, given float64 inputs
-    flops: float
-    bytes: float
+    flops: float  # of the backward pass too where there is one
     tolerance: tuple  # of |out - exact| / |exact|, of the value and of every gradient
     error: Callable | None = None  # of an output that is no float tensor
 
@@ -97,10 +96,9 @@ def moe_case(dtype, shape, empty=()):
     if dtype != BFLOAT16:
         forms["grouped"] = "computes in bfloat16"
     flops = 3 * 2 * T * K * 3 * D * F  # three products forward; each has two in the backward
-    read = 3 * (w1.element_size() * (2 * T * D + 3 * E * F * D) + 12 * T * K)
     exact, tolerance = functools.partial(moe_file.moe, impl="ref"), 2e-2 if dtype == BFLOAT16 else 1e-5
     shape = f"T{T} D{D} E{E} F{F} K{K} {name(dtype)}"
-    return Case("moe", shape, inputs, (0, 2, 3, 4, 5), forms, exact, flops, read, (tolerance, tolerance))
+    return Case("moe", shape, inputs, (0, 2, 3, 4, 5), forms, exact, flops, (tolerance, tolerance))
 
 
 def arkd_case(B, D, teacher_D, spread=1.0, duplicates=0):
@@ -113,7 +111,7 @@ def arkd_case(B, D, teacher_D, spread=1.0, duplicates=0):
     # A gate is a step: in float32 a pair or two fall on the other side of the median, about 1 / B of the gradient.
     exact, tolerance = functools.partial(arkd_file.arkd, impl="chunked"), (1e-4, 2 / B)
     inputs = (student_BD, teacher_BD)
-    return Case("arkd", f"B{B} D{D} float32", inputs, (0,), forms, exact, flops, 16 * B * D, tolerance)
+    return Case("arkd", f"B{B} D{D} float32", inputs, (0,), forms, exact, flops, tolerance)
 
 
 def attention_case(dtype, H, d, starts, T):
@@ -126,8 +124,7 @@ def attention_case(dtype, H, d, starts, T):
     flops = 3.5 * 4 * H * d * sum(n * n for n in lengths)  # a backward is 2.5: it computes the scores once more
     # 1e-4: some of CUDA's float32 attention splits its operands into three TF32 products
     tolerance, shape = 2e-2 if dtype == BFLOAT16 else 1e-4, f"T{T} H{H} d{d} M{len(lengths)} {name(dtype)}"
-    read = 3 * 4 * T * H * d * inputs[0].element_size()
-    return Case("attention", shape, inputs, (0, 1, 2, 3), forms, sdpa, flops, read, (tolerance, tolerance))
+    return Case("attention", shape, inputs, (0, 1, 2, 3), forms, sdpa, flops, (tolerance, tolerance))
 
 
 def kmeans_case(N, D, K, dtype=FLOAT32):
@@ -142,8 +139,7 @@ def kmeans_case(N, D, K, dtype=FLOAT32):
         return float(((x - c[label]).square().sum() - nearest) / nearest)
 
     forms, inputs = forms_of(kmeans_file, kmeans_file.top3), (x_ND, c_KD, -c_KD.float().square().sum(1) / 2)
-    shape, read = f"N{N} D{D} K{K} {name(dtype)}", x_ND.element_size() * (N * D + K * D) + 28 * N
-    return Case("kmeans", shape, inputs, (), forms, None, 2 * N * K * D, read, (1e-5,), excess)
+    return Case("kmeans", f"N{N} D{D} K{K} {name(dtype)}", inputs, (), forms, None, 2 * N * K * D, (1e-5,), excess)
 
 
 def image_starts(low, high=261, T=16384):
@@ -238,14 +234,18 @@ def check(case, function, exacts, row):
 
 def time_form(case, function, peak, row):
     """Add its milliseconds to the row: of the forward pass and, where there is a backward, of both."""
-    inputs = leaves(case)
+    inputs, passes = (
+        leaves(case),
+        3 if case.gradients else 1,
+    )  # a backward moves what the forward does, and as gradients
     with torch.no_grad():
+        out = function(*inputs)
         row["forward_ms"] = ms = median_ms(lambda: function(*inputs))
     if case.gradients:
         row["step_ms"] = ms = median_ms(lambda: step(function, inputs, case))
-    floor_ms = 1e3 * max(case.flops / peak["matmul_flops"], case.bytes / peak["copy_bytes"])
-    row |= {"tflops": case.flops / ms / 1e9, "gbytes_per_s": case.bytes / ms / 1e6}
-    row["percent_of_floor"] = 100 * floor_ms / ms
+    moved = passes * sum(tensor.nbytes for tensor in (*inputs, *(out if isinstance(out, tuple) else (out,))))
+    floor_ms = 1e3 * max(case.flops / peak["matmul_flops"], moved / peak["copy_bytes"])
+    row |= {"tflops": case.flops / ms / 1e9, "gbytes_per_s": moved / ms / 1e6, "percent_of_floor": 100 * floor_ms / ms}
 
 
 # ---- the parts ----
