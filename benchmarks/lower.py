@@ -1,9 +1,9 @@
-"""What torch makes of the training step for an H100, found without one: `python -m benchmarks.lower [--layers 1]`.
+"""What torch makes of the training step for an H100, found without one: `python -m benchmarks.lower`.
 
 A CUDA build of torch and a C compiler are needed, and no GPU: tensors are fake, a library of stand-ins answers where
 CUDA's own would, and nothing is run. Dynamo, AOT autograd and Inductor lower the step of packs that differ in what they
 hold; an error says what is not as it must be: one graph, float32 where the design asks for it, forward and backward, a
-gradient for every parameter. Every generated Triton kernel, and every one of ours, is compiled for sm_90a.
+gradient for every parameter. Our own Triton kernels are compiled for sm_90a.
 
 The table counts each kernel's bytes as Inductor does (every tensor read and written once) and the operations of its
 products, and gives the time that these take at 3 TB/s and 0.8 PFLOP/s, whichever is longer: computed, not measured.
@@ -31,7 +31,7 @@ from torch._subclasses import fake_tensor
 
 import amoe
 import train
-from benchmarks.measure import record
+from benchmarks.measure import ROOT, record
 from benchmarks.speed import mixed_shapes, random_pack, random_spaces
 from common.process import Process
 from kernels import arkd as arkd_file
@@ -39,7 +39,6 @@ from kernels import moe as moe_file
 from kernels import triton
 from kernels.attention import BLOCK, mask_blocks
 
-ROOT = Path(__file__).resolve().parent.parent
 DEVICE = torch.device("cuda", 0)
 BYTES_PER_S, FLOPS_PER_S = 3e12, 0.8e15  # of an H100, as kernels reach them
 
@@ -102,38 +101,36 @@ def pretend():
 
 
 class Lowered:
-    """What a step was lowered to."""
+    """What a step was lowered to; a backend of torch.compile that runs what it is given on fake tensors."""
 
-    def __init__(self):
+    def __init__(self, pairs, heads_d):
+        """pairs: of tokens whose score is computed; heads_d: channels of all heads."""
+        from torch._inductor import async_compile, compile_fx, config, graph
+
+        self.compile_fx = compile_fx
         self.graphs = 0  # that Dynamo made
         self.traced = []  # torch.fx graphs, forward and backward
         self.scheduled = []  # (what a kernel belongs to, bytes, operations)
-        self.sources = {}  # of generated Triton kernels: their names
-        self.without_gradient = []
-        self.parameters = [0, 0]  # outside of layers, in them
+        config.fx_graph_cache = config.joint_graph_constant_folding = config.shape_padding = False  # they would compute
+        config.compile_threads = 1
+        torch._functorch.config.enable_autograd_cache = False
+        load = graph.GraphLowering._compile_to_module_lines
 
+        def load_and_count(lowering, code):
+            self.scheduled += [describe(node, pairs, heads_d) for node in lowering.scheduler.nodes]
+            return load(lowering, code)
 
-def backend(lowered, pairs, heads_d):
-    """A backend of torch.compile that lowers what it is given and runs it on fake tensors."""
-    from torch._inductor import async_compile, compile_fx, config, graph
+        graph.GraphLowering._compile_to_module_lines = load_and_count
+        async_compile.AsyncCompile.triton = lambda *_, **__: None
 
-    config.fx_graph_cache = config.joint_graph_constant_folding = config.shape_padding = False  # they compute, or look
-    config.use_static_cuda_launcher = False
-    config.compile_threads = 1
-    torch._functorch.config.enable_autograd_cache = False
-    load = graph.GraphLowering._compile_to_module_lines
+    def __call__(self, graph_module, inputs):
+        self.graphs += 1
+        return self.compile_fx.compile_fx(graph_module, inputs, inner_compile=self.lower)
 
-    def load_and_count(self, code):
-        lowered.scheduled += [describe(node, pairs, heads_d) for node in self.scheduler.nodes]
-        return load(self, code)
-
-    graph.GraphLowering._compile_to_module_lines = load_and_count
-    async_compile.AsyncCompile.triton = lambda self, name, source, **_: lowered.sources.setdefault(source, name)
-
-    def lower(graph_module, inputs, **how):
+    def lower(self, graph_module, inputs, **how):
         traced = torch.fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
-        lowered.traced.append(traced)
-        compile_fx.compile_fx_inner(graph_module, inputs, **how)
+        self.traced.append(traced)
+        self.compile_fx.compile_fx_inner(graph_module, inputs, **how)
 
         def run(arguments):
             out = traced(*arguments)
@@ -143,36 +140,25 @@ def backend(lowered, pairs, heads_d):
         run._boxed_call = True
         return run
 
-    def compile(graph_module, inputs):
-        lowered.graphs += 1
-        return compile_fx.compile_fx(graph_module, inputs, inner_compile=lower)
 
-    return compile
-
-
-def lower_step(config, tokens, experts, n_packs):
-    """A Lowered of the step's forward and backward passes over packs of 256-token images, then of mixed ones."""
+def lower_step(config, tokens):
+    """(model, Lowered) of the step's forward and backward passes over packs of 256-token images, then of mixed ones."""
     with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True) as mode, DEVICE:
         spaces = random_spaces(small=False)
         model, process = amoe.AMoE(config, spaces), Process(0, 1, DEVICE)
-    for module in model.modules():
-        if isinstance(module, amoe.MoE):
-            module.impl = experts
     shapes = [[(16, 16)] * (tokens // 261), mixed_shapes(tokens, 0), mixed_shapes(tokens, 1)]
-    packs, lowered = [random_pack(some, tokens, spaces, seed) for seed, some in enumerate(shapes)], Lowered()
+    packs = [random_pack(some, tokens, spaces, seed) for seed, some in enumerate(shapes)]
     blocks = mask_blocks(packs[0].starts, tokens)
     pairs = int(blocks["partial_count"].sum() + blocks["full_count"].sum()) * BLOCK**2
+    lowered = Lowered(pairs, config.heads * config.head_dim)
     torch._functorch.config.backward_pass_autocast = "off"  # as train.compile_forward has it
-    run = torch.compile(train.forward, backend=backend(lowered, pairs, config.heads * config.head_dim), fullgraph=True)
+    run = torch.compile(train.forward, backend=lowered, fullgraph=True)
     with mode:
         for pack in packs:
             fake = pack.map_tensors(lambda tensor: mode.from_tensor(tensor, static_shapes=True))
-            some = [train.to_device(fake, process, True, [], spaces) for _ in range(n_packs)]
-            train.gradients(model, some, spaces, train.Flags(arkd=0), process, run)
-    for name, p in model.named_parameters():
-        lowered.parameters[name.startswith("layers.")] += p.numel() * p.requires_grad
-    lowered.without_gradient = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    return lowered
+            some = train.to_device(fake, process, True, [], spaces)
+            train.gradients(model, [some], spaces, train.Flags(arkd=0), process, run)
+    return model, lowered
 
 
 # ---- what belongs where ----
@@ -250,7 +236,7 @@ def must_be_float32(traced):
     return wrong + [f"no product of '{name}' was found to look at" for name in FLOAT32 if name not in found]
 
 
-# ---- kernels for sm_90a ----
+# ---- our kernels for sm_90a ----
 
 
 def print_resources(name, binary):
@@ -264,17 +250,6 @@ def print_resources(name, binary):
     spilled = sum(map(int, re.findall(r"(\d+) bytes spill", said)))
     registers, products = re.search(r"Used (\d+) registers", said)[1], binary.asm["ptx"].count("wgmma.mma_async")
     print(f"{name[:72]:<72}{binary.metadata.shared:>8}{registers:>6}{spilled:>9}{products:>7}", flush=True)
-
-
-def compile_generated(sources):
-    """Inductor's kernels, each at the first of the sizes that it would try."""
-    from torch._inductor.codecache import PyCodeCache
-    from torch._inductor.runtime import triton_helpers
-
-    triton_helpers.set_driver_to_gpu = lambda: None  # it would ask for NVIDIA's
-    for source, name in sources.items():
-        kernel = getattr(PyCodeCache.load(source), name)
-        print_resources(name, kernel._precompile_config(kernel.configs[0]).kernel)
 
 
 def compile_own():
@@ -301,57 +276,60 @@ def compile_own():
 # ---- the command ----
 
 
-def table(lowered, times):
+def table(model, lowered, times):
     """{group: {"gb", "tflop", "floor_ms"}}, clipping and AdamW added; the layers that were lowered count `times`."""
+    sizes = [0, 0]  # of parameters outside of layers, in them
+    for name, p in model.named_parameters():
+        sizes[name.startswith("layers.")] += p.numel() * p.requires_grad
     # The norm reads the gradient, clipping reads and writes it; AdamW reads four tensors and writes three, all float32.
-    parameters = lowered.parameters[0] + times * lowered.parameters[1]
-    rows = {group: {"gb": 0.0, "tflop": 0.0, "floor_ms": 0.0} for group in GROUPS}
-    for group, size, flops in [*lowered.scheduled, ("clip and AdamW", 4 * (3 + 7) * parameters, 0)]:
-        row, n = rows.setdefault(group, {"gb": 0.0, "tflop": 0.0, "floor_ms": 0.0}), times if group in LAYER else 1
-        row["gb"] += n * size / 1e9
-        row["tflop"] += n * flops / 1e12
-        row["floor_ms"] += n * 1e3 * max(size / BYTES_PER_S, flops / FLOPS_PER_S)
-    rows["sum"] = {key: sum(row[key] for row in rows.values()) for key in ("gb", "tflop", "floor_ms")}
+    update = ("clip and AdamW", 4 * (3 + 7) * (sizes[0] + times * sizes[1]), 0)
+    rows = {group: {"gb": 0.0, "tflop": 0.0, "floor_ms": 0.0} for group in (*GROUPS, update[0], "sum")}
+    for group, size, flops in [*lowered.scheduled, update]:
+        n = times if group in LAYER else 1
+        for row in (rows[group], rows["sum"]):
+            row["gb"] += n * size / 1e9
+            row["tflop"] += n * flops / 1e12
+            row["floor_ms"] += n * 1e3 * max(size / BYTES_PER_S, flops / FLOPS_PER_S)
     return rows
+
+
+def lower_and_check(layers, tokens, out):
+    """Print the table of amoe-0.3b's step, keep it in the folder `out`, and say what is not as it must be."""
+    config = amoe.CONFIGS["amoe-0.3b"]
+    model, lowered = lower_step(replace(config, layers=layers), tokens)
+    wrong = [f"{lowered.graphs} graphs where one would do"] if lowered.graphs > 1 else []
+    wrong += [f"{name} gets no gradient" for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    wrong += [said for traced in lowered.traced for said in must_be_float32(traced)]
+    rows = table(model, lowered, config.layers / layers)
+    print(f"{'computed, not measured':<40}{'GB':>8}{'TFLOP':>8}{'floor, ms':>11}")
+    for group, row in rows.items():
+        print(f"{group:<40}{row['gb']:>8.2f}{row['tflop']:>8.2f}{row['floor_ms']:>11.2f}", flush=True)
+    record(out, "lower.json", f"amoe-0.3b, {tokens} tokens", {"torch": torch.__version__, "groups": rows})
+    print(*(wrong or ["one graph, float32 where it must be, a gradient for every parameter"]), sep="\n", flush=True)
+    return bool(wrong)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--model", default="amoe-0.3b", choices=amoe.CONFIGS)
     parser.add_argument("--layers", type=int, default=1, help="to lower; all are counted, for they are alike")
-    parser.add_argument("--tokens", type=int, default=16384)
-    parser.add_argument("--packs", type=int, default=1, help="of a step")
-    parser.add_argument("--kernels", default="auto", choices=("auto", *moe_file.IMPLS), help="form of the experts")
+    parser.add_argument("--tokens", type=int, default=16384, help="in the step's pack")
     parser.add_argument("--only", choices=("own", "table"), help="our own kernels, or the table and its checks alone")
     parser.add_argument("--out", type=Path, help="folder of lower.json, which keeps the table")
     args = parser.parse_args()
     missing = "Triton" if triton is None else "a CUDA build of torch" if torch.version.cuda is None else ""
     if missing and not (triton and args.only == "own"):
         return print(f"not run: this needs {missing}, and here is torch {torch.__version__}")
-    if args.only == "own":
+    wrong = False
+    if args.only != "own":
+        if "libcuda.so.1" not in os.environ.get("LD_PRELOAD", ""):
+            sys.exit(run_with_stand_ins(sys.argv[1:]))
+        pretend()
+        torch.set_float32_matmul_precision("high")  # as common.process.setup has it on CUDA
+        wrong = lower_and_check(args.layers, args.tokens, args.out)
+    if args.only != "table":
         pretend_driver()
-        return compile_own()
-    if "libcuda.so.1" not in os.environ.get("LD_PRELOAD", ""):
-        sys.exit(run_with_stand_ins(sys.argv[1:]))
-    pretend()
-    torch.set_float32_matmul_precision("high")  # as common.process.setup has it on CUDA
-    config = amoe.CONFIGS[args.model]
-    lowered = lower_step(replace(config, layers=args.layers), args.tokens, args.kernels, args.packs)
-    wrong = [f"{lowered.graphs} graphs where one would do"] if lowered.graphs > 1 else []
-    wrong += [f"{name} gets no gradient" for name in lowered.without_gradient]
-    wrong += [said for traced in lowered.traced for said in must_be_float32(traced)]
-    rows = table(lowered, config.layers / args.layers)
-    print(f"{'computed, not measured':<40}{'GB':>8}{'TFLOP':>8}{'floor, ms':>11}")
-    for group, row in rows.items():
-        print(f"{group:<40}{row['gb']:>8.2f}{row['tflop']:>8.2f}{row['floor_ms']:>11.2f}", flush=True)
-    name = f"{args.model}, {args.tokens} tokens, {args.packs} packs, experts {args.kernels}"
-    record(args.out, "lower.json", name, {"torch": torch.__version__, "groups": rows})
-    print(*(wrong or ["one graph, float32 where it must be, a gradient for every parameter"]), sep="\n", flush=True)
-    if args.only is None:
-        print(f"{'kernel for sm_90a':<72}{'shared':>8}{'regs':>6}{'spilled':>9}{'wgmma':>7}")
-        compile_generated(lowered.sources)
         compile_own()
-    sys.exit(bool(wrong))
+    sys.exit(wrong)
 
 
 if __name__ == "__main__":
