@@ -496,28 +496,20 @@ def fit_or_read_spaces(store, file, about, out, dataset, teachers, calibrate, de
     teachers/<name>.safetensors beside it hold the teachers' spaces (`read_spaces`). A cache keeps them so, and training
     without a cache too. ValueError where `file` says other things than these, or a teacher of that name is another.
     """
-    sources, keys = dataset.sources, ("seed", "min_tokens", "max_tokens")
-    about |= {key: getattr(dataset, key) for key in keys} | {"views": dataset.n_views}
+    sources = dataset.sources
+    about |= {key: getattr(dataset, key) for key in ("seed", "min_tokens", "max_tokens")} | {"views": dataset.n_views}
     about |= {"teachers": {t.name: {"dim": t.dim, "registers": t.registers} for t in teachers}}
     about |= {"sources": len(sources), "sources_hash": sources.names_hash()}
-    random = np.random.default_rng(dataset.seed)
-    chosen = sorted(random.choice(len(sources), min(calibrate, len(sources)), replace=False, shuffle=False).tolist())
+    random, most = np.random.default_rng(dataset.seed), min(calibrate, len(sources))
+    chosen = random.choice(len(sources), most, replace=False, shuffle=False)
+    views = [View(sources[i], 0) for i in sorted(chosen.tolist())]
     if raw := store.read(file).result().value:
         before = read_about(store, out) if file == "cache.json" else unseal(raw)
         if before is None:
             raise ValueError(f"{out}/{file} is damaged: remove it, or choose another --out")
-        for key, value in about.items():
-            if before.get(key) != value:
-                raise ValueError(f"{out} was made with {key} {before.get(key)!r}, not {value!r}: choose another --out")
-        check_teachers(store, out, teachers, dataset, chosen, device)
+        check_same(before, about, store, out, teachers, dataset, views, device)
         return before
-    views = [View(sources[i], 0) for i in chosen]
-    answers = zip(views, dataset.decode_all(views), strict=True)
-    sample = [(*answer, view.source.id) for view, answer in answers if not isinstance(answer, str)]
-    if not sample:
-        raise ValueError(f"none of {len(chosen)} calibration images can be decoded: is --images {dataset.path} right?")
-    fitted, probes = fit_spaces(teachers, sample, device), probes_of(teachers, sample[0], device)
-    raws = {space.name: space_bytes(space, probes[space.name]) for space in fitted}
+    raws = calibrated(teachers, dataset, views, device)
     if not store.read(file).result().value:  # unless another machine was faster
         with write_errors(f"{out}/{file}"):
             for name, raw in raws.items():
@@ -525,6 +517,16 @@ def fit_or_read_spaces(store, file, about, out, dataset, teachers, calibrate, de
             about["teachers_hash"] = {name: digest(raw) for name, raw in raws.items()}
             write_file(store, file, seal(about, indent=1))
     return unseal(store.read(file).result().value)
+
+
+def calibrated(teachers, dataset, views, device):
+    """{teacher: its Space as a file, fitted on these views of the dataset}."""
+    answers = zip(views, dataset.decode_all(views), strict=True)
+    sample = [(*answer, view.source.id) for view, answer in answers if not isinstance(answer, str)]
+    if not sample:
+        raise ValueError(f"none of {len(views)} calibration images can be decoded: is --images {dataset.path} right?")
+    fitted, probes = fit_spaces(teachers, sample, device), probes_of(teachers, sample[0], device)
+    return {space.name: space_bytes(space, probes[space.name]) for space in fitted}
 
 
 def read_spaces(store, about, path):
@@ -538,9 +540,13 @@ def read_spaces(store, about, path):
     return spaces
 
 
-def check_teachers(store, out, teachers, dataset, chosen, device):
-    """ValueError where a teacher of a known name is another one, by its answer to the first calibration image."""
-    decoded = ((view, dataset.decode(view)) for view in (View(dataset.sources[i], 0) for i in chosen))
+def check_same(before, about, store, out, teachers, dataset, views, device):
+    """ValueError where what was made before, a sealed JSON, was made of other things than `about`, or a teacher of a
+    known name is another one, by its answer to the first calibration image."""
+    for key, value in about.items():
+        if before.get(key) != value:
+            raise ValueError(f"{out} was made with {key} {before.get(key)!r}, not {value!r}: choose another --out")
+    decoded = ((view, dataset.decode(view)) for view in views)
     view, answer = next(((v, answer) for v, answer in decoded if not isinstance(answer, str)), (None, None))
     if view is None:
         return  # the images are gone; what there is to write will say so
@@ -688,14 +694,13 @@ def info(cache):
     print(f"{images} images of {cache.about['sources']} sources, {rows} patches, {skipped} skipped")
     noise = signal_to_noise(cache) if cache.about["patches"] else {}
     for space in cache.spaces:
-        print(f"{space.name}: {space.dim} channels, {space.registers} registers", end="")
-        print(f", patches as {cache.about['dtype']}" if cache.about["patches"] else ", no patches", end="")
+        said = f"patches as {cache.about['dtype']}" if cache.about["patches"] else "no patches"
         if rows and noise:
-            print(f", signal to rounding noise {noise[space.name]:.1f} dB", end="")
+            said += f", signal to rounding noise {noise[space.name]:.1f} dB"
         if rows and noise and cache.about["dtype"] == "int8":
             stored = cache.shard(int(np.argmax(cache.counts > 0))).all(f"patch.{space.name}")
-            print(f", {(np.abs(stored) == 127).mean():.1e} clipped", end="")
-        print()
+            said += f", {(np.abs(stored) == 127).mean():.1e} clipped"
+        print(f"{space.name}: {space.dim} channels, {space.registers} registers, {said}")
 
 
 def print_sources(sources):
