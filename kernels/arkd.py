@@ -136,10 +136,9 @@ if triton is not None:
             a = tl.load(z_ptr + row_i[:, None] + channel[None, :], mask=real_i[:, None] & mask[None, :], other=0.0)
             b = tl.load(z_ptr + row_j[:, None] + channel[None, :], mask=real_j[:, None] & mask[None, :], other=0.0)
             product = tl.dot(a, tl.trans(b), product, input_precision="ieee")  # tf32 would err by 1e-3
-        scale = (
-            tl.load(square_ptr + i, mask=real_i, other=0.0)[:, None]
-            + tl.load(square_ptr + j, mask=real_j, other=0.0)[None, :]
-        )
+        square_i = tl.load(square_ptr + i, mask=real_i, other=0.0)
+        square_j = tl.load(square_ptr + j, mask=real_j, other=0.0)
+        scale = square_i[:, None] + square_j[None, :]
         squared = scale - 2 * product
         pair = real_i[:, None] & real_j[None, :] & (i[:, None] != j[None, :])
         close = pair & (squared < CLOSE * scale)

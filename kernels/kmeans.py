@@ -181,13 +181,6 @@ def top3(x_ND, c_KD, bias_K, impl="auto"):
 # ---- a search that proves its labels ----
 
 
-@cache
-def cpu_has_fast_bf16():
-    """Whether this CPU multiplies bfloat16 in tiles (AMX). Elsewhere float32 is faster."""
-    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)  # private: a later torch may not have it
-    return bool(probe and probe()) and torch.backends.mkldnn.is_available()
-
-
 PRODUCTS = {  # how the first step of a search multiplies
     "fused": "bfloat16 on the GPU, search fused (Triton)",
     "bfloat16": "bfloat16 in the CPU's tiles (AMX)",
@@ -195,9 +188,13 @@ PRODUCTS = {  # how the first step of a search multiplies
 }
 
 
+@cache
 def product_for(device):
     """The fastest of PRODUCTS that a device has."""
-    return "fused" if device.type == "cuda" else "bfloat16" if cpu_has_fast_bf16() else "float32"
+    if device.type == "cuda":
+        return "fused"
+    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)  # private: a later torch may not have it
+    return "bfloat16" if probe and probe() and torch.backends.mkldnn.is_available() else "float32"
 
 
 def split_into_groups(c_KD, at_most=GROUPS):

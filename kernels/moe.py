@@ -46,12 +46,8 @@ def moe_ref(x_TD, expert_TK, weight_TK, w1_EFD, w2_EDF, w3_EFD):
     order_N, end_E = by_expert(expert_TK, len(w1_EFD))
     token_N = order_N // expert_TK.shape[1]
     groups = x_TD.index_select(0, token_N).split(end_E.diff(prepend=end_E.new_zeros(1)).tolist())
-    y_ND = torch.cat(
-        [
-            F.linear(F.silu(F.linear(x, w1)) * F.linear(x, w3), w2)
-            for x, w1, w2, w3 in zip(groups, w1_EFD, w2_EDF, w3_EFD, strict=True)
-        ]
-    )
+    experts = zip(groups, w1_EFD, w2_EDF, w3_EFD, strict=True)
+    y_ND = torch.cat([F.linear(F.silu(F.linear(x, w1)) * F.linear(x, w3), w2) for x, w1, w2, w3 in experts])
     y_ND = y_ND * weight_TK.flatten()[order_N, None].to(y_ND.dtype)
     return torch.zeros_like(x_TD).index_add(0, token_N, y_ND.to(x_TD.dtype))
 
@@ -285,11 +281,8 @@ class GroupedExperts(torch.autograd.Function):
         dx_TKD, grid = x.new_empty(T, K, D), grid_of(tile_M3, D, options["BLOCK"])
         down_backward_kernel[grid](dh1_NF, w1, dh3_NF, w3, dx_TKD, order_N, tile_M3, D, n_hidden, **options)
         dws, grid = [], (E, *(triton.cdiv(width, options["BLOCK"]) for width in (n_hidden, D)))
-        for left_NF, right_TD, w, turned in (
-            (dh1_NF, x, w1, False),
-            (weighted_NF, dy, w2, True),
-            (dh3_NF, x, w3, False),
-        ):
+        pairs = (dh1_NF, x, w1, False), (weighted_NF, dy, w2, True), (dh3_NF, x, w3, False)
+        for left_NF, right_TD, w, turned in pairs:
             dws.append(torch.empty_like(w, dtype=ctx.dtypes[2]))
             outer_kernel[grid](left_NF, right_TD, dws[-1], order_N, end_E, D, n_hidden, K, turned, **options)
         dx = dx_TKD.sum(1, dtype=torch.float32).to(ctx.dtypes[0])
