@@ -243,8 +243,7 @@ class Float32Buffers(nn.Module):
 class Attention(nn.Module):
     """Attention within each image, [T, D] -> [T, D]; queries and keys are normalised, then rotated; a sink a head.
 
-    rotation: (cos, sin) by kernels.rope.rotations. mask: which tokens share an image, a BlockMask for FlexAttention
-    (compiled, on CUDA) or `image_runs` for SDPA (elsewhere).
+    rotation: (cos, sin) by kernels.rope.rotations. mask: which tokens share an image, a BlockMask or `image_runs`.
     """
 
     def __init__(self, config):

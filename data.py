@@ -68,16 +68,7 @@ from common.store import (
 )
 from images import KEPT, Images, View, choose_view
 from kernels.attention import mask_blocks
-from teachers import (
-    embed_captions,
-    fit_spaces,
-    in_packs,
-    load_teachers,
-    make_targets,
-    probes_of,
-    space_bytes,
-    space_from,
-)
+from teachers import embed_captions, fit_spaces, in_packs, load_teachers, make_targets, probes, space_bytes, space_from
 
 # isort: split
 import contextlib
@@ -525,8 +516,8 @@ def calibrated(teachers, dataset, views, device):
     sample = [(*answer, view.source.id) for view, answer in answers if not isinstance(answer, str)]
     if not sample:
         raise ValueError(f"none of {len(views)} calibration images can be decoded: is --images {dataset.path} right?")
-    fitted, probes = fit_spaces(teachers, sample, device), probes_of(teachers, sample[0], device)
-    return {space.name: space_bytes(space, probes[space.name]) for space in fitted}
+    known_by = probes(teachers, sample[0], device)
+    return {space.name: space_bytes(space, known_by[space.name]) for space in fit_spaces(teachers, sample, device)}
 
 
 def read_spaces(store, about, path):
@@ -550,7 +541,7 @@ def check_same(before, about, store, out, teachers, dataset, views, device):
     view, answer = next(((v, answer) for v, answer in decoded if not isinstance(answer, str)), (None, None))
     if view is None:
         return  # the images are gone; what there is to write will say so
-    for name, now in probes_of(teachers, (*answer, view.source.id), device).items():
+    for name, now in probes(teachers, (*answer, view.source.id), device).items():
         before = safetensors.torch.load(store.read(f"teachers/{name}.safetensors").result().value)["probe"]
         change = float((now - before).norm() / before.norm())
         if change > 0.1:  # rounding, also that of bfloat16 on another machine, stays under 0.02

@@ -706,7 +706,7 @@ def fit_space(teacher, moments, answers):
     )
 
 
-def probes_of(teachers, decoded, device):
+def probes(teachers, decoded, device):
     """What a rerun knows teachers by: {name: its summary [C] of one image (rows, shape, id)}, on the CPU."""
     ((_, batch),) = in_packs([decoded], device)
     return {name: answer["summary"][0].cpu() for name, answer in run_teachers(teachers, batch).items()}

@@ -201,9 +201,8 @@ def train(flags, process, compiled):
             ids += batch.ids.tolist()  # here they are on the host
             packs.append(to_device(batch, process, compiled, run.teachers, run.spaces))
         torch.manual_seed((flags.seed << 32) + run.step * process.world + process.rank)  # for a plug-in with dropout
-        measured, expert_load = gradients(run.wrapped, packs, run.spaces, flags, process, run.forward)
-        counts = run.skipped.counts
-        norm = update(run.model, run.optimizer, run.average, measured, expert_load, counts, run.step, flags)
+        measured, load = gradients(run.wrapped, packs, run.spaces, flags, process, run.forward)
+        norm = update(run.model, run.optimizer, run.average, measured, load, run.skipped.counts, run.step, flags)
         run.step += 1
         run.skipped.add(ids)
         interval.add(measured)
@@ -214,7 +213,7 @@ def train(flags, process, compiled):
         logs = run.step % flags.log_every == 0 or measures
         if logs or last:
             rate, more = learning_rate(run.step - 1, flags), held_out_scores if measures else lambda run: {}
-            bar.set_postfix(interval.end(run, rate, norm, expert_load, more))
+            bar.set_postfix(interval.end(run, rate, norm, load, more))
             diverged = run.skipped.note(process) >= 10
         signalled, due = signal_or_due_save(run, signals, logs)
         if (saves or due or last or signalled) and not diverged:
