@@ -49,12 +49,9 @@ int cudaGetDeviceCount(int *n) { *n = 1; return 0; }
 int cudaGetDevice(int *n) { *n = 0; return 0; }
 int cudaStreamIsCapturing(void *stream, int *n) { *n = 0; return 0; }
 """
-SILENT = """cudaSetDevice cudaGetLastError cudaPeekAtLastError cudaDeviceGetStreamPriorityRange cuCtxGetCurrent
-cuCtxSetCurrent cuDeviceGet cuDeviceGetAttribute cuDevicePrimaryCtxGetState cuDevicePrimaryCtxRetain cuFuncGetAttribute
-cuFuncSetAttribute cuFuncSetCacheConfig cuGetErrorString cuLaunchCooperativeKernel cuLaunchKernel cuLinkAddData_v2
-cuLinkComplete cuLinkCreate_v2 cuModuleGetFunction cuModuleLoad cuModuleLoadData cuModuleLoadDataEx cuModuleUnload
-cuOccupancyMaxActiveBlocksPerMultiprocessor cuPointerGetAttribute cuTensorMapEncodeTiled cuInit cuDriverGetVersion
-cuGetProcAddress cuGetProcAddress_v2 cuDeviceGetCount"""
+# These do nothing and answer 0, and so do the driver's functions that torch's library names.
+SILENT = {"cudaSetDevice", "cudaGetLastError", "cudaPeekAtLastError", "cudaDeviceGetStreamPriorityRange", "cuInit"}
+SILENT |= {"cuDriverGetVersion", "cuGetProcAddress", "cuGetProcAddress_v2", "cuDeviceGetCount"}
 H100 = dict(name="NVIDIA H100 80GB HBM3", major=9, minor=0, total_memory=80 << 30, multi_processor_count=132)
 H100 |= dict(max_threads_per_multi_processor=2048, regs_per_multiprocessor=65536, warp_size=32, L2_cache_size=50 << 20)
 H100 |= dict(shared_memory_per_block_optin=232448, max_threads_per_block=1024, gcnArchName="")
@@ -72,7 +69,9 @@ def run_with_stand_ins(words):
     """This command in a process that finds one CUDA device; its exit status."""
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder, "cuda.c"), Path(folder, "libcuda.so.1")
-        source.write_text(STAND_INS + "".join(f"int {name}() {{ return 0; }}\n" for name in SILENT.split()))
+        wants_driver = Path(torch.__file__).with_name("lib") / "libcaffe2_nvrtc.so"
+        silent = SILENT | set(re.findall(r"\0(cu[A-Z]\w+)", wants_driver.read_text("latin-1")))
+        source.write_text(STAND_INS + "".join(f"int {name}() {{ return 0; }}\n" for name in silent))
         build = ["cc", "-w", "-shared", "-fPIC", f"-Wl,-soname,{library.name}", "-o", library, source]
         subprocess.run(build, check=True)
         caches = {"TRITON_CACHE_DIR": folder, "TORCHINDUCTOR_CACHE_DIR": folder}

@@ -1,7 +1,7 @@
 """The pictures of README.md and docs/: `python -m docs.figures [--run FOLDER] [name ...]` draws them anew.
 
-pack and evidence need nothing; the others want the folder that `python train.py` leaves. Pillow draws them. Only
-student.svg holds nothing that a program finds: it is edited by hand.
+pack, evidence, optimisers and subsets need nothing; the others want the folder that `python train.py` leaves. Pillow
+draws them. Only student.svg holds nothing that a program finds: it is edited by hand.
 """
 
 import amoe
