@@ -256,25 +256,25 @@ class Relational(torch.autograd.Function):
             student, teacher = centred(student_BD), centred(teacher_BD)
             zero = student_BD.new_zeros(2, dtype=torch.float64)  # a rank may have been given no rows
             total = lambda of, rows=span: sum((of(*strip) for strip in strips(*rows)), zero)  # noqa: E731
+            # First pass: the two means.
             both = lambda *strip: torch.stack([distances(z, *strip, total=True) for z in (student, teacher)])  # noqa: E731
             means_2 = (over_ranks(total(both), group) / (B * (B - 1))).to(dtype).clamp(min=torch.finfo(dtype).tiny)
             exact = B <= MEDIAN_EXACT
             cut = just_below(strip_median(distances, teacher, span, group)) if exact else median_cut(teacher_BD)
             scalars = torch.cat([means_2, cut[None]])
+            # Second pass: the loss, and c.
             sums = lambda *strip: pairs(student, teacher, scalars, mode, *strip, weights=False)  # noqa: E731
             sums_2 = total(sums)
             own = (sums_2 if span == rows else total(sums, rows))[0].clone()
-            slope = over_ranks(sums_2[1].clone(), group).to(dtype) / means_2[0] / (B * (B - 1))
-        ctx.save_for_backward(*student, *teacher, torch.cat([scalars, slope[None]]))
+            c = over_ranks(sums_2[1].clone(), group).to(dtype) / means_2[0] / (B * (B - 1))
+        ctx.save_for_backward(*student, *teacher, torch.cat([scalars, c[None]]))
         ctx.mode, ctx.impl, ctx.rows = mode, impl, rows
         return (own / (B * (B - 1))).to(dtype)
 
     @staticmethod
     def backward(ctx, grad):
-        *zs, scalars = ctx.saved_tensors
-        student, teacher = zs[:2], zs[2:]
-        z_BD, B = student[0], len(student[0])
-        out_BD = torch.zeros_like(z_BD)
+        z_BD, square_B, *teacher, scalars = ctx.saved_tensors
+        B, student, out_BD = len(z_BD), (z_BD, square_B), torch.zeros_like(z_BD)
         with full_float32():
             for start, stop in strips(*ctx.rows):
                 weight_RB = FORMS[ctx.impl][1](student, teacher, scalars, ctx.mode, start, stop, weights=True)
