@@ -316,13 +316,12 @@ class NearestSearch:
             top_MG = score_MSG.amax(1)
             g_M = argmax(top_MG) if every else self.group_K[label_B[tile]]
             own_MS = score_MSG[row_M, :, g_M]
-            s_M = argmax(own_MS) if every else self.rank_K[label_B[tile]]
+            s_M = argmax(own_MS) if every else self.rank_K[label_B[tile]].clamp(max=own_MS.shape[1])
             if every:
                 label_B[tile] = self.slot_P[s_M * n_groups + g_M]
-            fresh_M, s_M1 = s_M < own_MS.shape[1], s_M.clamp(max=own_MS.shape[1] - 1)[:, None]
-            score_M = own_MS.gather(1, s_M1)[:, 0]
-            best_B[tile] = score_M.where(fresh_M, -torch.inf)
-            top_MG[row_M, g_M] = own_MS.scatter_(1, s_M1, score_M.masked_fill(fresh_M, -3e38)[:, None]).amax(1)
+            own_MS = torch.nn.functional.pad(own_MS, (0, 1), value=-torch.inf)  # the last: own, and not fresh
+            best_B[tile] = own_MS.gather(1, s_M[:, None])[:, 0]
+            top_MG[row_M, g_M] = own_MS.scatter_(1, s_M[:, None], -3e38).amax(1)
             other_BG[tile] = top_MG
         return label_B, best_B, other_BG
 
