@@ -71,9 +71,7 @@ class Flags:
     optimizer: str = flag("muon", RESULTS, "muon steps matrices by Muon, and all else by AdamW", ("muon", "adamw"))
     lr: float = flag(2e-2, RESULTS, "peak learning rate", (0, 100))
     warmup: int = flag(30, RESULTS, "steps of linear warm-up", (0, 10**9))
-    schedule: str = flag(
-        "cosine", RESULTS, "after warm-up; wsd is flat, then falls in the last fifth", ("cosine", "wsd")
-    )
+    schedule: str = flag("wsd", RESULTS, "after warm-up; wsd is flat, then falls in the last fifth", ("wsd", "cosine"))
     weight_decay: float = flag(0.02, RESULTS, "AdamW's, on matrices: not on norms, biases, sinks, tokens", (0, 10))
     clip: float = flag(1.0, RESULTS, "largest norm of the whole gradient", (1e-9, 1e9))
     arkd: float = flag(0.5, RESULTS, "weight of the relational loss; 0 leaves it out", (0, 1000))

@@ -32,7 +32,7 @@ import train
 from teachers import embed_text, load_teachers
 
 HERE = Path(__file__).resolve().parent
-SHORT = "--optimizer adamw --lr 6e-3 --weight-decay 0.02 --steps 300 --tokens 1024 --sizes layers=2"
+SHORT = "--optimizer adamw --schedule cosine --lr 6e-3 --weight-decay 0.02 --steps 300 --tokens 1024 --sizes layers=2"
 BUDGETS = 16, 32, 64
 # {claim: {arm: its words}}: flags of train.py; NAME=NUMBER is one of its --sizes. A first word toy-... names a cache of
 # the toy in another dtype or with other token budgets; one with a slash says how images are chosen (`choose`).

@@ -177,12 +177,22 @@ def protocols():
 
 
 def longer():
-    """A line an arm: what it is trained on, cosines on held-out images and (on those trained on)."""
-    kinds, rows = [(teacher, kind) for teacher in ("eff", "vit") for kind in ("summary", "patch")], []
-    for name, r in load("longer").items():
-        pairs = [(r["student"][key], r["seen"][key]) for key in (f"{t}_{kind}_cosine" for t, kind in kinds)]
-        rows.append((name, r["images"], r["steps"], *("{:.3f} ({:.3f})".format(*pair) for pair in pairs)))
-    return table(("arm", "images", "steps", *(f"`{t}` {kind}" for t, kind in kinds)), rows)
+    """A line an arm: cosines on held-out images and (on those trained on), kNN and segmentation of the dense head."""
+    found, rows = load("longer"), []
+    kinds = [f"{teacher}_{kind}_cosine" for teacher in ("eff", "vit") for kind in KINDS]
+    for name, place in (("photos", "photos-1"), ("CIFAR-10", "cifar")):
+        for arm, r in found.items():
+            if arm.startswith(name):
+                cosines = ("{:.3f} ({:.3f})".format(r[kind], r[f"seen_{kind}"]) for kind in kinds)
+                rows.append((arm, r["images"], r["flags"]["steps"], *cosines, *whole_image(r)))
+        for who, r in found["references"][place].items():
+            cosines = (f"{r[kind]:.3f}" if kind in r else "" for kind in kinds)
+            rows.append((f"{name}: {who}", "", "", *cosines, *whole_image(r)))
+    return table(("arm", "images", "steps", *(k[:-7].replace("_", " ") for k in kinds), "kNN", "mIoU"), rows)
+
+
+def whole_image(r):
+    return [f"{r[key]:.3f}" if key in r else "" for key in ("vit_knn", "miou")]
 
 
 def against_base(found, arms, measures, names=None, first=""):

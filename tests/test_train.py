@@ -156,7 +156,7 @@ def test_two_ranks_give_the_loss_and_gradient_of_one(cache, tmp_path, more):
 
 def test_learning_rates_warm_up_and_end_near_zero(cache):
     """Catches a warm-up that begins at zero, and a schedule that ignores --steps."""
-    flags = flags_for(cache, "--steps", "100", "--warmup", "10", "--lr", "1.0")
+    flags = flags_for(cache, "--steps", "100", "--warmup", "10", "--lr", "1.0", "--schedule", "cosine")
     assert train.learning_rate(0, flags) == pytest.approx(0.1) and train.learning_rate(9, flags) == 1.0
     assert train.learning_rate(55, flags) == pytest.approx(0.5) and train.learning_rate(99, flags) < 1e-3
     flat = flags_for(cache, "--steps", "100", "--warmup", "10", "--lr", "1.0", "--schedule", "wsd")
