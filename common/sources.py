@@ -246,8 +246,8 @@ def find_sources(images, workers=0, anew=False):
     """The table of Sources of a folder (in sorted order), a webdataset tar, a .txt list of these, or several of them.
 
     A list has a path a line, relative to it, or a URL. All may lie where tensorstore reads: s3://, gs://, http(s)://
-    (http lists no folders). Names are relative to the folder or the list, or of several folders to their parents; a
-    tar's images are named tar/member: the same on every machine.
+    (http lists no folders). Names are relative to the folder or the list, or of several folders to their parents (to
+    a folder further up, where two have one name); a tar's images are named tar/member: the same on every machine.
     The table is kept in the folder AMOE_INDEX (~/.cache/amoe), and made `anew` where folders or lists have changed
     since. workers: processes that read headers. ValueError for what is not there, and for two images of one name.
     """
@@ -292,7 +292,7 @@ def check_names(table, what):
         raise ValueError(f"{what} holds no image: looked for {' '.join(SUFFIXES)}, in .tar files too")
     if len(twice := ids[1:][np.diff(ids) == 0]):
         name = table[int(np.flatnonzero(table.rows["id"] == twice[0])[0])].name
-        raise ValueError(f"{what} names {name} twice: ids are hashes of names")
+        raise ValueError(f"{what} names {name} twice, and an image is known by its name: give each once")
 
 
 def write_table(folder, paths, workers):
@@ -317,11 +317,13 @@ def jobs(paths, places, folders):
 
     Adds to `places`, and to `folders` {path: when it was changed}, what the table is made of.
     """
-    for path in paths:
-        parent = path.rstrip("/").rpartition("/")[0] if is_remote(path) else os.path.dirname(os.path.abspath(path))
-        root = path.rstrip("/") if len(paths) == 1 and not path.endswith((".txt", ".tar")) else parent
-        root = root if is_remote(root) else os.path.abspath(root)
-        notes = read_notes(path.rstrip("/") if not path.endswith((".txt", ".tar")) else parent, root, folders)
+    absolute = [path.rstrip("/") if is_remote(path) else os.path.abspath(path) for path in paths]
+    # How many of their last parts tell the paths apart: a/images and b/images are not both named images.
+    depth = next((n for n in range(1, 9) if len({tuple(p.split("/")[-n:]) for p in absolute}) == len(paths)), 1)
+    for path, whole in zip(paths, absolute, strict=True):
+        parent, alone = whole.rpartition("/")[0], len(paths) == 1 and not path.endswith((".txt", ".tar"))
+        root = whole if alone else whole.rsplit("/", depth)[0]
+        notes = read_notes(parent if path.endswith((".txt", ".tar")) else whole, root, folders)
         names = (found.removeprefix(f"{root}/") for found in listed(path, parent, folders))
         for in_tar, group in itertools.groupby(names, lambda name: name.lower().endswith(".tar")):
             while part := list(itertools.islice(group, 1 if in_tar else 1024)):
@@ -375,7 +377,7 @@ def walk(folder, folders, above=()):
 
 def read_notes(folder, root, folders):
     """What the captions.json of a folder says, {name below root: JSON}; nothing where there is none."""
-    path, below = f"{folder}/captions.json", "" if root == os.path.abspath(folder) else os.path.basename(folder) + "/"
+    path, below = f"{folder}/captions.json", "" if folder == root else folder.removeprefix(f"{root}/") + "/"
     try:
         raw = read_bytes(path)[0]
         note_time(path, folders)

@@ -346,6 +346,10 @@ def test_several_folders_links_and_lists_of_folders(tmp_path):
     assert [s.name for s in sources_file.find_sources(tmp_path / "list.txt")][2:] == [*linked, "b/deep/1.png"]
     with pytest.raises(ValueError, match="twice"):
         sources_file.find_sources([a, a])
+    alike = [photos(tmp_path / name / "images", 1) for name in "xy"]  # folders of one name go by the folder above too
+    (alike[1] / "captions.json").write_text('[{"file": "0.png", "caption": "of y"}]')
+    found = [(s.name, s.caption) for s in sources_file.find_sources(alike)]
+    assert found == [("x/images/0.png", None), ("y/images/0.png", "of y")]
 
 
 def test_pipes_devices_and_foreign_names_are_skipped(tmp_path):
