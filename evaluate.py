@@ -660,7 +660,8 @@ def number(kind, low, high, default=None):
     return {"type": in_range(kind, low, high), "default": default}
 
 
-MODELS = f"a run or its student/, a SigLino checkpoint, NAME=SPEC of a teacher, or untrained, {', '.join(amoe.CONFIGS)}"
+MODELS = "a run or its student/, a SigLino checkpoint, NAME=SPEC of a teacher, or an untrained "
+MODELS += ", ".join(amoe.CONFIGS)
 NEEDED, SEVERAL, SET = {"required": True}, {"nargs": "+"}, {"action": "store_true"}
 PROTOCOLS = {"choices": ("strict", "published"), "default": "strict"}
 TEST = "those to be tested on, else every tenth of --train, by its name's hash"

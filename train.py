@@ -465,7 +465,7 @@ def prepare(flags, process, compiled):
     subset = read_subset(flags.subset)
     dataset, spaces, teachers, world = open_data(flags, process, compiled)
     spaces = spaces_to_learn(flags, dataset, spaces, teachers, process.device)
-    model = build(flags, spaces, process.device)
+    model = build(flags, spaces, process.device, quiet=process.rank > 0)
     order = Order(dataset, flags.tokens, flags.seed, subset, model.registers)
     if process.rank == 0:
         print(order.counts_text(), flush=True)
@@ -574,8 +574,8 @@ def with_sizes(config, sizes):
     return c
 
 
-def build(flags, spaces, device):
-    """A student at its beginning, the same on every rank and device for a seed."""
+def build(flags, spaces, device, quiet=True):
+    """A student at its beginning, the same on every rank and device for a seed; says what it takes over of --init."""
     torch.manual_seed(flags.seed)
     config = with_sizes(amoe.CONFIGS[flags.model], flags.sizes)
     parent = amoe.load(flags.init, config.top_k or 6) if flags.init else None
@@ -585,7 +585,7 @@ def build(flags, spaces, device):
         same_sizes = [n for n, c in amoe.CONFIGS.items() if replace(c, top_k=0) == replace(parent.config, top_k=0)]
         if same_sizes and flags.model not in same_sizes:
             raise ValueError(f"--init {flags.init} has the sizes of {' or '.join(same_sizes)}: say which by --model")
-        if not same_sizes:
+        if not same_sizes and not quiet:
             print(f"--init {flags.init}: sizes of its own, top-{parent.config.top_k} experts", flush=True)
         config = parent.config
     model = amoe.PlugIn(flags.student, spaces, device) if flags.student else amoe.AMoE(config, spaces)
@@ -593,7 +593,8 @@ def build(flags, spaces, device):
         fresh = amoe.inherit(model, parent)
         kept = ", ".join(name for name in model.heads if name not in fresh) or "no teacher"
         others = f"; the heads of {', '.join(fresh)} begin afresh" if fresh else ""
-        print(f"--init {flags.init}: the trunk and the heads of {kept} go on from it{others}", flush=True)
+        if not quiet:
+            print(f"--init {flags.init}: the trunk and the heads of {kept} go on from it{others}", flush=True)
     model.recompute = flags.checkpoint
     for module in model.modules():
         if isinstance(module, amoe.MoE):
