@@ -22,7 +22,7 @@ from PIL import Image
 
 SEEDS = 3
 # (begins with the toy's student, peak learning rate, steps)
-CASES = *((True, lr, 60) for lr in (6e-3, 6e-4, 2e-4)), (False, 6e-3, 60), (True, 6e-3, 180)
+CASES = *((True, lr, 60) for lr in (2e-2, 2e-3, 7e-4)), (False, 2e-2, 60), (True, 2e-2, 180)
 
 
 def new_domain(folder):
@@ -47,7 +47,7 @@ def go_on(run, cache, folder, seed, begun, lr, steps):
         ids = np.array([int(cache.shard(number).ids[i]) for number, i in evaluate.split(cache)[0]])
         np.save(folder / "subset.npy", np.sort(np.random.default_rng(seed).choice(ids, 500, replace=False)))
         words = ["--cache", cache.path, "--subset", folder / "subset.npy", "--out", out, "--steps", steps, "--lr", lr]
-        words += f"--optimizer adamw --warmup 10 --seed {seed} --threads 1 --no-evaluate --overwrite".split()
+        words += f"--warmup 10 --seed {seed} --threads 1 --no-evaluate --overwrite".split()
         words += ["--init", run] if begun else []
         train.main([str(word) for word in words])
     return out
