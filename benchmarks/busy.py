@@ -1,7 +1,7 @@
-"""What idle OpenMP threads cost, idle and beside four spinning processes: `python -m benchmarks.busy`, four minutes.
+"""What idle OpenMP threads cost, idle and beside four spinning processes: `python -m benchmarks.busy`, eight minutes.
 
-Three processes take steps of the toy's student on one pack: their idle threads spin (ACTIVE), sleep at once (PASSIVE)
-or do as kernels/__init__.py has them (default: a short spin, then sleep). They take turns, and who has none is stopped.
+Processes take steps of the toy's student on one pack: their idle threads spin (ACTIVE), sleep at once (PASSIVE), sleep
+after so many turns, or do as kernels/__init__.py has them (default). They take turns, and who has none is stopped.
 A turn's figure is its median step. `python -m benchmarks.tables` puts busy.json into docs/measured.md.
 """
 
@@ -19,7 +19,7 @@ import sys
 from statistics import median
 
 SPINNERS, TURNS, SECONDS = 4, 5, 4.0  # processes; turns, and how long one is at least
-POLICIES = "default", "PASSIVE", "ACTIVE"
+POLICIES = "default", "PASSIVE", "300", "1000", "3000", "10000", "ACTIVE"
 
 
 def answer_turns():
@@ -40,7 +40,10 @@ def answer_turns():
 def start_process(policy):
     """A process that answers turns under a policy."""
     environment = {name: v for name, v in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
-    environment |= {} if policy == "default" else {"OMP_WAIT_POLICY": policy}
+    if policy.isdecimal():
+        environment |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": policy}
+    elif policy != "default":
+        environment["OMP_WAIT_POLICY"] = policy
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, "-m", "benchmarks.busy", "answer"], env=environment, **pipes)
 
