@@ -32,10 +32,11 @@ import train
 from teachers import embed_text, load_teachers
 
 HERE = Path(__file__).resolve().parent
-SHORT = "--optimizer adamw --schedule cosine --lr 6e-3 --weight-decay 0.02 --steps 300 --tokens 1024 --sizes layers=2"
+SHORT = "--optimizer adamw --schedule cosine --lr 6e-3 --weight-decay 0.02 --steps 300 --tokens 1024 layers=2"
 BUDGETS = 16, 32, 64
 # {claim: {arm: its words}}: flags of train.py; NAME=NUMBER is one of its --sizes. A first word toy-... names a cache of
-# the toy in another dtype or with other token budgets; one with a slash says how images are chosen (`choose`).
+# the toy in another dtype or with other token budgets; one with a slash says how images are chosen (`choose`); long is
+# a run as train.py has it by default, in the place of SHORT.
 ARMS = {
     "": {"as it is": ""},
     "ARKD": {
@@ -71,6 +72,14 @@ ARMS = {
         "64": "toy-64",
         "16": "toy-16",
     },
+    "default run": {
+        "as it is": "long",
+        "no ARKD": "long --arkd 0",
+        "ARKD, weight 2": "long --arkd 2",
+        "features as they are": "long --standardise none",
+        "dense, same active width": "long dense_layers=3 dense_hidden=256",
+        "cosine": "long --schedule cosine",
+    },
 }
 for part in (16, 8, 4):
     ARMS[f"curation to 1/{part}"] = {
@@ -84,17 +93,20 @@ MEASURES = ("zeroshot", "knn", "miou", "distances", "cka", "neighbours", "patch_
 
 def words_of(arm):
     """(the words for train.py of an arm, the toy whose cache it reads, how a part of it is chosen or "")."""
-    words = arm.split()
+    words, short = arm.split(), SHORT.split()
+    if words[:1] == ["long"]:
+        words, short = words[1:], []
     world = words.pop(0) if words and words[0].startswith("toy-") else "toy"
     chosen = words.pop(0) if words and "/" in words[0] else ""
-    sizes = [word for word in words if "=" in word]  # a flag's last words win
-    return SHORT.split() + sizes + [word for word in words if "=" not in word], world, chosen
+    sizes = [word for word in short + words if "=" in word]
+    flags = [word for word in short + words if "=" not in word]  # a flag's last words win
+    return flags + (["--sizes", *sizes] if sizes else []), world, chosen
 
 
 def base_of(arm):
     """The arm that another is compared with: the run as it is, or the first of its claim."""
     claim = arm.split(": ")[0]
-    own = claim.startswith(("token budgets", "curation"))
+    own = claim.startswith(("token budgets", "curation", "default run"))
     return f"{claim}: {next(iter(ARMS[claim]))}" if own else "as it is"
 
 
