@@ -21,7 +21,8 @@ def show(value):
     if isinstance(value, list | tuple):
         return "   ".join(map(show, value))
     if isinstance(value, torch.Tensor):
-        digits = [f"{x:.2g}" if x % 1 else f"{x:.0f}" for x in value.flatten().tolist()]
+        number = lambda x: str(x) if isinstance(x, bool) else f"{x:.2g}" if x % 1 else f"{x:.0f}"  # noqa: E731
+        digits = [number(x) for x in value.flatten().tolist()]
         return f"[{', '.join(digits)}]" if value.ndim else digits[0]
     return str(value)
 
