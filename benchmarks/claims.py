@@ -75,7 +75,6 @@ ARMS = {
     "default run": {
         "as it is": "long",
         "no ARKD": "long --arkd 0",
-        "ARKD, weight 2": "long --arkd 2",
         "features as they are": "long --standardise none",
         "dense, same active width": "long dense_layers=3 dense_hidden=256",
         "cosine": "long --schedule cosine",

@@ -229,6 +229,12 @@ def curating():
     return lines[:-1]
 
 
+def default_run():
+    """Arms of the run that train.py makes by default."""
+    found = load("claims")
+    return against_base(found, [arm for arm in found if arm.startswith("default run")], measured(found), first="arm")
+
+
 def budgets():
     found, measures = load("claims"), [f"{m}_at_{n}" for m in ("zeroshot", "knn", "miou") for n in BUDGETS]
     arms = [arm for arm in found if arm.startswith("token budgets")]
@@ -325,7 +331,7 @@ def balance():
 
 
 MAKERS = toy, photos, longer, evaluate, teachers, step, lower, int8, loader, adapt, busy, protocols, scale, kmeans
-MAKERS += evidence, evidence_cifar, curating, budgets, shares, costs, balance
+MAKERS += evidence, evidence_cifar, default_run, curating, budgets, shares, costs, balance
 TABLES = {make.__name__: make for make in MAKERS}
 
 
