@@ -165,4 +165,4 @@ def test_every_arm_is_flags_that_train_takes():
     flags = [train.parse(claims.words_of(arm)[0]) for arm in arms]
     configs = [train.with_sizes(amoe.CONFIGS[f.model], f.sizes) for f in flags]
     assert len({(str(f), claims.words_of(arm)[1:]) for f, arm in zip(flags, arms, strict=True)}) == len(arms)
-    assert all(config.layers == 2 for config in configs)
+    assert [config.layers for config in configs] == [3 if arm.startswith("long") else 2 for arm in arms]
