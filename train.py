@@ -574,7 +574,7 @@ def with_sizes(config, sizes):
     return c
 
 
-def build(flags, spaces, device, quiet=True):
+def build(flags, spaces, device, quiet=False):
     """A student at its beginning, the same on every rank and device for a seed; says what it takes over of --init."""
     torch.manual_seed(flags.seed)
     config = with_sizes(amoe.CONFIGS[flags.model], flags.sizes)
@@ -750,7 +750,7 @@ def write_card(folder, state):
 def measure(run, student):
     """Print the table of the student, its teachers and the untrained student, draw pca.png; returns the scores."""
     dataset, spaces, teachers, device = run.dataset, run.spaces, run.teachers, run.process.device
-    untrained = build(run.flags, spaces, device).eval()
+    untrained = build(run.flags, spaces, device, quiet=True).eval()
     imitated = evaluate.of_targets(spaces, teachers, device)
     models = {"student": evaluate.of_student(student), "teacher": imitated, "untrained": evaluate.of_student(untrained)}
 
