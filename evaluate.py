@@ -249,7 +249,7 @@ def linear_probe(x_NC, share_NK, iterations=40, decay=1e-4):
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=iterations, history_size=10, line_search_fn="strong_wolfe")
 
     def closure():
-        """The loss; its gradient by hand, with respect to logits softmax times an image's total, less its shares."""
+        """The loss; sets its gradient, by hand: that of a patch's logits is total * softmax(logits) - shares."""
         logits = F.linear(x, weight, bias)
         said = (share_NK * logits).sum()
         largest = logits.amax(1, keepdim=True)

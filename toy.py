@@ -162,7 +162,7 @@ class Scene:
 
 
 def stored_png(image_HW3):
-    """An uncompressed PNG of uint8 pixels; Pillow would try five filters a row, where noise is made smaller by none."""
+    """An uncompressed PNG of uint8 pixels, sooner than by Pillow, which tries filters that make no noise smaller."""
 
     def part(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -319,7 +319,7 @@ class DenseOracle(Oracle):
         y = ((np.arange(h, dtype=np.float32) + 0.5) * scene.height / h / side)[:, None]
         tint = np.float32(scene.tint) @ self.tint_3C
         parts, meanings = [cover], [*(self.meaning(t) for t in scene.things), tint]
-        for i, t in enumerate(scene.things):  # where in its thing a patch lies, as much as the thing covers of it
+        for i, t in enumerate(scene.things):  # offsets of patches from its centre, weighted by how much it covers
             for offset in ((x - t.x) / t.radius, (y - t.y) / t.radius):
                 parts.append((cover[..., i] * 0.5 * offset.clip(-1.5, 1.5))[..., None])
             meanings += [*self.extra_16C[:2]]

@@ -116,9 +116,9 @@ def arkd_case(B, D, teacher_D, spread=1.0, duplicates=0):
 
 def attention_case(dtype, H, d, starts, T):
     starts = torch.tensor(starts, dtype=torch.int32)
-    extents, mask = image_runs(starts, T), mask_of(starts, T, DEVICE)
+    masks = image_runs(starts, T), mask_of(starts, T, DEVICE)
     inputs = (*(normal(T, H, d, dtype=dtype) for _ in range(3)), normal(H))
-    sdpa, flex = (lambda *a, runs=runs: attend(*a[:3], runs, a[3]) for runs in (extents, mask))
+    sdpa, flex = (lambda *a, mask=mask: attend(*a[:3], mask, a[3]) for mask in masks)
     forms = {"ref": sdpa, "compiled flex": torch.compile(flex, dynamic=False) if CUDA else "has gradients on CUDA only"}
     lengths = [*starts.diff().tolist(), T - int(starts[-1])]
     flops = 3.5 * 4 * H * d * sum(n * n for n in lengths)  # a backward is 2.5: it computes the scores once more
