@@ -1,7 +1,8 @@
 """What idle OpenMP threads cost, idle and beside four spinning processes: `python -m benchmarks.busy`, eight minutes.
 
 Processes take steps of the toy's student on one pack: their idle threads spin (ACTIVE), sleep at once (PASSIVE), sleep
-after so many turns, or do as kernels/__init__.py has them (default). They take turns, and who has none is stopped.
+after so many turns, or do as kernels/__init__.py has them (default; "one thread" has none that idles). They take turns,
+and who has none is stopped.
 A turn's figure is its median step. `python -m benchmarks.tables` puts busy.json into docs/measured.md.
 """
 
@@ -19,7 +20,7 @@ import sys
 from statistics import median
 
 SPINNERS, TURNS, SECONDS = 4, 5, 4.0  # processes; turns, and how long one is at least
-POLICIES = "default", "PASSIVE", "300", "1000", "3000", "ACTIVE"
+POLICIES = "default", "PASSIVE", "1000", "3000", "ACTIVE", "one thread"
 
 
 def answer_turns():
@@ -42,6 +43,8 @@ def start_process(policy):
     environment = {name: v for name, v in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     if policy.isdecimal():
         environment |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": policy}
+    elif policy == "one thread":
+        environment["OMP_NUM_THREADS"] = "1"
     elif policy != "default":
         environment["OMP_WAIT_POLICY"] = policy
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}

@@ -86,7 +86,9 @@ for part in (16, 8, 4):
         "by the text teacher": f"0:9,90/{part}",
         "by the dense teacher": f"1:9,90/{part}",
     }
+    ARMS[f"long curation to 1/{part}"] = {"random": f"long random/{part}", "by the dense teacher": f"long 1:9,90/{part}"}
 ARMS["curation to 1/8"]["by the dense teacher, one level"] = "1:90/8"
+ARMS["long curation to 1"] = {"the whole pool": "long random/1"}
 MEASURES = ("zeroshot", "knn", "miou", "distances", "cka", "neighbours", "patch_cosine")
 
 
@@ -105,7 +107,7 @@ def words_of(arm):
 def base_of(arm):
     """The arm that another is compared with: the run as it is, or the first of its claim."""
     claim = arm.split(": ")[0]
-    own = claim.startswith(("token budgets", "curation", "default run"))
+    own = claim.startswith(("token budgets", "curation", "long curation", "default run"))
     return f"{claim}: {next(iter(ARMS[claim]))}" if own else "as it is"
 
 

@@ -190,6 +190,25 @@ def test_compiled_steps_give_the_loss_of_eager_ones(cache, monkeypatch, dtype, e
     assert dtype == "bfloat16" or (compiled_weights - eager_weights).abs().mean() < 1e-5
 
 
+def test_the_loss_curve_is_that_of_images_one_by_one(cache):
+    """Packing is free: ten steps on packs, and on the same images each padded to one length in a pack of its own."""
+    flags, curves = flags_for(cache, "--lr", "3e-3", "--warmup", "1"), []
+    for packed in (True, False):
+        model = student(cache, flags)
+        optimizer, bad_steps = train.make_optimizer(model, flags), torch.zeros(2, dtype=torch.int64)
+        order, losses = Order(cache, 512).packs(Position()), []
+        for step in range(10):
+            entries = next(order)[0]
+            parts = [cache.read(entries, 512)] if packed else [cache.read([entry], 128) for entry in entries]
+            packs = [train.to_device(batch, CPU, False, [], cache.spaces) for batch in parts]
+            measured, load = train.gradients(model, packs, cache.spaces, flags, CPU)
+            train.update(model, optimizer, {}, measured, load, bad_steps, step, flags)
+            losses.append(measured["loss"].item())
+        curves.append(losses)
+    print(curves)
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4) and curves[0][-1] < 0.8 * curves[0][0]
+
+
 def test_a_padded_pack_is_the_same_images_at_one_length(cache):
     """Catches images lost where there is room for them, or kept where there is none, and lengths that still differ."""
     batch = cache.read(entries_of(cache, 8), 700)
