@@ -433,9 +433,9 @@ def restore(run, path, state):
     if run.flags.steps < step:
         raise ValueError(f"--steps {run.flags.steps} lies behind {path}: give at least {step}, or another --out")
     if run.flags.steps != before and run.process.rank == 0:
-        rates = [learning_rate(step, replace(run.flags, steps=steps)) for steps in (before, run.flags.steps)]
-        changed = f"the learning rate is {rates[1]:.2e} from here, not {rates[0]:.2e}"
-        print(f"--steps was {before} and is {run.flags.steps}: {changed}", flush=True)
+        then, now = (learning_rate(step, replace(run.flags, steps=steps)) for steps in (before, run.flags.steps))
+        changed = f"is {now:.2e} from here, not {then:.2e}" if now != then else f"is still {now:.2e}"
+        print(f"--steps was {before} and is {run.flags.steps}: the learning rate {changed}", flush=True)
     if run.flags.fsdp:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
