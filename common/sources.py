@@ -320,11 +320,12 @@ def jobs(paths, places, folders):
     absolute = [path.rstrip("/") if is_remote(path) else os.path.abspath(path) for path in paths]
     # How many of their last parts tell the paths apart: a/images and b/images are not both named images.
     depth = next((n for n in range(1, 9) if len({tuple(p.split("/")[-n:]) for p in absolute}) == len(paths)), 1)
+    seen = set()
     for path, whole in zip(paths, absolute, strict=True):
         parent, alone = whole.rpartition("/")[0], len(paths) == 1 and not path.endswith((".txt", ".tar"))
         root = whole if alone else whole.rsplit("/", depth)[0]
         notes = read_notes(parent if path.endswith((".txt", ".tar")) else whole, root, folders)
-        names = (found.removeprefix(f"{root}/") for found in listed(path, parent, folders))
+        names = (found.removeprefix(f"{root}/") for found in listed(path, parent, folders, seen))
         for in_tar, group in itertools.groupby(names, lambda name: name.lower().endswith(".tar")):
             while part := list(itertools.islice(group, 1 if in_tar else 1024)):
                 place = [join(root, part[0]) if in_tar else root, in_tar]
@@ -333,8 +334,8 @@ def jobs(paths, places, folders):
                 yield len(places) - 1, *place, [(name, notes.get(name, b"")) for name in part]
 
 
-def listed(path, parent, folders):
-    """Paths of tars and images: of a list, of a folder and those in it, or the one given."""
+def listed(path, parent, folders, seen):
+    """Paths of tars and images: of a list, of a folder and those in it, or the one given. seen: folders so far."""
     if path.endswith(".txt"):
         raw = read_bytes(path)[0]
         note_time(path, folders)
@@ -342,7 +343,7 @@ def listed(path, parent, folders):
             found = join(parent, line)
             if not is_remote(found):
                 note_time(os.path.dirname(found), folders)
-            yield from walk(found, folders) if not is_remote(found) and os.path.isdir(found) else [found]
+            yield from walk(found, folders, seen) if not is_remote(found) and os.path.isdir(found) else [found]
     elif path.endswith(".tar") and (is_remote(path) or os.path.isfile(path)):
         yield path if is_remote(path) else os.path.abspath(path)
     elif is_remote(path):
@@ -352,7 +353,7 @@ def listed(path, parent, folders):
             raise ValueError(f"{path} cannot be listed: give a .tar, or a .txt list of paths") from error
         yield from (f"{path.rstrip('/')}/{key}" for key in keys if key.lower().endswith((*SUFFIXES, ".tar")))
     elif os.path.isdir(path):
-        yield from walk(os.path.abspath(path), folders)
+        yield from walk(os.path.abspath(path), folders, seen)
     else:
         raise ValueError(f"{path} is neither a folder of images or tars, nor a tar, nor a .txt list of them")
 
@@ -362,15 +363,17 @@ def note_time(path, folders):
         folders[path] = os.stat(path).st_mtime_ns
 
 
-def walk(folder, folders, above=()):
-    """Paths of tars and images under a folder, sorted by their parts; a link to a folder it lies in is not followed."""
+def walk(folder, folders, seen):
+    """Paths of tars and images under a folder, sorted by their parts. Links are followed, and no folder is read twice:
+    a loop ends, and an image is not trained on under one name and held out under another."""
     status = os.stat(folder)
-    if (status.st_dev, status.st_ino) in above:
+    if (status.st_dev, status.st_ino) in seen:
         return
+    seen.add((status.st_dev, status.st_ino))
     folders[folder] = status.st_mtime_ns
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if entry.is_dir():
-            yield from walk(entry.path, folders, (*above, (status.st_dev, status.st_ino)))
+            yield from walk(entry.path, folders, seen)
         elif entry.name.lower().endswith((*SUFFIXES, ".tar")) and entry.is_file():
             yield entry.path
 

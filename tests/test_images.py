@@ -333,7 +333,8 @@ def test_processes_make_the_same_table(tmp_path):
 
 
 def test_several_folders_links_and_lists_of_folders(tmp_path):
-    """Catches rglob, which follows no link, a loop that is walked for ever, and two images of one name."""
+    """Catches rglob, which follows no link, a loop that is walked for ever, an image that a link names twice, and two
+    images of one name."""
     a, b = photos(tmp_path / "a", 2), photos(tmp_path / "b/deep", 2).parent
     (a / "link").symlink_to(b)
     (b / "loop").symlink_to(b)
@@ -341,11 +342,15 @@ def test_several_folders_links_and_lists_of_folders(tmp_path):
     assert [s.name for s in sources_file.find_sources(a)] == ["0.png", "1.png", "link/deep/0.png", "link/deep/1.png"]
     both = sources_file.find_sources([a, b / "deep"])
     linked = ["a/link/deep/0.png", "a/link/deep/1.png"]
-    assert [s.name for s in both] == ["a/0.png", "a/1.png", *linked, "deep/0.png", "deep/1.png"]
+    assert [s.name for s in both] == ["a/0.png", "a/1.png", *linked]
+    apart = [s.name for s in sources_file.find_sources([b / "deep", a])]
+    assert apart == ["deep/0.png", "deep/1.png", "a/0.png", "a/1.png"]
     (tmp_path / "list.txt").write_text("a\nb/deep/1.png\n")
     assert [s.name for s in sources_file.find_sources(tmp_path / "list.txt")][2:] == [*linked, "b/deep/1.png"]
+    assert [s.name for s in sources_file.find_sources([a, a])] == ["a/0.png", "a/1.png", *linked]
+    (tmp_path / "twice.txt").write_text("a/0.png\na/0.png\n")
     with pytest.raises(ValueError, match="twice"):
-        sources_file.find_sources([a, a])
+        sources_file.find_sources(tmp_path / "twice.txt")
     alike = [photos(tmp_path / name / "images", 1) for name in "xy"]  # folders of one name go by the folder above too
     (alike[1] / "captions.json").write_text('[{"file": "0.png", "caption": "of y"}]')
     found = [(s.name, s.caption) for s in sources_file.find_sources(alike)]
