@@ -29,7 +29,8 @@ def in_range(kind, low, high):
 class Help(argparse.HelpFormatter):
     def _get_help_string(self, action):  # every default once: BooleanOptionalAction adds its own on some Pythons
         default = action.default
-        if default in (None, False, "", [], (), argparse.SUPPRESS) or "(default" in action.help:
+        nothing = default is False or default in (None, "", [], (), argparse.SUPPRESS)
+        if nothing or "(default" in action.help:
             return action.help
         words = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else "%(default)s"
         return f"{action.help} (default: {words})"

@@ -397,7 +397,7 @@ def test_no_bad_input_is_listed_twice_and_none_is_lost():
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_number_has_its_range_where_it_is_declared_and_help_says_each_default_once(name, monkeypatch, capsys):
-    """Catches a numeric flag that in_range does not read, and help that repeats a default."""
+    """Catches a numeric flag that in_range does not read, and help that repeats a default or leaves it out."""
     seen = []
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda self, *_: seen.append(self) or exit())
     with pytest.raises(SystemExit):
@@ -410,6 +410,8 @@ def test_every_number_has_its_range_where_it_is_declared_and_help_says_each_defa
             if action.type in (int, float) or getattr(action.type, "__name__", "") in ("int", "float"):
                 assert action.type not in (int, float), f"{action.option_strings} has no range"
                 assert action.option_strings[0][2:] in tried, f"{action.option_strings} is not in the table"
+                said = p._get_formatter()._get_help_string(action)
+                assert action.default is None or action.required or "(default: " in said, action.option_strings
         text = " ".join(p.format_help().split())
         for part in re.split(r" (?=--)", text):
             assert part.count("default") <= 1, part
