@@ -86,7 +86,10 @@ for part in (16, 8, 4):
         "by the text teacher": f"0:9,90/{part}",
         "by the dense teacher": f"1:9,90/{part}",
     }
-    ARMS[f"long curation to 1/{part}"] = {"random": f"long random/{part}", "by the dense teacher": f"long 1:9,90/{part}"}
+    ARMS[f"long curation to 1/{part}"] = {
+        "random": f"long random/{part}",
+        "by the dense teacher": f"long 1:9,90/{part}",
+    }
 ARMS["curation to 1/8"]["by the dense teacher, one level"] = "1:90/8"
 ARMS["long curation to 1"] = {"the whole pool": "long random/1"}
 MEASURES = ("zeroshot", "knn", "miou", "distances", "cka", "neighbours", "patch_cosine")
