@@ -77,7 +77,8 @@ def any_to_rows(image, max_tokens):
         image = to_rgb(ImageOps.exif_transpose(image))
     else:
         pixels = torch.from_numpy(np.array(image)) if isinstance(image, np.ndarray) else image
-        if not isinstance(pixels, torch.Tensor) or pixels.dtype != torch.uint8 or pixels.shape[2:] != (3,):
+        usable = isinstance(pixels, torch.Tensor) and pixels.dtype == torch.uint8 and pixels.shape[2:] == (3,)
+        if not usable or not pixels.numel():
             given = f"{type(image).__name__} of {pixels.dtype} {[*pixels.shape]}" if hasattr(pixels, "dtype") else image
             raise ValueError(f"encode takes paths, PIL images and uint8 pixels [H, W, 3], and was given {given!r}")
         if pixels.shape[0] % PATCH == 0 == pixels.shape[1] % PATCH:
