@@ -591,10 +591,10 @@ def build(flags, spaces, device, quiet=False):
     model = amoe.PlugIn(flags.student, spaces, device) if flags.student else amoe.AMoE(config, spaces)
     if parent:
         fresh = amoe.inherit(model, parent)
-        kept = ", ".join(name for name in model.heads if name not in fresh) or "no teacher"
-        others = f"; the heads of {', '.join(fresh)} begin afresh" if fresh else ""
+        kept = ", ".join(["the trunk", *(f"the head of {name}" for name in model.heads if name not in fresh)])
+        others = f"; heads that begin afresh: {', '.join(fresh)}" if fresh else ""
         if not quiet:
-            print(f"--init {flags.init}: the trunk and the heads of {kept} go on from it{others}", flush=True)
+            print(f"--init {flags.init}: taken over are {kept}{others}", flush=True)
     model.recompute = flags.checkpoint
     for module in model.modules():
         if isinstance(module, amoe.MoE):

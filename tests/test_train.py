@@ -421,7 +421,7 @@ def test_a_siglino_checkpoint_is_evaluated_and_fine_tuned(shared, cache, world, 
     assert [s["head"] for s in scores] == ["dinov3", "siglip2", "amoe"]
     flags = flags_for(cache, "--init", str(tmp_path / "siglino.safetensors"))
     model = train.build(flags, cache.spaces, torch.device("cpu"))
-    assert "heads of text, dense begin afresh" in capsys.readouterr().out and model.config.top_k == 2
+    assert "heads that begin afresh: text, dense" in capsys.readouterr().out and model.config.top_k == 2
     assert torch.equal(model.layers[1].moe.experts.w1, state["layers.1.moe.experts.w1"])
     measured, _ = train.gradients(model, [(cache.read(entries_of(cache, 4)), None)], cache.spaces, flags, place())
     assert torch.isfinite(measured["loss"]) and model.layers[0].attention.wq.weight.grad.abs().sum() > 0
