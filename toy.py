@@ -20,9 +20,9 @@ from common.store import name_hash
 import functools
 import json
 import math
+import os
 import struct
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -161,15 +161,15 @@ class Scene:
         return (image.clip(0, 1) * 255).round().astype(np.uint8), label.astype(np.uint8)
 
 
-def stored_png(image_HW3):
-    """An uncompressed PNG of uint8 pixels, sooner than by Pillow, which tries filters that make no noise smaller."""
+def stored_png(image):
+    """An uncompressed PNG of uint8 pixels [H, W, 3] or grey ones [H, W]: Pillow would try filters and compress."""
 
     def part(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    height, width, _ = image_HW3.shape
-    size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits of red, green and blue
-    rows = np.pad(image_HW3.reshape(height, -1), ((0, 0), (1, 0)))  # a row's first byte: 0, no filter
+    height, width, *colours = image.shape
+    size = struct.pack(">IIBBBBB", width, height, 8, 2 if colours else 0, 0, 0, 0)  # 8 bits of red, green, blue; of grey
+    rows = np.pad(image.reshape(height, -1), ((0, 0), (1, 0)))  # a row's first byte: 0, no filter
     return b"\x89PNG\r\n\x1a\n" + part(b"IHDR", size) + part(b"IDAT", zlib.compress(rows, 0)) + part(b"IEND", b"")
 
 
@@ -212,15 +212,12 @@ class World:
         images.mkdir(parents=True, exist_ok=True)
         masks.mkdir(parents=True, exist_ok=True)
 
-        def draw(i):
-            if (masks / self.name(i)).exists():  # written after its image
-                return
-            image, label = self.scenes[i].render(np.random.default_rng([self.seed, 2, i]))
-            (images / self.name(i)).write_bytes(stored_png(image))
-            Image.fromarray(label).save(masks / self.name(i), compress_level=1)
-
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(draw, range(self.n)))
+        drawn = set(os.listdir(masks))  # a mask is written after its image
+        for i, scene in enumerate(self.scenes):  # threads would take longer: numpy holds the interpreter's lock
+            if self.name(i) not in drawn:
+                image, label = scene.render(np.random.default_rng([self.seed, 2, i]))
+                (images / self.name(i)).write_bytes(stored_png(image))
+                (masks / self.name(i)).write_bytes(stored_png(label))
         words = [{"caption": scene.caption, "category": CLASSES[scene.label]} for scene in self.scenes]
         captions = [{"file": self.name(i)} | of_scene for i, of_scene in enumerate(words)]
         (images / "captions.json").write_text(json.dumps(captions))
