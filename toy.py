@@ -168,7 +168,7 @@ def stored_png(image):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     height, width, *colours = image.shape
-    size = struct.pack(">IIBBBBB", width, height, 8, 2 if colours else 0, 0, 0, 0)  # 8 bits of red, green, blue; of grey
+    size = struct.pack(">IIBBBBB", width, height, 8, 2 if colours else 0, 0, 0, 0)  # 8 bits a colour, or grey
     rows = np.pad(image.reshape(height, -1), ((0, 0), (1, 0)))  # a row's first byte: 0, no filter
     return b"\x89PNG\r\n\x1a\n" + part(b"IHDR", size) + part(b"IDAT", zlib.compress(rows, 0)) + part(b"IEND", b"")
 
