@@ -7,12 +7,12 @@ with `load_siglino`. The equations (E1) to (E5) are written out at the functions
 A pack is a concatenation of images, `[CLS, registers, patches in row-major order]` each, with no padding between them
 and no batch axis. Attention never crosses images, so packing changes no result.
 
-Shape letters: T tokens in the pack, M images in it, P pixel values a patch (768), D model width, H heads, d head width,
-L tokens of an image, E experts, K experts a token, F hidden width of a feed-forward, C channels of a teacher,
-R registers, N rows of anything, B images of the global batch.
+Shape letters: T tokens in the pack, M images in it, S special tokens of an image, D model width, H heads, d head width,
+L MoE layers, E experts, K experts a token, F hidden width of a feed-forward, C channels of a teacher, R registers,
+N rows of anything, B images of the global batch (all packs and ranks of a step).
 """
 
-# Ours before the others: kernels sets, before torch is loaded, how OpenMP's threads wait
+# Our modules come first: importing kernels sets how OpenMP's threads wait, which torch reads when it is loaded
 from common.commands import one_line_errors
 from common.pixels import PATCH, grid, to_rgb
 from common.plug_in import plug_in
@@ -68,7 +68,7 @@ def from_rows(rows, shape):
 def any_to_rows(image, max_tokens):
     """(rows, (h, w)) of a path, a PIL image, or uint8 pixels [H, W, 3] as an array or a tensor.
 
-    Pixels with sides in multiples of 16 stay as they are, all else is resized to `grid`.
+    Pixels whose sides are multiples of 16 stay as they are; everything else is resized, see common.pixels.grid.
     """
     if isinstance(image, (str, os.PathLike)):
         with one_line_errors(f"cannot read {image}"), Image.open(image) as opened:
@@ -102,7 +102,7 @@ class Batch:
     shapes: torch.Tensor  # [M, 2] int32, (h, w) in patches
     ids: torch.Tensor  # [M] int64, stable image ids
     targets: dict = field(default_factory=dict)  # {teacher: {"patch" [T, C], "summary" [M, C], "registers" [M, R, C]}}
-    mask_blocks: dict = field(default_factory=dict)  # of the pack, as kernels.attention makes them for a GPU
+    mask_blocks: dict = field(default_factory=dict)  # FlexAttention's, by kernels.attention.mask_blocks
 
     @property
     def n_tokens(self):
@@ -114,14 +114,14 @@ class Batch:
 
     @property
     def offset(self):
-        """[T] int64: how many tokens a token stands after its image's CLS, or after the first of the padding."""
+        """[T] int64: a token's place in its image, 0 for CLS; in the padding, its place after the first of that."""
         return torch.arange(self.n_tokens, device=self.image.device) - self.starts.long()[self.image.long()]
 
     @property
     def is_patch(self):
-        """[T] bool: the tokens that are patches, and no CLS, register or padding."""
+        """[T] bool: which tokens are patches, not CLS, registers or padding."""
         special_M = self.starts.diff() - self.shapes.prod(1)
-        special = F.pad(special_M, (0, 1), value=self.n_tokens)  # all of the padding is no patch
+        special = F.pad(special_M, (0, 1), value=self.n_tokens)  # no padding token is a patch
         return self.offset >= special[self.image.long()]
 
     def patch_rows(self, i):
@@ -134,7 +134,7 @@ class Batch:
         return [from_rows(self.rows[self.patch_rows(i)], tuple(self.shapes[i].tolist())) for i in range(self.n_images)]
 
     def to(self, device):
-        """The same pack on `device`; copies from pinned memory do not wait."""
+        """The same pack on `device`; copies from pinned memory are asynchronous."""
         return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self):
@@ -142,12 +142,12 @@ class Batch:
         return self.map_tensors(torch.Tensor.pin_memory)
 
     def map_tensors(self, function):
-        """The pack with `function` of every tensor."""
+        """The same pack with `function` applied to every tensor."""
         return replace(self, **tree_map(function, vars(self)))
 
 
 def pack(rows, shapes, n_tokens=None, registers=4, ids=None):
-    """Concatenate images into one Batch of exactly n_tokens (by default just what they need).
+    """Concatenate images into one Batch of exactly n_tokens (by default as many as the images need).
 
     rows: tensors [n_i, 768] with n_i = h w of `shapes`. ids: int64 image ids, by default 0, 1, 2, ...
     ValueError where a shape does not fit its rows or the images do not fit n_tokens.
@@ -178,7 +178,7 @@ def pack(rows, shapes, n_tokens=None, registers=4, ids=None):
 
 
 def split_by_tokens(lengths, n_tokens):
-    """Slices of consecutive images of at most n_tokens together; an image longer than that stands alone.
+    """Slices of consecutive images that have at most n_tokens together; a longer image gets a slice of its own.
 
     lengths: tokens of each image, special ones included.
     """
@@ -242,7 +242,7 @@ class Float32Buffers(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention within each image, [T, D] -> [T, D]; queries and keys are normalised, then rotated; a sink a head.
+    """Attention within each image, [T, D] -> [T, D]; queries and keys are normalised, then rotated; one sink per head.
 
     rotation: (cos, sin) by kernels.rope.rotations. mask: which tokens share an image, a BlockMask or `image_runs`.
     """
@@ -273,7 +273,7 @@ class FeedForward(nn.Module):
 
 
 class Router(nn.Module):
-    """Sigmoid scores; the bias moves who is chosen, never the weight of the chosen (arXiv 2408.15664)."""
+    """Top-k of sigmoid scores + bias; the bias is no part of the chosen experts' weights (arXiv 2408.15664)."""
 
     def __init__(self, config):
         super().__init__()
@@ -282,8 +282,8 @@ class Router(nn.Module):
 
     def forward(self, x_TD, bias_E):
         """Experts [T, K] int64 and their raw scores [T, K] float32."""
-        # Not bfloat16, which would give 1.35% of tokens other experts. Under "high", as train.py sets it on CUDA, this
-        # product is TF32: 0.09% of tokens (simulated at D = 768, E = 28, K = 6), for the speed of the matrix units.
+        # float32: in bfloat16 1.35% of tokens would get other experts. With the matmul precision "high", which train.py
+        # sets on CUDA, it is TF32, which is faster: 0.09% of tokens (both simulated at D = 768, E = 28, K = 6).
         with torch.autocast(x_TD.device.type, enabled=False):
             score_TE = torch.sigmoid(F.linear(x_TD.float(), self.gate.weight.float()))
         expert_TK = (score_TE + bias_E).topk(self.top_k, dim=1).indices
@@ -291,7 +291,7 @@ class Router(nn.Module):
 
 
 class MoE(Float32Buffers):
-    """Experts, each a SiLU GLU as FeedForward is: a token's output is the weighted sum of its K experts'."""
+    """Experts, each a SiLU GLU like FeedForward; a token's output is the weighted sum over its K experts."""
 
     def __init__(self, config):
         super().__init__()
@@ -307,13 +307,13 @@ class MoE(Float32Buffers):
         expert_TK, weight_TK = self.router(x_TD, self.expert_bias)
         w = self.experts
         out = moe(x_TD, expert_TK, weight_TK, w.w1, w.w2, w.w3, self.impl)
-        # By token and expert first: added up at once, all rows would wait for the few addresses of the experts.
+        # A row per token, then a sum: adding all tokens into [E] at once would queue them at E addresses.
         real_TK = real_T[:, None].expand_as(expert_TK).to(self.expert_bias.dtype)
         load_TE = real_TK.new_zeros(len(x_TD), len(self.expert_bias)).scatter(1, expert_TK, real_TK)
         return out, load_TE.sum(0)
 
     def balance(self, load_E, rate):
-        """After an optimizer step: push the next routing towards the experts that were given less than the mean."""
+        """After an optimizer step: raise the bias of experts that got less than the mean load, lower the others'."""
         self.expert_bias += rate * torch.sign(load_E.mean() - load_E)
 
 
@@ -349,11 +349,11 @@ class PhiS(Float32Buffers):
     """PHI-S standardisation (E1; arXiv 2410.01680): y = H U^T (x - mean) / sigma, x = mean + sigma U H^T y.
 
     U holds the covariance's eigenvectors, sigma^2 is its mean eigenvalue, H a normalised Hadamard matrix. The rotation
-    spreads variance evenly: in y's space, the *standardised* one, every channel has variance 1, by one scalar for all.
+    spreads variance evenly: in y's space, the *standardised* one, every channel has variance 1, by one divisor for all.
     """
 
     def __init__(self, mean_C, rotation_CC, sigma):
-        """rotation_CC is H U^T. sigma may be [C], a divisor a channel, where nothing is rotated (`without_phi_s`)."""
+        """rotation_CC is H U^T. In ablations (`without_phi_s`) it is the identity, and sigma may be [C]."""
         super().__init__()
         self.register_buffer("mean", mean_C)
         self.register_buffer("rotation", rotation_CC)
@@ -367,7 +367,7 @@ class PhiS(Float32Buffers):
 
     @classmethod
     def from_moments(cls, count, sum_C, outer_CC, dtype=torch.float32):
-        """Fit from float64 sums of x and x x^T over `count` rows: moments add up over shards, features do not move."""
+        """Fit from float64 sums of x and x x^T over `count` rows: shards add their sums, features are not moved."""
         if count < 2:
             raise ValueError(f"PHI-S needs at least 2 feature rows to measure a covariance, and was given {count}")
         C = len(sum_C)
@@ -397,7 +397,7 @@ class PhiS(Float32Buffers):
         return self.mean + self.sigma * (y.to(self.mean.dtype) @ self.rotation)
 
     def fold(self, linear):
-        """A new nn.Linear, with bias, that answers in the teacher's own space: fold(linear)(x) = invert(linear(x))."""
+        """A new nn.Linear, with bias, into the teacher's own space: fold(linear)(x) = invert(linear(x))."""
         back_CC = self.sigma.double()[..., None] * self.rotation.double().T
         return followed_by(linear, back_CC, self.mean.double())
 
@@ -435,7 +435,7 @@ def dequantise(y):
 
 @dataclass
 class Space:
-    """What the student must know of a teacher: its sizes, its PHI-S, and the spread of what it says (E2).
+    """What the student must know of a teacher: its sizes, its PHI-S (E1), and the variances that (E2) divides by.
 
     `summary_variance` and `register_variance` are mean channel variances in the teacher's own space. `pool` holds the
     state of a frozen MAP head (see MapPool) where the teacher's summary is attention-pooled. `replaced_phi_s` is the
@@ -456,15 +456,15 @@ class Space:
 
     @property
     def target_phi_s(self):
-        """The PHI-S fitted to the teacher, in whose space the targets of patches come."""
+        """The PHI-S fitted to the teacher: patch targets are stored in its space."""
         return self.replaced_phi_s or self.phi_s
 
     def to_own_space(self, y):
-        """Targets of patches, as they come, in the teacher's own space."""
+        """Stored patch targets, taken to the teacher's own space."""
         return self.target_phi_s.invert(dequantise(y).to(self.target_phi_s.mean.device))
 
     def patch_target(self, y):
-        """Targets of patches, as they come, in the space in which the student learns them."""
+        """Stored patch targets, taken to the space in which the student learns."""
         return self.phi_s.to(y.device).apply(self.to_own_space(y)) if self.replaced_phi_s else dequantise(y)
 
 
@@ -472,10 +472,10 @@ STANDARDISATIONS = ("phi-s", "channels", "global", "none")
 
 
 def without_phi_s(space, how, spread_C=None):
-    """The Space in which a student learns without PHI-S, to compare: an ablation.
+    """An ablation: the Space of a student that learns without PHI-S.
 
     how: "channels" gives every channel unit variance (spread_C, its standard deviation), "global" divides all by the
-    one sigma of PHI-S and rotates nothing, "none" leaves features as the teacher says them.
+    one sigma of PHI-S and rotates nothing, "none" leaves features as they are.
     """
     mean, sigma, other = space.phi_s.mean, {"channels": spread_C, "global": space.phi_s.sigma, "none": 1.0}[how], {}
     if how == "none":
@@ -485,16 +485,16 @@ def without_phi_s(space, how, spread_C=None):
 
 
 class MapPool(nn.Module):
-    """SigLIP's attention pooling (MAP) head over every image of a pack: one learned probe, the image's tokens as keys.
+    """SigLIP's attention pooling (MAP) head, for every image of a pack: one learned query attends to its tokens.
 
-    Frozen: it belongs to the teacher. Softmax runs per image over the packed tokens, so no padded [M, L] tensor exists.
+    Frozen: it belongs to the teacher. The softmax of each image runs over the packed tokens; nothing is padded.
     """
 
     def __init__(self, dim, hidden, heads, eps):
         super().__init__()
         self.heads = heads
         self.probe = nn.Parameter(torch.zeros(1, 1, dim))
-        self.attention = nn.MultiheadAttention(dim, heads)  # a container: its keys are the checkpoints'
+        self.attention = nn.MultiheadAttention(dim, heads)  # never called: it gives weights the checkpoints' names
         self.layernorm = nn.LayerNorm(dim, eps=eps)
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, hidden), "fc2": nn.Linear(hidden, dim)})
         self.requires_grad_(False)
@@ -516,7 +516,7 @@ class MapPool(nn.Module):
         bias_q, _, bias_v = a.in_proj_bias.chunk(3)
         q_Hd = F.linear(self.probe[0, 0], query, bias_q).view(self.heads, -1)
         # A token's score in head h is sum_d q[h, d] sum_c key[h, d, c] x[c]. With one query the sum over d comes first:
-        # tokens are multiplied by [H, C] and not by [C, C]. A softmax sees no bias of keys.
+        # tokens are multiplied by [H, C] and not by [C, C]. A bias of the keys would not change the softmax.
         key_HC = torch.einsum("hd,hdc->hc", q_Hd, key.view(self.heads, -1, C))
         score_TH = F.linear(x_TC, key_HC).float() / math.sqrt(q_Hd.shape[1])
         v_THd = F.linear(x_TC, value, bias_v).view(T, self.heads, -1)
@@ -534,7 +534,7 @@ class MapPool(nn.Module):
 
 
 class Head(Float32Buffers):
-    """One teacher's features from the trunk's tokens: fc1 -> LayerNorm -> GELU -> fc2, for all kinds of token alike."""
+    """One teacher's features from the trunk's tokens: fc1 -> LayerNorm -> GELU -> fc2, one for all kinds of token."""
 
     def __init__(self, dim, space):
         super().__init__()
@@ -543,7 +543,7 @@ class Head(Float32Buffers):
         self.norm = nn.LayerNorm(space.dim)
         self.fc2 = nn.Linear(space.dim, space.dim, bias=False)
         self.phi_s = space.phi_s
-        # Means of the teacher's features in training, for encode(centre=True)
+        # The teacher's means over the training images, for encode(centre=True)
         has_means = space.target_phi_s is not None and space.summary_mean is not None
         self.register_buffer("patch_mean", space.target_phi_s.mean.clone() if has_means else None)
         self.register_buffer("summary_mean", space.summary_mean.clone() if has_means else None)
@@ -555,11 +555,11 @@ class Head(Float32Buffers):
         nn.init.zeros_(self.fc1.bias)
 
     def to_own_space(self, z):
-        """Standardised features to the teacher's own space; already there once folded."""
+        """Standardised features to the teacher's own space; after `fold` they are there already."""
         return z if self.phi_s is None else self.phi_s.invert(z)
 
     def fold(self):
-        """Put the inverse of PHI-S into fc2, for good: the head then speaks the teacher's own space."""
+        """Put the inverse of PHI-S into fc2, for good: the head's output is then in the teacher's own space."""
         if self.phi_s is not None:
             self.fc2, self.phi_s = self.phi_s.fold(self.fc2), None
 
@@ -570,7 +570,7 @@ class Head(Float32Buffers):
         """
         z_TC = self.fc2(F.gelu(self.norm(self.fc1(h_TD))))
         first_M = batch.starts[:-1].long()
-        with torch.autocast(h_TD.device.type, enabled=False):  # summaries are few: the way out of PHI-S stays float32
+        with torch.autocast(h_TD.device.type, enabled=False):  # PHI-S is inverted in float32: summaries are few
             if self.pool is None:
                 summary = self.to_own_space(z_TC[first_M].float())
             else:
@@ -586,9 +586,9 @@ class Head(Float32Buffers):
 
 
 class Student(Float32Buffers):
-    """A trunk and a Head a teacher over its tokens: like its teachers a function of a packed Batch to features.
+    """A trunk, and a Head per teacher on its tokens: like a teacher, a function from a packed Batch to features.
 
-    AMoE is its own trunk, PlugIn has any other. Both give `tokens`, and call `add_heads`.
+    Its subclasses, AMoE (its own trunk) and PlugIn (any other), define `tokens` and call `add_heads`.
     """
 
     def add_heads(self, dim, registers, spaces):
@@ -599,7 +599,7 @@ class Student(Float32Buffers):
                 raise ValueError(f"{counts}: each is matched by one of the student's")
         self.registers = registers
         self.heads = nn.ModuleDict({space.name: Head(dim, space) for space in spaces})
-        self.recompute = False  # activations in the backward pass: less memory, a third more time
+        self.recompute = False  # activations, in the backward pass: less memory, a third more time
 
     @property
     def device(self):
@@ -630,9 +630,9 @@ class Student(Float32Buffers):
         are resized to at most `max_tokens` patches, as are paths and PIL images. With `shapes` [(h, w)], row tensors
         [n, 768] (uint8, or floats already normalised). Images are packed `n_tokens` at a time.
 
-        An answer is {"patch": {teacher: [n, C]}, "summary": {teacher: [C]}, "shape": (h, w)} with the trunk's own
-        features as a further teacher, "amoe". centre: less the mean of the teacher's features in training, without
-        which all cosines are high; "amoe" has none and stays. ValueError says what cannot be encoded.
+        A dict is {"patch": {teacher: [n, C]}, "summary": {teacher: [C]}, "shape": (h, w)}; under the name "amoe" it has
+        the trunk's own features too. centre: subtract the teacher's mean over the training images, without which all
+        cosines are high; "amoe" has no mean and stays. ValueError says what cannot be encoded.
         """
         if shapes is None:
             if isinstance(images, (str, os.PathLike, Image.Image)):
@@ -660,7 +660,7 @@ class Student(Float32Buffers):
 
 
 class AMoE(Student):
-    """The Mixture-of-Experts ViT. Parameter names are the released checkpoints', but for heads: `heads.<teacher>`."""
+    """The Mixture-of-Experts ViT. Weights are named as in the released checkpoints, but for `heads.<teacher>`."""
 
     def __init__(self, config, spaces):
         super().__init__()
@@ -710,13 +710,13 @@ class AMoE(Student):
 
 
 class PlugIn(Student):
-    """A trunk of the user's: a module with `dim` that, called with a Batch, answers [T, dim], rows aligned with it.
+    """A trunk of your own: a module with `dim` that, called with a Batch, returns [T, dim], a row per token.
 
     An image's rows are its summary, its registers (`trunk.registers`, by default 4) and its patches. factory: the
     FILE.py:FACTORY that makes the trunk, called with the device.
     """
 
-    layers = ()  # blocks, as AMoE has them: none is known here
+    layers = ()  # AMoE has its blocks here
 
     def __init__(self, factory, spaces, device="cpu"):
         super().__init__()
@@ -726,7 +726,7 @@ class PlugIn(Student):
             head.initialise()
 
     def tokens(self, batch, mask=None):
-        """The trunk's answer [T, dim], and no expert load; the mask is AMoE's alone."""
+        """The trunk's output [T, dim], and no expert load; only AMoE uses the mask."""
         h_TD = self.trunk(batch)
         if h_TD.shape != (batch.n_tokens, self.trunk.dim):
             raise ValueError(f"{self.factory} answered {list(h_TD.shape)} to a pack of {batch.n_tokens} tokens")
@@ -742,7 +742,7 @@ def normalise(rows):
 
 
 def describe(model):
-    """What the weights of a student do not say, as JSON can hold it."""
+    """What the weights of a student do not tell (the config, the kind of every head), as values for JSON."""
     heads = {}
     for name, head in model.heads.items():
         has = {"bias": head.fc2.bias is not None, "means": head.patch_mean is not None}
@@ -753,12 +753,12 @@ def describe(model):
 
 
 def rebuild(about, state, source):
-    """The student of a description by `describe` and of the weights `state`, in eval mode; errors name `source`."""
+    """The student that `describe` described, with the weights `state`, in eval mode; errors name `source`."""
     check_sizes(about, state, source)
     spaces, trunk = [], about["trunk"]
     for name, sizes in about["heads"].items():
         C, pool = sizes["dim"], sizes["pool"] or {"heads": 0, "eps": 0}
-        standardised = f"heads.{name}.phi_s.mean" in state  # as a checkpoint of training is, and no student/
+        standardised = f"heads.{name}.phi_s.mean" in state  # so it is in step-*.pt, not in student/
         phi_s = PhiS(torch.zeros(C), torch.zeros(C, C), state[f"heads.{name}.phi_s.sigma"]) if standardised else None
         weights = without_prefix(f"heads.{name}.pool.", state) or None
         pooled = {"pool": weights, "pool_heads": pool["heads"], "pool_eps": pool["eps"]}
@@ -778,7 +778,7 @@ def without_prefix(prefix, state):
 
 
 def folded(model):
-    """A copy of a student on the CPU whose heads answer in the teachers' own spaces: PHI-S is in their weights."""
+    """A copy of a student on the CPU with PHI-S in its heads' weights: they answer in the teachers' own spaces."""
     copied = copy.deepcopy(model).cpu()
     for head in copied.heads.values():
         head.fold()
@@ -788,7 +788,7 @@ def folded(model):
 def save(model, folder):
     """Write a student as the folder that `load` reads: config.json, model.safetensors with PHI-S folded in, and code.
 
-    The code is modeling_amoe.py, the same model in plain torch, or the FILE.py of a trunk of the user's.
+    The code is modeling_amoe.py, the same model in plain torch, or the FILE.py of a trunk of your own.
     """
     folder, student = Path(folder), folded(model)
     about, code = {"model_type": "amoe", **describe(student)}, Path(__file__).parent / "hub" / "modeling_amoe.py"
@@ -797,7 +797,7 @@ def save(model, folder):
     else:
         code = Path(model.factory.rpartition(":")[0])
         about["trunk"]["factory"] = Path(model.factory).name
-    state = {key: value.clone().contiguous() for key, value in student.state_dict().items()}  # tied weights come apart
+    state = {key: value.clone().contiguous() for key, value in student.state_dict().items()}  # unties weights
     files = {
         code.name: code.read_bytes(),
         "model.safetensors": safetensors.torch.save(state, {"format": "pt"}),
@@ -809,7 +809,7 @@ def save(model, folder):
 
 
 def read_config(folder):
-    """config.json of a folder; {} where there is none that can be read."""
+    """config.json of a folder; {} where it is missing or cannot be read."""
     try:
         about = json.loads((Path(folder) / "config.json").read_text())
     except (OSError, ValueError, RecursionError):
@@ -820,8 +820,8 @@ def read_config(folder):
 def load(path, top_k=6):
     """A student in eval mode, its heads in the teachers' own spaces; ValueError says why there is none at `path`.
 
-    path: a run's folder, its student/ or the model.safetensors in it, or a released SigLino checkpoint, which then has
-    that top_k. A trunk of the user's is made by the FILE.py in the folder, whose code runs.
+    path: a run's folder, its student/ or the model.safetensors in it, or a released SigLino checkpoint (top_k is for
+    this one alone). A trunk of your own is made by the FILE.py in the folder: its code runs.
     """
     path = Path(path)
     for folder in (path, path / "student", *([path.parent] if path.name == "model.safetensors" else [])):
@@ -836,7 +836,7 @@ def load(path, top_k=6):
 
 
 def load_siglino(weights, top_k=6):
-    """An AMoE from a released SigLino checkpoint, a path or its state dict; every size but top_k is read off shapes.
+    """An AMoE from a released SigLino checkpoint (a path or a state dict); shapes tell every size but top_k.
 
     top_k: 6 for AMoE-0.3B, 2 for 0.15B, whose shapes are the same. The heads answer in the teachers' own spaces.
     ValueError names a key that is missing, left over or misshapen.
@@ -849,8 +849,8 @@ def load_siglino(weights, top_k=6):
 def save_siglino(model, path, centred=False):
     """Write a student as one .safetensors in the layout of the released checkpoints: the inverse of load_siglino.
 
-    centred: less the teachers' means, for which the layout has no place; siglip2's summary, being pooled, is whole.
-    ValueError where there is no place for a head, or for a mean that is not to be left out.
+    centred: leave out the teachers' means, which the layout cannot hold (siglip2's pooled summary keeps its own).
+    ValueError where the layout cannot hold a head, or a mean unless `centred`.
     """
     student = folded(model)
     state = to_siglino(describe(student), student.state_dict(), centred)
@@ -859,10 +859,10 @@ def save_siglino(model, path, centred=False):
 
 @torch.no_grad()
 def inherit(model, parent):
-    """Begin a student with another's weights; returns the teachers whose heads begin afresh.
+    """Copy another student's weights into a new one; returns the teachers whose heads keep their fresh start.
 
-    The trunk must be of the same sizes. A head goes over where both have a teacher of that name and width: from the
-    teacher's own space into this model's standardised one, which gives its last layer a bias.
+    The trunks must have the same sizes. A head is copied where both have a teacher of that name and width, and taken
+    from the teacher's own space to this model's standardised one, which gives its last layer a bias.
     """
     trunk = {key: value for key, value in parent.state_dict().items() if not key.startswith("heads.")}
     load_exactly(model, model.state_dict() | trunk, "the student to begin with")
@@ -879,7 +879,7 @@ def inherit(model, parent):
 
 
 def load_exactly(model, state, source):
-    """load_state_dict whose error is a ValueError of one line that names the source and what does not fit it."""
+    """load_state_dict, but its error is a ValueError of one line: the source, and what does not fit."""
     try:
         model.load_state_dict(state)
     except RuntimeError as error:  # torch's first line names the class, the second what does not fit
@@ -896,9 +896,9 @@ def distillation_loss(out, batch, spaces, loss_per="image"):
         e(kind) = mean over channels of (prediction - target)^2 / v_kind
 
     Divide the sum by the images of the global batch for (E3): every image then weighs the same at every resolution, in
-    whatever pack and on whichever rank. v is 1 for patches, which live in standardised space; summaries and registers
-    are compared in the teacher's own, where an L2 distance over v is the same number. Without patches in the targets
-    there is no "patch". loss_per="patch" weighs all patches of the pack alike, to compare: large images weigh more.
+    whatever pack and on whichever rank. v is 1 for patches, which are compared in standardised space; summaries and
+    registers are compared in the teacher's own space, where an L2 distance over v is the same number. Targets without
+    patches give no "patch". loss_per="patch" is an ablation: all patches of the pack weigh alike.
     """
     patches_M = batch.shapes.prod(1).float()
     share_M = 1 / patches_M if loss_per == "image" else (len(patches_M) / patches_M.sum()).expand_as(patches_M)
@@ -906,14 +906,14 @@ def distillation_loss(out, batch, spaces, loss_per="image"):
     losses = {}
     for space in spaces:
         predicted, target, terms = out[space.name], batch.targets[space.name], {}
-        if "patch" in target:  # which a cache of summaries alone does not hold
+        if "patch" in target:  # a cache of summaries alone has none
             error_T = (predicted["patch"].float() - space.patch_target(target["patch"])).square().mean(1)
             terms["patch"] = (weight_T * error_T).sum()
         error_M = (predicted["summary"] - target["summary"]).square().mean(1)
         terms["summary"] = error_M.sum() / space.summary_variance
         if space.registers:
             error_R = (predicted["registers"] - target["registers"]).square().mean(2).sum(0)
-            # Numbers one by one: a tensor made of them would be a copy that the device waits for.
+            # Python numbers, one by one: a tensor made of them would be a copy that the device waits for.
             parts = [error / v for error, v in zip(error_R.unbind(), space.register_variance, strict=True)]
             terms["registers"] = sum(parts) / space.registers
         losses[space.name] = terms

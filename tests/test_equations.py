@@ -1,7 +1,7 @@
-"""The five equations (E1) to (E5), written in loops and held against the code. Read this test first.
+"""The five equations (E1) to (E5), written as loops and compared with the code. Read this test first.
 
-A loop visits images, patches, channels and pairs one by one, in float64. The elements of a tensor serve as numbers, so
-that a loop has a gradient too. Every docstring names one-line mistakes that the test catches; each was tried.
+A loop visits images, patches, channels and pairs one by one, in float64. Its numbers are elements of tensors, so that
+the loop has a gradient too. Every docstring names one-line mistakes that the test catches; each was tried.
 """
 
 import pytest
