@@ -48,16 +48,22 @@ def is_remote(path):
     return "://" in str(path)
 
 
-@lru_cache(256)
 def open_store(path):
     """The tensorstore key-value store of a folder, or of a URL such as s3://bucket/cache.
 
     AWS_ENDPOINT_URL, a variable of Amazon's own tools, names another server that speaks S3.
     """
-    url = f"{str(path).rstrip('/')}/" if is_remote(path) else {"driver": "file", "path": f"{Path(path).resolve()}/"}
-    if str(path).startswith("s3://") and (endpoint := os.environ.get("AWS_ENDPOINT_URL")):
+    # What a relative path or a link means may change: the folder is looked up every time.
+    place = str(path).rstrip("/") if is_remote(path) else str(Path(path).resolve())
+    return open_place(place, os.environ.get("AWS_ENDPOINT_URL"), os.environ.get("AWS_REGION", "us-east-1"))
+
+
+@lru_cache(256)
+def open_place(path, endpoint, region):
+    """`open_store` of an absolute path or a URL, opened once."""
+    url = f"{path}/" if is_remote(path) else {"driver": "file", "path": f"{path}/"}
+    if path.startswith("s3://") and endpoint:
         bucket, _, key = url.removeprefix("s3://").partition("/")
-        region = os.environ.get("AWS_REGION", "us-east-1")
         url = {"driver": "s3", "bucket": bucket, "path": key, "endpoint": endpoint, "aws_region": region}
     try:
         return ts.KvStore.open(url, context=SHARED).result()

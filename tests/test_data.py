@@ -202,6 +202,21 @@ def test_a_subset_is_cached_alone(world, oracles, tmp_path):
         data.cache(world.folder / "images", oracles, tmp_path / "b", subset=[5], progress=False)
 
 
+def test_a_relative_path_and_a_link_are_what_they_name_now(cache, tmp_path, monkeypatch):
+    """Catches stores that are remembered by a path as it was given: another folder's cache was read in silence."""
+    for name in ("whole", "part"):
+        shutil.copytree(cache.path, tmp_path / name / "cache")
+    for left_out in ("index", "shards/00003"):
+        shutil.rmtree(tmp_path / "part/cache" / left_out)
+    found = []
+    for name in ("whole", "part"):
+        monkeypatch.chdir(tmp_path / name)
+        (tmp_path / "link").unlink(missing_ok=True)
+        (tmp_path / "link").symlink_to(tmp_path / name / "cache")
+        found += [len(data.Cache(path).all_ids()) for path in ("cache", tmp_path / "link")]
+    assert found == [80, 80, 60, 60]
+
+
 def test_a_cache_in_memory_is_read_back(cache, world, oracles):
     """Catches a store that every open begins anew, and paths that are taken for folders."""
     url = "memory://bucket/cache"
