@@ -198,7 +198,7 @@ def train(flags, process, compiled):
             batch, run.position = interval.wait(batches)
             ids += batch.ids.tolist()  # here they are on the host
             packs.append(to_device(batch, process, compiled, run.teachers, run.spaces))
-        torch.manual_seed((flags.seed << 32) + run.step * process.world + process.rank)  # for a plug-in with dropout
+        torch.manual_seed(((flags.seed << 32) + run.step * process.world + process.rank) % 2**63)  # plug-ins' dropout
         measured, load = gradients(run.wrapped, packs, run.spaces, flags, process, run.forward)
         norm = update(run.model, run.optimizer, run.average, measured, load, run.skipped.counts, run.step, flags)
         run.step += 1

@@ -49,9 +49,13 @@ def folder_of(number):
 
 
 def wrong_entry(content, kinds):
-    """The name of the first entry that is missing, of another type, or an int not in [0, 2^40); None where all fit."""
-    wrong = (n for n, t in kinds.items() if type(content.get(n)) is not t or (t is int and not 0 <= content[n] < 2**40))
-    return next(wrong, None)
+    """The name of the first entry that is missing, of another type, or an int below 0 or too large to be true (2^40;
+    2^63 for a seed); None where all fit."""
+    for name, kind in kinds.items():
+        most = 2 ** (63 if name == "seed" else 40)
+        if type(content.get(name)) is not kind or (kind is int and not 0 <= content[name] < most):
+            return name
+    return None
 
 
 def read_about(store, path):

@@ -568,6 +568,17 @@ def test_every_flipped_bit_of_a_checkpoint_is_refused_or_changes_nothing(tmp_pat
     assert refused > len(raw) // 6
 
 
+@pytest.mark.parametrize("seed", [2**32, 2**63 - 1])
+def test_the_largest_seeds_cache_and_train(world, plug_in, tmp_path, seed):
+    """Catches a seed within the flag's range that torch refuses at the first step, or a cache that cannot be opened."""
+    words = ["cache", "--images", str(world.folder / "images"), "--teacher", plug_in, "--max-tokens", "64"]
+    data.main([*words, "--views", "2", "--out", str(tmp_path / "cache"), "--seed", str(seed)])
+    made = data.Cache(tmp_path / "cache")
+    run(made, tmp_path / "run", "--seed", str(seed), "--steps", "1")
+    run(made, tmp_path / "run", "--seed", str(seed), "--steps", "2", "--resume")
+    assert made.about["seed"] == seed and sorted(losses(tmp_path / "run")) == [1, 2]
+
+
 def test_resume_refuses_other_data_and_another_batch(cache, world, oracles, tmp_path):
     """Catches another cache, another subset under the same name, and half the batch."""
     ids = np.concatenate([cache.shard(n).ids for n in cache.numbers])
