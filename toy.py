@@ -3,7 +3,7 @@
 It is what `python train.py` uses when given no data: written as image files with captions and masks, and cached through
 the same code as photos. A concept is a colour and a texture (48 of them, Zipf-distributed); a scene shows one large
 object and, every second time, a small one of another concept, over a noisy background. Captions name shapes too, which
-are much harder to see: that attribute is left for you to improve.
+are much harder to see and which no score asks for.
 
 The oracles compute features from the scene, not from pixels, so their scores are a ceiling. `TextOracle` is aligned
 with text and blurred in space; `DenseOracle` is crisp, with two registers. Their sizes, means, scales and spectra
@@ -38,7 +38,7 @@ COLOURS = {
     "blue": (45, 90, 205),
     "purple": (150, 60, 175),
 }
-TEXTURES = {  # what the colour is laid on, and the share of it that the colour covers
+TEXTURES = {  # the ground that the colour is painted on, and the share of it that is covered
     "plain": ("dark", 1.0),
     "striped": ("dark", 0.55),
     "banded": ("light", 0.5),
@@ -52,12 +52,12 @@ GROUNDS = {"dark": 0.1, "grey": 0.5, "light": 0.97}
 SHAPES = ("disc", "square", "triangle", "ring", "cross", "heart")
 CLASSES = [f"{colour} {texture}" for texture in TEXTURES for colour in COLOURS]
 ZIPF = 0.8  # concept of rank r is drawn in proportion to r^-ZIPF
-SAMPLES = 4  # on a side of a patch: how finely the oracles see coverage
+SAMPLES = 4  # on each side of a patch: points at which the oracles look what covers it
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: centre and radius in units of the image's shorter side, everything else by index."""
+    """One object: concept and shape are indices, lengths in units of the image's shorter side, angles in radians."""
 
     concept: int
     shape: int
@@ -137,7 +137,7 @@ class Scene:
     def labels(self, x_N, y_N):
         """Labels of points in pixels (0: background, 1 + concept elsewhere), and indices of their things (-1: none).
 
-        x_N and y_N may be a row and a column: then those of the grid that they span.
+        x_N and y_N may be a row and a column, which broadcast to a grid.
         """
         side = min(self.height, self.width)
         thing_N = np.full(np.broadcast_shapes(y_N.shape, x_N.shape), -1)
@@ -147,7 +147,7 @@ class Scene:
         return concept[thing_N], thing_N
 
     def render(self, random):
-        """By a numpy Generator: the image [height, width, 3] uint8 and its label map [height, width] uint8."""
+        """The image [height, width, 3] uint8 and its label map [height, width] uint8; random: a numpy Generator."""
         side = min(self.height, self.width)
         y, x = (np.arange(n, dtype=np.float32) + 0.5 for n in (self.height, self.width))
         label, thing = self.labels(x, y[:, None])
@@ -162,7 +162,7 @@ class Scene:
 
 
 def stored_png(image):
-    """An uncompressed PNG of uint8 pixels [H, W, 3] or grey ones [H, W]: Pillow would try filters and compress."""
+    """An uncompressed PNG of uint8 pixels [H, W, 3] or grey ones [H, W]; Pillow would take longer, with filters."""
 
     def part(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -207,7 +207,7 @@ class World:
         return Scene(int(height), int(width), things, tint, random.uniform(0.05, 0.25))
 
     def write(self):
-        """Make images/, images/captions.json and masks/ (0: background, 1 + class elsewhere); what is there is kept."""
+        """Make images/, images/captions.json and masks/ (0: background, 1 + class elsewhere), unless there already."""
         images, masks = self.folder / "images", self.folder / "masks"
         images.mkdir(parents=True, exist_ok=True)
         masks.mkdir(parents=True, exist_ok=True)
@@ -224,7 +224,7 @@ class World:
         return images
 
 
-@functools.lru_cache(4096)  # the images of a pack are asked about twice
+@functools.lru_cache(4096)  # both teachers ask for the images of a pack
 def coverage(scene, h, w):
     """Share of every patch that each thing, and last the background, covers: [h, w, things + 1]."""
     y, x = (np.arange(n * SAMPLES, dtype=np.float32) + 0.5 for n in (h, w))
@@ -250,7 +250,7 @@ class Oracle:
         self.mean_C = (scale * random.normal(0, 0.5, dim)).astype(np.float32)
 
     def embed(self, meaning_NC):
-        """Features [N, C] of vectors that say what is seen: mixed and shifted, so that they are badly scaled."""
+        """Features [N, C] of meanings [N, C] (what is seen): mixed and shifted, so that channels are badly scaled."""
         return meaning_NC @ self.mix_CC + self.mean_C
 
     def meaning(self, thing):
@@ -258,7 +258,7 @@ class Oracle:
         return self.concept_KC[thing.concept] + self.shape_SC[thing.shape]
 
     def __call__(self, batch):
-        """The features of a pack; `read` of a scene answers (patches [h, w, C], summary [C], registers [R, C])."""
+        """The features of a pack; an oracle's `read` gives what a scene's patches, image and registers mean."""
         scenes = [self.world.scenes[self.world.index[i]] for i in batch.ids.tolist()]
         read = [self.read(scene, *shape) for scene, shape in zip(scenes, batch.shapes.tolist(), strict=True)]
         patches, summaries, registers = zip(*read, strict=True)
@@ -332,7 +332,7 @@ class DenseOracle(Oracle):
 
 
 def scores(world, dataset, models):
-    """{who: {"zeroshot", "knn", "miou"}} on the toy's held-out images, for {who: model}; "teacher" is cached."""
+    """{who: {"zeroshot", "knn", "miou"}} on held-out images, for {who: model}; "teacher" is read from the cache."""
     trained, held = evaluate.split(dataset)
     bank = trained[:: max(1, len(trained) // 1500)]  # spread over the cache
     names = {e: dataset.meta(e)["source"] for e in [*bank, *held]}

@@ -1,8 +1,8 @@
 """Distil teachers into one student: `python train.py` on the toy world, with `--cache DIR` on your own features.
 
-In the order of a run: flags, the loop (`train`), one step (`gradients` is its mathematics), checkpoints, preparing,
-finishing. Alone means a world of one: no branch of the code asks whether it runs distributed. The run's folder holds
-log.jsonl, curves.png, step-XXXXXX.pt, student/ (what amoe.load takes), pca.png and result.json.
+In this order: flags, the loop (`train`), one step (`gradients` is its mathematics), checkpoints, what happens before
+the loop, what happens after. A single process is a world of one rank: no loss asks whether it runs distributed. The
+run's folder holds log.jsonl, curves.png, step-XXXXXX.pt, student/ (what amoe.load takes), pca.png and result.json.
 """
 
 import amoe
@@ -62,13 +62,13 @@ class Flags:
     """What `python train.py` takes: a field is a flag, with its default, its group, its help and its range."""
 
     model: str = flag("toy", RESULTS, "student", tuple(amoe.CONFIGS))
-    student: str = flag("", RESULTS, "FILE.py:FACTORY of a trunk of your own, in the place of --model")
-    sizes: tuple = flag((), RESULTS, "NAME=NUMBER of amoe.Config, in place of the model's: top_k=1 layers=2")
-    init: str = flag("", RESULTS, "weights to begin with and take the sizes of: a run, its student/, or SigLino's")
+    student: str = flag("", RESULTS, "FILE.py:FACTORY of a trunk of your own, instead of --model")
+    sizes: tuple = flag((), RESULTS, "NAME=NUMBER of amoe.Config, instead of the model's: top_k=1 layers=2")
+    init: str = flag("", RESULTS, "weights (and sizes) to start from: a run, its student/, or a SigLino checkpoint")
     steps: int = flag(340, RESULTS, "optimizer steps", COUNT)
     tokens: int = flag(2048, RESULTS, "tokens in a pack, padding included", (1, 2**20))
     accumulate: int = flag(1, RESULTS, "packs a rank adds up before a step; ARKD spans all of them", (1, 4096))
-    optimizer: str = flag("muon", RESULTS, "muon steps matrices by Muon, and all else by AdamW", ("muon", "adamw"))
+    optimizer: str = flag("muon", RESULTS, "muon: Muon for the layers' matrices, AdamW for the rest", ("muon", "adamw"))
     lr: float = flag(2e-2, RESULTS, "peak learning rate", (0, 100))
     warmup: int = flag(30, RESULTS, "steps of linear warm-up", (0, 10**9))
     schedule: str = flag("wsd", RESULTS, "after warm-up; wsd is flat, then falls in the last fifth", ("wsd", "cosine"))
@@ -76,43 +76,43 @@ class Flags:
     clip: float = flag(1.0, RESULTS, "largest norm of the whole gradient", (1e-9, 1e9))
     arkd: float = flag(0.5, RESULTS, "weight of the relational loss; 0 leaves it out", (0, 1000))
     arkd_mode: str = flag("arkd", RESULTS, "asymmetric, or the symmetric baseline", ("arkd", "rkd"))
-    standardise: str = flag("phi-s", RESULTS, "teachers' features; others are to compare", amoe.STANDARDISATIONS)
-    loss_per: str = flag("image", RESULTS, "what weighs the same in the loss of patches", ("image", "patch"))
+    standardise: str = flag("phi-s", RESULTS, "scale of teachers' features; others: ablations", amoe.STANDARDISATIONS)
+    loss_per: str = flag("image", RESULTS, "what weighs alike in the loss of patches", ("image", "patch"))
     expert_bias_rate: float = flag(2e-3, RESULTS, "step of the expert biases towards equal load", (0, 1))
-    ema: float = flag(0.0, RESULTS, "decay of an average of the weights, then the student; 0: none", (0, 0.999999))
+    ema: float = flag(0.0, RESULTS, "decay of a weight average that becomes the student; 0: none", (0, 0.999999))
     seed: int = flag(0, RESULTS, "of initialisation and data order", (0, 2**63 - 1))
     subset: str = flag("", RESULTS, ".npy of image ids to train on, as curate.py writes")
     min_tokens: int = flag(1, RESULTS, "of --images: patches below which an image is enlarged", (1, 65536))
     max_tokens: tuple[int, ...] = flag(
-        (256,), RESULTS, "of --images: patches above which one is shrunk; of several, each image has one", (1, 65536)
+        (256,), RESULTS, "of --images: patches above which one is shrunk; of several, each image gets one", (1, 65536)
     )
-    views: int = flag(1, RESULTS, "of --images: views an image, the whole of it and then random crops", (1, 10**4))
+    views: int = flag(1, RESULTS, "of --images: views per image: the whole of it, then random crops", (1, 10**4))
     calibrate: int = flag(512, RESULTS, "of --images: images that PHI-S is fitted on", (1, 10**6))
     toy_images: int = flag(5000, RESULTS, "size of the toy world when there is no --cache", (100, 10**7))
 
     device: str = flag("auto", SPEED, "cuda, cpu, or auto")
     compile: str = flag("auto", SPEED, "torch.compile: auto means on CUDA", ("auto", "on", "off"))
-    kernels: str = flag("auto", SPEED, "form of the experts", ("auto", *kernels.moe.IMPLS))
+    kernels: str = flag("auto", SPEED, "implementation of the experts", ("auto", *kernels.moe.IMPLS))
     checkpoint: bool = flag(False, SPEED, "recompute activations in the backward pass: less memory, a third more time")
     fsdp: bool = flag(False, SPEED, "shard parameters over ranks (FSDP2) in place of replicating them")
     workers: int = flag(0, SPEED, "threads that read packs ahead; 0: two beside a GPU, none on a CPU", (0, 256))
     threads: int = flag(0, SPEED, "CPU threads of torch; 0 leaves its choice", (0, 1024))
 
-    cache: str = flag("", PATHS, "feature cache to train on; without it, nor --images, the toy world")
+    cache: str = flag("", PATHS, "feature cache to train on; without it and --images, the toy world")
     images: tuple = flag((), PATHS, "folders, tars, lists of images: to train on with --teacher, or a cache's pixels")
-    teacher: tuple = flag((), PATHS, "NAME=SPEC of a teacher to ask as one trains; repeatable")
+    teacher: tuple = flag((), PATHS, "NAME=SPEC of a teacher to run at every step; repeatable")
     out: str = flag("", PATHS, "folder of the run (runs/toy, or runs/ and the cache's name)")
-    resume: bool = flag(False, PATHS, "go on from the newest checkpoint of --out")
-    overwrite: bool = flag(False, PATHS, "begin anew where --out holds a run already")
+    resume: bool = flag(False, PATHS, "continue from the newest checkpoint of --out")
+    overwrite: bool = flag(False, PATHS, "start over where --out holds a run already")
     on_corrupt: str = flag("stop", PATHS, "where the cache is damaged: stop, or skip those images", ("stop", "skip"))
     save_every: int = flag(100, PATHS, "steps between checkpoints; the last step is always saved", COUNT)
     save_minutes: float = flag(0.0, PATHS, "minutes between checkpoints as well; 0: by steps alone", (0, 1e6))
     log_every: int = flag(20, PATHS, "steps between lines of log.jsonl", COUNT)
-    eval_every: int = flag(0, PATHS, "steps between measures of held-out images, by kNN too; 0: none", (0, 10**9))
+    eval_every: int = flag(0, PATHS, "steps between evaluations of held-out images, kNN included; 0: none", (0, 10**9))
     track: str = flag("", PATHS, "write the log's numbers there too; needs its package", ("", "tensorboard", "wandb"))
     keep: int = flag(2, PATHS, "checkpoints that are kept", COUNT)
     evaluate: bool = flag(True, PATHS, "measure held-out images at checkpoints and at the end")
-    export: str = flag("", PATHS, "make student/ of this run again, from its newest checkpoint, and do no more")
+    export: str = flag("", PATHS, "only write this run's student/ again, from its newest checkpoint")
 
 
 def parse(argv=None):
@@ -167,7 +167,7 @@ class Run:
     forward: object  # `forward`, compiled or not
     optimizer: torch.optim.Optimizer
     average: dict  # {parameter: its average} under --ema
-    # how far it is, and what is written of it
+    # how far it has come, and what is written about it
     interval: Interval
     skipped: Skipped
     began: float  # by time.perf_counter, as if the run had never been interrupted
@@ -175,7 +175,7 @@ class Run:
     position: Position = field(default_factory=Position)
     log: Log | None = None
     saving: object = None  # the future of the newest checkpoint
-    saved: float = field(default_factory=time.monotonic)  # when that was begun, or the run
+    saved: float = field(default_factory=time.monotonic)  # when that, or the run, began
 
     @property
     def folder(self):
@@ -183,7 +183,7 @@ class Run:
 
 
 def train(flags, process, compiled):
-    """A run: prepare, loop, finish. A signal saves, and leaves a student behind as well."""
+    """A run: prepare, loop, finish. SIGINT and SIGTERM end it early, with a checkpoint and a student."""
     run = prepare(flags, process, compiled)
     signals = catch_signals()
     threads = flags.workers or (2 if process.device.type == "cuda" else 0)
@@ -196,7 +196,7 @@ def train(flags, process, compiled):
         packs, ids = [], []
         for _ in range(flags.accumulate):
             batch, run.position = interval.wait(batches)
-            ids += batch.ids.tolist()  # here they are on the host
+            ids += batch.ids.tolist()  # while they are on the host
             packs.append(to_device(batch, process, compiled, run.teachers, run.spaces))
         torch.manual_seed(((flags.seed << 32) + run.step * process.world + process.rank) % 2**63)  # plug-ins' dropout
         measured, load = gradients(run.wrapped, packs, run.spaces, flags, process, run.forward)
@@ -223,7 +223,7 @@ def train(flags, process, compiled):
 def signal_or_due_save(run, signals, logs):
     """(the signal that ends the run after this step, or 0; whether --save-minutes have passed), alike on all ranks.
 
-    Ranks ask one another, which makes the device wait, hence only where the step writes a line of the log (`logs`).
+    Several ranks have to exchange this, which makes the device wait: they do so only at steps that log (`logs`).
     """
     due = 0 < run.flags.save_minutes < (time.monotonic() - run.saved) / 60
     if run.process.world == 1:
@@ -242,7 +242,7 @@ def forward(model, spaces, batch, mask, loss_per="image"):
     """A pack's forward pass and its (E2), which torch.compile makes one graph: (summaries, losses, expert load).
 
     ARKD stays outside: it couples the summaries of all packs and ranks, which have to be gathered first. Under DDP the
-    model and the losses are a graph each, for a compiler does not follow the wrapper's own bookkeeping.
+    model and the losses are two graphs: the compiler does not follow the wrapper's own bookkeeping.
     """
     out, expert_load = model(batch, mask)
     summaries = {space.name: out[space.name]["summary"].float() for space in spaces}
@@ -268,7 +268,7 @@ def gradients(model, packs, spaces, flags, process, forward=forward):
     packed, split over ranks or accumulated. ARKD couples all summaries, so its gradient with respect to them is taken
     first (`arkd_gradients`), and then sent through each pack's own graph as a dot product.
 
-    The host only hands out work here; nothing is read back from the device, so it never waits.
+    The host only queues work here: it reads nothing back from the device, so it never waits.
     """
     counts = process.gather_counts(sum(batch.n_images for batch, _ in packs))
     B, measured, gradient, only_forward = sum(counts), {}, {}, None
@@ -324,7 +324,7 @@ def arkd_gradients(model, packs, spaces, flags, process, forward, counts):
 
 
 def learning_rate(step, flags):
-    """At `step`, counted from 0: linear warm-up, then a cosine to zero, or (wsd) flat with a linear last fifth."""
+    """At `step`, counted from 0: linear warm-up, then a cosine to 0, or (wsd) flat with a linear last fifth."""
     if step < flags.warmup:
         return flags.lr * (step + 1) / flags.warmup
     left = flags.steps - step
@@ -335,9 +335,9 @@ def learning_rate(step, flags):
 
 @torch.no_grad()
 def update(model, optimizer, average, measured, expert_load, bad_steps, step, flags):
-    """Clip, step, balance experts, average; all skipped, on the device, where the loss or the gradient is not finite.
+    """Clip, step, balance experts, average; where the loss or the gradient is not finite, the device skips all this.
 
-    bad_steps: [2] int64 on the device: of such steps, in a row and in all. Returns the gradient's norm.
+    bad_steps: [2] int64 on the device, such steps in a row and in all. Returns the gradient's norm.
     """
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), flags.clip)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
@@ -382,7 +382,7 @@ def to_device(batch, process, compiled, teachers, spaces):
 
 
 def state_of(run):
-    """Everything that a run goes on from, as plain tensors and numbers; sharded weights are gathered."""
+    """Everything that --resume needs, as plain tensors and numbers; sharded weights are gathered."""
     if run.flags.fsdp:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
@@ -411,13 +411,13 @@ def state_of(run):
 
 
 def hash_of_data(run):
-    """Of what packs and targets depend on: the dataset, its teachers' spaces included, and the ids of --subset."""
+    """The hash of what packs and targets depend on: the dataset, with its teachers' spaces, and the ids of --subset."""
     subset = b"" if run.order.subset is None else run.order.subset.tobytes()
     return digest(run.dataset.about["hash"].encode() + subset)
 
 
 def restore(run, path, state):
-    """Go on from a checkpoint's state. ValueError names what changes results and differs; --steps may grow."""
+    """Take up a checkpoint's state. ValueError names a flag that changes results and differs; --steps may change."""
     for f in fields(Flags):
         now = getattr(run.flags, f.name)
         before = state["flags"].get(f.name, now)  # an older checkpoint lacks newer flags
@@ -504,8 +504,8 @@ def clear_run_folder(folder, flags):
 def open_data(flags, process, compiled=False):
     """(dataset, spaces, the teachers to run at every step, toy world or None).
 
-    Without a cache the teachers' spaces are fitted first, by rank 0, and kept under --out for --resume; the toy's
-    oracles are cached, for they are slow.
+    Without a cache, rank 0 first fits the teachers' spaces and keeps them under --out for --resume. The toy's oracles
+    are slow, so their features are cached.
     """
     if flags.cache:
         cache = data.Cache(flags.cache, flags.images or None).drop_damaged(flags.on_corrupt)
@@ -575,7 +575,7 @@ def with_sizes(config, sizes):
 
 
 def build(flags, spaces, device, quiet=False):
-    """A student at its beginning, the same on every rank and device for a seed; says what it takes over of --init."""
+    """A new student, the same on every rank and device for a seed; prints what it takes over from --init."""
     torch.manual_seed(flags.seed)
     config = with_sizes(amoe.CONFIGS[flags.model], flags.sizes)
     parent = amoe.load(flags.init, config.top_k or 6) if flags.init else None
@@ -614,7 +614,7 @@ def make_optimizer(model, flags):
     groups = [{"params": p, "weight_decay": decay[name], "muon": name == "muon"} for name, p in groups.items() if p]
     kind = Muon if flags.optimizer == "muon" else torch.optim.AdamW
     optimizer = kind(groups, lr=flags.lr, betas=(0.9, 0.95), fused=True)
-    optimizer.found_inf = torch.zeros((), device=p.device)  # `update` sets it; FSDP2 steps before, to make moments
+    optimizer.found_inf = torch.zeros((), device=p.device)  # set by `update`; FSDP2 makes moments by a step before it
     return optimizer
 
 
@@ -662,8 +662,8 @@ def student_of(state):
 def held_out_scores(run):
     """{"held_out_...": figure} of some held-out images, on rank 0; "held_out_teacher_..." is the goal.
 
-    By --eval-every 500 images and their kNN; at a checkpoint the cosines of 200, 1% of the toy's time. A failure is
-    said, and ends no run.
+    At --eval-every 500 images and their kNN; at a checkpoint the cosines of 200, 1% of the toy's time. A failure is
+    printed and does not end the run.
     """
     state = state_of(run)  # ranks gather sharded weights together
     if run.process.rank > 0:
@@ -685,7 +685,7 @@ def held_out_scores(run):
 
 
 def finish(run, signalled, signals, diverged):
-    """Leave a student and result.json; after a signal a student alone, and its exit code. ValueError says what failed.
+    """Write the student and result.json; after a signal the student alone, then exit. ValueError says what failed.
 
     While the student is measured, which may take long, a signal ends the process: the last step is saved.
     """
@@ -741,7 +741,7 @@ def export(folder, state):
 
 
 def write_card(folder, state):
-    """README.md of student/, from a checkpoint's state and what else the run has written."""
+    """Write README.md of student/, from a checkpoint's state and the run's other files."""
     defaults = {f.name: f.default for f in fields(Flags) if f.metadata["group"] == RESULTS}
     text = card(folder, state, {name: v for name, v in state["flags"].items() if v != defaults.get(name, v)})
     write_atomically(folder / "student" / "README.md", lambda file: file.write(text.encode()))
