@@ -683,12 +683,12 @@ def info(cache):
     size = sum(n for r in records for n, _ in r["files"].values())
     print(f"{cache.path}: format {FORMAT}, {len(records)} of {cache.n_shards} shards, {size / 2**20:.1f} MiB")
     print(f"{images} images of {cache.about['sources']} sources, {rows} patches, {skipped} skipped")
-    noise = signal_to_noise(cache) if cache.about["patches"] else {}
+    noise = signal_to_noise(cache) if rows and cache.about["patches"] else {}
     for space in cache.spaces:
         said = f"patches as {cache.about['dtype']}" if cache.about["patches"] else "no patches"
-        if rows and noise:
+        if noise:
             said += f", signal to rounding noise {noise[space.name]:.1f} dB"
-        if rows and noise and cache.about["dtype"] == "int8":
+        if noise and cache.about["dtype"] == "int8":
             stored = cache.shard(int(np.argmax(cache.counts > 0))).all(f"patch.{space.name}")
             said += f", {(np.abs(stored) == 127).mean():.1e} clipped"
         print(f"{space.name}: {space.dim} channels, {space.registers} registers, {said}")

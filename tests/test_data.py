@@ -202,6 +202,14 @@ def test_a_subset_is_cached_alone(world, oracles, tmp_path):
         data.cache(world.folder / "images", oracles, tmp_path / "b", subset=[5], progress=False)
 
 
+def test_a_cache_without_a_shard_is_described(cache, tmp_path, capsys):
+    """Catches a sum over no shards: a writer that was killed early left a cache whose info was a traceback."""
+    shutil.copytree(cache.path, tmp_path / "cache", ignore=lambda folder, names: {"shards", "index"} & set(names))
+    assert not data.main(["info", str(tmp_path / "cache")])
+    said = capsys.readouterr().out
+    assert "0 of 4 shards" in said and "text: 64 channels" in said and "noise" not in said
+
+
 def test_a_relative_path_and_a_link_are_what_they_name_now(cache, tmp_path, monkeypatch):
     """Catches stores that are remembered by a path as it was given: another folder's cache was read in silence."""
     for name in ("whole", "part"):
