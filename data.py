@@ -75,7 +75,6 @@ import contextlib
 import inspect
 import itertools
 import json
-import os
 import shutil
 import sys
 import threading
@@ -697,7 +696,7 @@ def info(cache):
 def print_sources(sources):
     """Print what is in a table of sources."""
     rows, tars = sources.rows, sum(in_tar for _, in_tar in sources.about["places"])
-    size = sum(os.path.getsize(os.path.join(sources.folder, name)) for name in ("rows", "names"))
+    size = sources.rows.nbytes + sources.names.nbytes  # of its files, which are gone where it could not be kept
     print(f"{len(rows)} images of {rows['size'].sum() / 2**20:.1f} MiB, {tars} tars, {(rows['height'] == 0).sum()} bad")
     print(f"{sources.folder}: {size / 2**20:.1f} MiB, {size / len(rows):.0f} bytes an image")
 

@@ -210,6 +210,14 @@ def test_a_cache_without_a_shard_is_described(cache, tmp_path, capsys):
     assert "0 of 4 shards" in said and "text: 64 channels" in said and "noise" not in said
 
 
+def test_a_table_of_sources_that_is_not_kept_is_described(world, tmp_path, monkeypatch, capsys):
+    """Catches sizes asked of files that are gone: where nothing can be kept, or a folder changed a moment ago."""
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("AMOE_INDEX", str(tmp_path / "file" / "index"))
+    data.main(["index", "--images", str(world.folder / "images")])
+    assert "80 images" in capsys.readouterr().out
+
+
 def test_a_relative_path_and_a_link_are_what_they_name_now(cache, tmp_path, monkeypatch):
     """Catches stores that are remembered by a path as it was given: another folder's cache was read in silence."""
     for name in ("whole", "part"):
