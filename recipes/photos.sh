@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Your own photos, any teachers: cache, check, train, measure.
 #   recipes/photos.sh [--dry] PHOTOS OUT NAME=SPEC NAME=SPEC ... [-- words for train.py]
-# Measured on 538 photos and two small teachers (docs/evaluate.md); with few photos, few steps: 600 here are 55 epochs.
+# Measured on 538 photos and two small teachers (docs/evaluate.md); 600 steps are 37 passes over them: with fewer photos, fewer steps.
 . "$(dirname "$0")/run.sh"
 need $# 3 "recipes/photos.sh [--dry] PHOTOS OUT NAME=SPEC ... [-- words for train.py]"
 photos=$1 out=$2 teachers=() && shift 2
