@@ -3,15 +3,15 @@
 A cache is a folder, or what tensorstore makes of a URL, of format 4:
 
     cache.json                    what it was made of: format, teachers, dtype, seed, token budget, hash of the sources;
-                                  and its own hash, to which every shard is bound
+                                  and its own hash, which every shard repeats
     teachers/<name>.safetensors   phi_s.{mean,rotation,sigma}, summary_mean, summary_variance, register_variance,
-                                  pool.*, and probe [C], a summary by which a rerun knows its teacher
+                                  pool.*, and probe [C], a summary by which a rerun recognises its teacher
     skipped.jsonl                 {"source", "reason"} for every image left out
-    summary.<t>/    float32 [shards * places, C]    in teacher t's own space; a chunk a shard, zeros behind its images
-    index/                        written once all shards are, like a shard: images, (id, h << 16 | w) of each, and
-                                  shards [images, hash of its commit record]; opening a cache reads the last alone
+    summary.<t>/    float32 [shards * places, C]    in teacher t's own space; a chunk per shard, unused places are zero
+    index/                        written like a shard, after all shards: `images`, (id, h << 16 | w) of each, and
+                                  `shards`, [images, hash of the commit record] of each; opening reads only this
     shards/00000/                 self-contained: the images of one contiguous slice of the sources
-        pixels         uint8   [rows, 768]     a row a patch, (row, col, channel) order inside it (not there under
+        pixels         uint8   [rows, 768]     a row per patch, (row, col, channel) order inside it (not there under
                                                --pixels none: then they are decoded again from the images)
         patch.<t>      int8    [rows, C]       teacher t's patches in PHI-S space, in steps of amoe.INT8_STEP
                        (bfloat16 under --dtype bf16; not there under --patches none)
@@ -20,14 +20,14 @@ A cache is a folder, or what tensorstore makes of a URL, of format 4:
         shapes         int32   [images, 2]     (h, w) in patches
         ids            int64   [images]        hash of the source's name, the same on every machine
         views          float32 [images, 6]     view number, crop box (left, top, right, bottom, in shares), flip
-        meta           uint8   [bytes]         a JSON line an image: source, caption, category
+        meta           uint8   [bytes]         a JSON line per image: source, caption, category
         shard.json     the commit record, written last: cache (cache.json's hash), number, images, rows, skipped, power
                        (of each teacher's patches, and of what rounding changed in them), content (hash of the images'
                        sizes, times and captions), files {key: [bytes, hash]}, its summaries' chunks too, hash
 
-Arrays are zarr3, one file each, with a crc32c on every inner chunk of 64 rows, uncompressed (features shrink by a
-fifth, reading costs thrice). Hashes are blake2b of 16 bytes; that of a JSON file is of its other entries, keys sorted.
-A shard without a valid shard.json does not exist for readers; a writer that finds one writes it anew.
+Arrays are zarr3, one file each, with a crc32c on every inner chunk of 64 rows, uncompressed (compressed, features are a
+fifth smaller and take three times as long to read). Hashes are blake2b of 16 bytes; a JSON file's hash is of its other
+entries, keys sorted. Readers ignore a shard without a valid shard.json; a writer that finds one writes it again.
 
 Shape letters: T tokens of a pack, M images in it, N images, C channels of a teacher, R registers.
 """
@@ -89,7 +89,7 @@ import tensorstore as ts
 import torch
 from tqdm import tqdm
 
-MEMORY = 1 << 30  # bytes of whole arrays that a reading process keeps: two windows of small shards
+MEMORY = 1 << 30  # bytes of whole arrays that a reading process keeps: enough for two windows of small shards
 
 
 # ---- reading ----
@@ -98,8 +98,8 @@ MEMORY = 1 << 30  # bytes of whole arrays that a reading process keeps: two wind
 class Cache:
     """A feature cache opened for reading, a dataset (see images.py): the teachers' `spaces`, the committed `shards`.
 
-    With an index nothing is read of a shard before its first use; without, each commit record.
-    images: for a cache without pixels those that it was made of, as find_sources takes them, or a table of them.
+    With an index a shard is read only when it is first used; without one, opening reads every commit record.
+    images: for a cache without pixels, the images that it was made of, as find_sources takes them, or their table.
     """
 
     def __init__(self, path, images=None):
@@ -119,7 +119,7 @@ class Cache:
             self.counts, self.hashes = self.index.all("shards").T
             if len(self.counts) != self.n_shards or self.index.record["images"] != self.counts.sum():
                 raise Damage(INDEX, ": it is of another cache")
-        except Damage:  # not written yet, or not whole: then it is as if there were none
+        except Damage:  # not written yet, or damaged: go on without it
             self.index = None
             records = list(read_records(self.store, range(self.n_shards), self.about["hash"]))
             self.counts = np.array([r["images"] if r else -1 for r in records])  # images; -1: not committed
@@ -140,9 +140,9 @@ class Cache:
         return Images(sources, images, **layout)
 
     def open_shard(self, number):
-        """A Shard, of which the index is asked but not awaited: many are then read side by side."""
+        """A Shard, whose part of the index is requested but not awaited, so that many are read at once."""
         future, part = None, slice(2 * int(self.firsts[number]), 2 * int(self.firsts[number + 1]))  # 2 an image
-        with contextlib.suppress(Damage):  # of the index: then the shard says it itself
+        with contextlib.suppress(Damage):  # of the index: then the shard itself is read
             future = self.index and self.index.read("images", part)
         return Shard(self, number, future)
 
@@ -161,8 +161,8 @@ class Cache:
     def drop_damaged(self, on_corrupt="stop"):
         """Leave out shards that are missing or whose ids or shapes are damaged; returns this cache.
 
-        on_corrupt "stop" raises ValueError for the first of them, "skip" names each on stderr. Of more than 1,000
-        shards an index is believed under "stop": what is not there is found, as all other damage is, when it is read.
+        on_corrupt "stop" raises ValueError for the first of them, "skip" names each on stderr. With more than 1,000
+        shards "stop" trusts an index: missing shards are then found when they are read, as all other damage is.
         """
         believed = self.index is not None and on_corrupt == "stop" and self.n_shards > 1000
         for number in () if believed else range(self.n_shards):
@@ -215,8 +215,8 @@ class Cache:
     def rows_of(self, entries, names, whole):
         """{name: [rows [n, columns] of each image]} of the arrays `names`; the arrays `whole` are fetched with them.
 
-        A read costs 40 us whatever its size, most of the time that small images take: small shards are read whole.
-        Others are read by image, with all reads under way before the first is awaited.
+        A read costs 40 us whatever its size, which is most of the time of small images; so small shards are read whole.
+        Others are read image by image, with all reads started before the first is awaited.
         """
         shards = [self.shard(number) for number, _ in entries]
         for shard in shards:
@@ -235,7 +235,7 @@ class Cache:
         }
 
     def decode(self, entries):
-        """The pixel rows of images of a cache without pixels, as they were; Damage where that cannot be."""
+        """The pixel rows of a cache without pixels, decoded again; Damage where the image is not what it was."""
         if self.images is None:
             raise ValueError(f"{self.path} holds no pixels: give --images, those that it was made of")
         origins = [self.shard(number).origins[i].tolist() for number, i in entries]
@@ -248,7 +248,7 @@ class Cache:
         return pixels
 
     def fetch(self, wanted):
-        """Read whole arrays, (shard, name), side by side; the newest MEMORY bytes of such are kept."""
+        """Read whole arrays, (shard, name), all at once; the newest MEMORY bytes of them are kept."""
         wanted = (pair for pair in wanted if (pair[0].number, pair[1]) not in self.in_memory)
         reads = {(shard, name): shard.read(name) for shard, name in wanted}
         for (shard, name), read in reads.items():
@@ -278,12 +278,12 @@ class Cache:
 
 
 def names_by_image(space):
-    """The arrays of a teacher that have a row an image."""
+    """The arrays of a teacher that have a row per image."""
     return [f"{kind}.{space.name}" for kind in ("summary", "registers")[: 1 + bool(space.registers)]]
 
 
 def as_tensor(array):
-    """numpy to torch, bfloat16 included, which numpy knows by tensorstore's word only."""
+    """numpy to torch, also for bfloat16, which numpy has only through tensorstore."""
     if array.dtype == np.dtype("int8"):
         return torch.from_numpy(array)
     return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
@@ -305,16 +305,16 @@ def verify(cache):
 
 
 def signal_to_noise(cache):
-    """{teacher: dB}: power of its patches over that of what rounding changed in them, measured as they were written."""
+    """{teacher: dB}: power of its patch features over that of their rounding errors, summed when written."""
     records = read_records(cache.store, cache.numbers, cache.about["hash"])
     power = sum(np.array(list(record["power"].values())).reshape(-1, 2) for record in records if record)
     return {s.name: 10 * float(np.log10(p[0] / max(p[1], 1e-30))) for s, p in zip(cache.spaces, power, strict=True)}
 
 
 class Summaries:
-    """A teacher's summaries of all images, [N, C] float32, of which rows are read when a slice or indices ask for them.
+    """A teacher's summaries of all images, [N, C] float32; rows are read when they are indexed.
 
-    They lie in one array, a chunk a shard; places of images that were left out are passed over.
+    They are one array, with a chunk per shard; unused places are passed over.
     """
 
     dtype = np.dtype(np.float32)
@@ -389,9 +389,9 @@ def cache(
     """Decode images, run the teachers, write the cache `out`; what is committed already is kept, so a rerun continues.
 
     images: what find_sources takes, or a list of Source. teachers: objects with name, dim and registers, called with a
-    Batch. patches: False for summaries alone. pixels: False to decode them again from the images whenever they are
-    read, so that a view costs its features alone. shard_range (i, n): write every n-th shard from the i-th, so that n
-    processes or machines share the work without talking to one another.
+    Batch. patches: False for summaries alone. pixels: False stores none; readers decode them again from the images.
+    shard_range (i, n): write every n-th shard from the i-th, so that n processes or machines share the work without
+    talking to one another.
     ValueError for an existing cache of other contents, for unreadable images beyond the share max_skipped, for teachers
     whose answers do not fit, and for what cannot be written.
     """
@@ -433,7 +433,7 @@ def cache(
 
 
 def check_room(dataset, about, out, n_shards, progress):
-    """Say what the whole cache will take, by a sample; ValueError where the disk has no room for n_shards more."""
+    """Print the size of the whole cache, by a sample; ValueError where the disk has no room for n_shards more."""
     sample = [dataset.shard(number).shapes for number in dataset.numbers[:: -(-len(dataset.numbers) // 8)]]
     images = len(dataset.sources) * dataset.n_views
     patches = images * float(np.concatenate(sample).astype(np.int64).prod(1).mean())
@@ -456,8 +456,8 @@ def check_room(dataset, about, out, n_shards, progress):
 def write_index(cache, anew=False):
     """Write one table of all images once every shard is committed: opening the cache then reads no shard.
 
-    Writers that end at the same time write the same bytes. None clears the folder first: that would take the files away
-    from under another.
+    Writers that end at the same time write the same bytes. None of them empties the folder first, which would remove
+    another's files.
     """
     if len(cache.numbers) < cache.n_shards or (cache.index is not None and not anew):
         return
@@ -477,14 +477,14 @@ def write_index(cache, anew=False):
         except ValueError as error:
             if last:
                 print(f"the index was not written, the cache opens without it, slower: {error}", file=sys.stderr)
-        clear(cache.store, folder_of(INDEX))  # an index that was there is of other sizes
+        clear(cache.store, folder_of(INDEX))  # an old index has other sizes
 
 
 def fit_or_read_spaces(store, file, about, out, dataset, teachers, calibrate, device):
-    """The sealed JSON `file` in the store: `about`, the dataset and its teachers; PHI-S is fitted where it is new.
+    """The JSON `file` (with its hash) in the store: `about`, the dataset, its teachers; if new, PHI-S is fitted first.
 
-    teachers/<name>.safetensors beside it hold the teachers' spaces (`read_spaces`). A cache keeps them so, and training
-    without a cache too. ValueError where `file` says other things than these, or a teacher of that name is another.
+    teachers/<name>.safetensors beside it hold the teachers' spaces (`read_spaces`), of a cache and of training without
+    one. ValueError where an existing `file` says otherwise, or a teacher of that name is another one.
     """
     sources = dataset.sources
     about |= {key: getattr(dataset, key) for key in ("seed", "min_tokens", "max_tokens")} | {"views": dataset.n_views}
@@ -500,7 +500,7 @@ def fit_or_read_spaces(store, file, about, out, dataset, teachers, calibrate, de
         check_same(before, about, store, out, teachers, dataset, views, device)
         return before
     raws = calibrated(teachers, dataset, views, device)
-    if not store.read(file).result().value:  # unless another machine was faster
+    if not store.read(file).result().value:  # another machine may have been faster
         with write_errors(f"{out}/{file}"):
             for name, raw in raws.items():
                 write_file(store, f"teachers/{name}.safetensors", raw)
@@ -520,7 +520,7 @@ def calibrated(teachers, dataset, views, device):
 
 
 def read_spaces(store, about, path):
-    """The Spaces of the teachers that a sealed JSON of `fit_or_read_spaces` names."""
+    """The Spaces of the teachers that the JSON of `fit_or_read_spaces` names."""
     spaces = []
     for name in about["teachers"]:
         raw = store.read(f"teachers/{name}.safetensors").result().value
@@ -531,15 +531,15 @@ def read_spaces(store, about, path):
 
 
 def check_same(before, about, store, out, teachers, dataset, views, device):
-    """ValueError where what was made before, a sealed JSON, was made of other things than `about`, or a teacher of a
-    known name is another one, by its answer to the first calibration image."""
+    """ValueError where `before` (an existing JSON) differs from `about`, or where a teacher of a known name is another
+    one, by its summary of the first calibration image."""
     for key, value in about.items():
         if before.get(key) != value:
             raise ValueError(f"{out} was made with {key} {before.get(key)!r}, not {value!r}: choose another --out")
     decoded = ((view, dataset.decode(view)) for view in views)
     view, answer = next(((v, answer) for v, answer in decoded if not isinstance(answer, str)), (None, None))
     if view is None:
-        return  # the images are gone; what there is to write will say so
+        return  # the images are gone; writing shards will report that
     for name, now in probes(teachers, (*answer, view.source.id), device).items():
         before = safetensors.torch.load(store.read(f"teachers/{name}.safetensors").result().value)["probe"]
         change = float((now - before).norm() / before.norm())
@@ -552,7 +552,7 @@ def check_same(before, about, store, out, teachers, dataset, views, device):
 def write_shards(teachers, numbers, dataset, out, device):
     """Write the shards `numbers` of Images; yields (images done, names of those skipped) as it goes.
 
-    The next shard is decoded while teachers look at this one.
+    The next shard is decoded while the teachers run on this one.
     """
     cache = Cache(out)
     ahead = dataset.decode_all(dataset.views_of(numbers[0])) if numbers else None
@@ -591,9 +591,9 @@ def image_arrays(decoded, seed, pixels):
 
 
 def add_teacher_arrays(arrays, power, teachers, spaces, decoded, about, device):
-    """Add to a shard's arrays what teachers say; yields the number of images of each pack.
+    """Add the teachers' features to a shard's arrays; yields the number of images of each pack.
 
-    power: {teacher: [2]}, to which the sums of squares of the patches and of what rounding changed in them are added.
+    power: {teacher: [2]}, to which the sums of squares of the patch features and of their rounding errors are added.
     """
     images = [(rows, shape, view.source.id) for view, rows, shape in decoded]
     starts, n = np.concatenate([[0], np.cumsum([len(rows) for rows, _, _ in images])]).astype(np.int64), len(images)
@@ -610,7 +610,7 @@ def add_teacher_arrays(arrays, power, teachers, spaces, decoded, about, device):
     for part, batch in in_packs(images, device):
         kept = batch.is_patch
         for name, target in make_targets(teachers, spaces, batch).items():
-            if about["patches"]:  # rounded, and the loss measured, where the teacher ran
+            if about["patches"]:  # rounded, and the error measured, on the teacher's device
                 y = target["patch"][kept]
                 stored = quantise(y) if about["dtype"] == "int8" else y.bfloat16()
                 power[name] += [float(x.double().square().sum()) for x in (y, y - dequantise(stored))]
@@ -650,9 +650,9 @@ def loader(order, position, rank=0, world=1, per_step=1, threads=0, on_corrupt="
     """Batches of this rank, endless, each with the Position after the step it belongs to.
 
     A step takes world * per_step packs of the global order; this rank's are every world-th of them. `threads` read
-    ahead while the step runs. They pay where a GPU steps and the host is idle (packs of 16384 tokens at 80 ms a step:
-    waiting 4% of the time in the place of 48%). A step on the CPU wants the cores itself: the toy's took 145 ms beside
-    two threads, 132 ms and 2% of waiting without.
+    ahead while the step runs. They help where a GPU computes and the host is idle (packs of 16384 tokens, 80 ms a step:
+    4% of the time waiting instead of 48%). A step on the CPU needs the cores itself: the toy's took 145 ms with two
+    threads, and 132 ms, 2% of it waiting, without.
     """
 
     def wanted():
@@ -666,7 +666,7 @@ def loader(order, position, rank=0, world=1, per_step=1, threads=0, on_corrupt="
         batch = read_pack(order.dataset, item[0], order.n_tokens, order.special - 1, on_corrupt)
         return batch.pin_memory() if torch.cuda.is_available() else batch, item[1]
 
-    # Each thread computes by itself: with an OpenMP team for every one a step on the CPU takes twice as long.
+    # Single-threaded readers: with an OpenMP team in each, a step on the CPU takes twice as long.
     pool = threads and ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     return map_ahead(pool, read, wanted(), 2 * threads) if threads else map(read, wanted())
 

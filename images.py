@@ -1,9 +1,9 @@
 """Image files to packs of token rows: decoding, the token budget, views, files as a dataset.
 
-A *dataset* is what packs are made of. There are two, Images (files, decoded when asked for) and data.Cache (stored
-rows and teachers' features), and whoever takes one takes the other:
+A *dataset* is what packs are made of. There are two kinds with the same interface, Images (files, decoded when they are
+needed) and data.Cache (stored rows and teachers' features):
 
-    path, n_shards          where it lies, and how many shards it should have
+    path, n_shards          where it is stored, and how many shards it should have
     numbers                 the numbers of the shards that can be read, in order
     shard(number)           `ids` int64 [images] and `shapes` int32 [images, 2], which are (0, 0) for an unusable image
     read(entries, n_tokens, registers, with_targets)    the Batch of entries [(shard number, index)]
@@ -28,9 +28,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-MAX_ASPECT = 10  # at 256 tokens, 5 x 51 patches; beyond it an image says more of its frame than of the world
+MAX_ASPECT = 10  # at 256 tokens 5 x 51 patches; more extreme images are skipped
 HUGE = 1 << 24  # pixels above which images are decoded one at a time: threads share a bounded memory
-KEPT = 32  # shards of which a dataset keeps what it knows: two windows of the order of packs
+KEPT = 32  # shards whose ids and shapes stay in memory: two windows of the order of packs
 UPRIGHT = dict(enumerate((Image.Transpose(n) for n in (0, 3, 1, 5, 4, 6, 2)), 2))  # by EXIF orientation, 2 to 8
 one_huge = threading.Lock()
 
@@ -39,7 +39,7 @@ one_huge = threading.Lock()
 
 
 def choose_budget(seed, ids, budgets):
-    """The most patches of each image: one of `budgets` by a hash of (seed, id), each equally often, held out or not."""
+    """The token budget of each image: one of `budgets` by a hash of (seed, id), each equally often, held out or not."""
     if np.ndim(budgets) == 0:
         return budgets
     odd = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: products differ in their high bits
@@ -66,9 +66,9 @@ def choose_view(seed, image_id, number):
 def load_image(file, min_tokens=1, max_tokens=256, box=(0.0, 0.0, 1.0, 1.0), flip=False, draft=False):
     """An image (Source, path or binary file) as uint8 [16 h, 16 w, 3] under the token budget.
 
-    JPEG, PNG, WebP; EXIF orientation applied (not one that a PNG keeps behind its pixels), transparency laid over
-    white, grey, palette, CMYK and 16-bit converted, the first frame of an animation. `draft` lets the JPEG decoder
-    skip detail far above the target size: for training data, not for evaluation. ValueError says what is wrong.
+    JPEG, PNG, WebP. EXIF orientation is applied (not one that a PNG stores after its pixels); transparency is laid over
+    white; grey, palette, CMYK and 16-bit are converted; of an animation the first frame is taken. `draft` lets the
+    JPEG decoder skip detail far above the target size: for training, not for evaluation. ValueError says what is wrong.
     """
 
     def pixels(image):
@@ -90,7 +90,7 @@ def view_size(height, width, box):
 
 
 def faults(height, width, box):
-    """((whether, reason), ...) for all that makes a view of height x width pixels unusable; numbers or arrays."""
+    """((whether so, why), ...) for what makes a view of height x width pixels unusable; numbers or arrays."""
     sides = view_size(height, width, box)
     small, large = np.minimum(*sides), np.maximum(*sides)
     return (
@@ -147,10 +147,10 @@ class Headers(NamedTuple):
 class Images:
     """A dataset of image files: shard n holds `shard_images` sources from n * shard_images on, in views.
 
-    A view is fixed by (seed, image id, view number), so that whoever decodes it, and whenever, sees the same pixels.
-    Files that cannot be used are skipped and reported once: on stderr and, where `skipped` names a file, in it, as JSON
-    lines {"source", "reason"}. `quiet`: another process reports those whose headers are bad. ValueError once they are
-    more than the share max_skipped of at least 100 images seen.
+    A view is fixed by (seed, image id, view number): it has the same pixels whenever and wherever it is decoded.
+    Files that cannot be used are skipped and reported once, on stderr, and as JSON lines {"source", "reason"} in
+    the file `skipped`, if given. `quiet`: another process reports those with bad headers. ValueError once they are more
+    than the share max_skipped of the images seen (of 100, if fewer were seen).
     """
 
     def __init__(
@@ -168,7 +168,7 @@ class Images:
         skipped=None,
         quiet=False,
     ):
-        budgets = sorted({*np.atleast_1d(max_tokens).tolist()})  # one for all, or one of several an image
+        budgets = sorted({*np.atleast_1d(max_tokens).tolist()})  # one for all images, or each image gets one of several
         if min_tokens > budgets[0]:
             raise ValueError(f"--min-tokens {min_tokens} is more than --max-tokens {budgets[0]}")
         self.sources, self.path = Sources.of(sources), path
@@ -183,7 +183,7 @@ class Images:
         self.pool = ThreadPoolExecutor()  # Pillow decodes and resizes outside the interpreter's lock
 
     def span_of(self, number):
-        """The first of a shard's sources, and the end."""
+        """The first of a shard's sources, and the one after its last."""
         return number * self.shard_images, min((number + 1) * self.shard_images, len(self.sources))
 
     def views_of(self, number):
@@ -212,7 +212,7 @@ class Images:
             return str(error)
 
     def decode_all(self, views):
-        """An iterator of `decode` of each view, in order; threads run ahead of it."""
+        """An iterator over `decode` of each view, in order; threads decode ahead."""
         return self.pool.map(self.decode, views)
 
     def shape(self, view):
@@ -224,7 +224,7 @@ class Images:
             return str(error)
 
     def headers(self, number):
-        """The Headers of a shard, from the table of sources: no file is opened but those that cannot be used."""
+        """The Headers of a shard, from the table of sources: only files that cannot be used are opened."""
         rows, box = self.sources.part(*self.span_of(number)), (0.0, 0.0, 1.0, 1.0)
         ids, height, width = (rows[name].astype(np.int64).repeat(self.n_views) for name in ("id", "height", "width"))
         if self.n_views > 1:
@@ -239,9 +239,9 @@ class Images:
         return Headers(ids, shapes)
 
     def skip_unusable(self, views, answers, quiet=False, n_good=0):
-        """Count and report, once each, the views whose answer is a reason (a str); the answers, None in their place.
+        """Count and report, once each, the views whose answer is a reason (a str); returns the answers, those as None.
 
-        n_good: images that are seen to be usable besides these. ValueError where too many of those seen are not.
+        n_good: how many further images were seen to be usable. ValueError where too many of those seen are not.
         """
         answers = list(answers)
         with self.lock:  # packs are read by two threads
@@ -264,7 +264,7 @@ class Images:
                 file.write(json.dumps({"source": name, "reason": reason}, ensure_ascii=False) + "\n")
 
     def read(self, entries, n_tokens=None, registers=4, with_targets=False):
-        """A Batch of the images [(shard number, index)], less those that do not decode; there are no targets to add."""
+        """A Batch of the images [(shard number, index)], without those that do not decode; it has no targets."""
         views = [self.view(entry) for entry in entries]
         answers = self.skip_unusable(views, self.decode_all(views))
         kept = [(view.source.id, *answer) for view, answer in zip(views, answers, strict=True) if answer]

@@ -1,13 +1,13 @@
 """The teachers: DINOv3 and SigLIP 2 in plain torch, run packed like the student, and plug-in teachers.
 
-A teacher is any object with `name`, `dim`, `registers` (0 if none) that, called with a Batch, answers
+A teacher is any object with `name`, `dim`, `registers` (0 if none) that, called with a Batch, returns
 
     {"patch": [T, D], "summary": [M, D], "registers": [M, R, D]}      (float32; "registers" only where it has some)
 
 in its own space, with zeros in "patch" on rows that are not patches. It may offer `encode_text(list of str) -> [N, D]`.
-What the teachers below answer lies on their own device.
-The two written out here re-pack a batch into their own sequence, special tokens of their own before each image's
-patches and no padding, so every image runs at its native shape under the same attention as the student.
+The two teachers written here return it on their own device. They re-pack a batch into a sequence of their own, with
+their special tokens before each image's patches and no padding, so every image runs at its native shape under the same
+attention as the student.
 
 DINOv3 is arXiv 2508.10104 (github.com/facebookresearch/dinov3), SigLIP 2 is arXiv 2502.14786 (google-research/
 big_vision); both also as the transformers library stores them. The weights carry licences of their own.
@@ -82,7 +82,7 @@ class Sizes:
 
 @dataclass
 class Layout:
-    """A batch re-packed: `special` tokens of the teacher's own and then its patches, image after image.
+    """A batch re-packed: for each image `special` tokens of the teacher's own, then the image's patches.
 
     Everything per patch is computed from `shapes` for this batch; nothing is cached under a key that lacks the shape.
     """
@@ -90,8 +90,8 @@ class Layout:
     image_P: torch.Tensor  # int64
     yx_P2: torch.Tensor  # float32, row and column of a patch
     shape_P2: torch.Tensor  # float32, (h, w) in patches of the image it belongs to
-    batch_P: torch.Tensor  # int64, where it stands in the batch
-    own_P: torch.Tensor  # int64, where it stands in the teacher's sequence
+    batch_P: torch.Tensor  # int64, the patch's row in the batch
+    own_P: torch.Tensor  # int64, the patch's row in the teacher's sequence
     starts: torch.Tensor  # [M + 1] int64, in the teacher's sequence, on the host
     length: int  # S
 
@@ -217,7 +217,7 @@ class DINOv3(Teacher):
         self.register_tokens = nn.Parameter(torch.empty(1, registers, sizes.dim))
         quarter = sizes.dim // sizes.heads // 4
         periods_f = ROPE_BASE ** (torch.arange(quarter, device="cpu") / quarter)
-        # Not persistent: buffers that are no checkpoint's, on a real device where the rest is built on `meta`.
+        # Not persistent (no checkpoint has them), and on a real device: the rest is built on `meta` and filled later.
         self.register_buffer("periods", periods_f, persistent=False)
         pixel = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device="cpu").repeat(1, PATCH * PATCH)
         self.register_buffer("pixel", pixel, persistent=False)
@@ -251,7 +251,7 @@ class DINOv3(Teacher):
 
 
 def resize_weights(place_P, n_P, grid):
-    """Weights [P, grid] of an antialiased bilinear resize of `grid` samples to n: a row for sample `place` of the n.
+    """Weights [P, grid] of an antialiased bilinear resize of `grid` samples to n: the row of sample `place` of the n.
 
     A triangle, widened to one output sample when shrinking, over half-pixel centres: row by row what F.interpolate
     computes with antialias=True, align_corners=False.
@@ -264,7 +264,7 @@ def resize_weights(place_P, n_P, grid):
 
 
 class Text(nn.Module):
-    """SigLIP 2's text tower: every token sees every other, padding too; the last position answers."""
+    """SigLIP 2's text tower: every token attends to every other, padding too; the last position gives the output."""
 
     def __init__(self, sizes, dim, vocabulary, length):
         super().__init__()
@@ -359,7 +359,7 @@ class SigLIP2(Teacher):
 
 # ---- checkpoints ----
 
-# How a parameter's name here becomes its key in a file: each dotted part that is listed is replaced. In DINOv3's own
+# A parameter's name here becomes its key in a file by replacing each dotted part that is listed. In DINOv3's own
 # files query, key, value are the thirds of one `qkv`, and the feed-forward is fc1, fc2, or in SwiGLU w1 (gate), w2, w3.
 NAMES = {
     "official": {
@@ -408,7 +408,7 @@ def file_key(name, names):
 
 
 class Reader:
-    """A state dict that is read key by key and must be used up; every error names the file, the key and the shape."""
+    """A state dict that is read key by key; no key may be left over. Errors name the file, the key and the shape."""
 
     def __init__(self, state, source):
         self.state, self.source, self.used = state, source, set()
@@ -473,7 +473,7 @@ def heads_of(kind, dim, n_heads, source):
 
 
 def load_state(kind, state_dict, n_heads=None, source="the state dict"):
-    """A frozen teacher from a checkpoint's state dict, in float32; every size but the number of heads is read off it.
+    """A frozen teacher from a checkpoint's state dict, in float32; shapes tell every size but the number of heads.
 
     kind: "dinov3" (the .pth keys of its repository or the transformers library's; MLP or SwiGLU) or "siglip2" (the
     transformers library's keys; NaFlex or fixed resolution, with or without the text tower). n_heads: by default that
@@ -630,14 +630,14 @@ def run_teachers(teachers, batch):
 
 
 def make_targets(teachers, spaces, batch):
-    """What a Batch holds as `targets`, unquantised: patches in standardised space, the rest in the teacher's own."""
+    """The `targets` of a Batch, unquantised: patches in standardised space, the rest in the teacher's own."""
     device, answers = batch.rows.device, run_teachers(teachers, batch)
     phi_s = {s.name: s.target_phi_s.to(device) for s in spaces}
     return {n: answers[n] | {"patch": phi_s[n].apply(answers[n]["patch"])} for n in phi_s}
 
 
 def embed_text(teacher, texts):
-    """A teacher's embeddings of texts, [N, C] float32 on the CPU; ValueError where its answer is none."""
+    """A teacher's embeddings of texts, [N, C] float32 on the CPU; ValueError where it does not return such."""
     with one_line_errors(f"teacher '{teacher.name}' embeds no text"):
         rows_NC = teacher.encode_text(texts).float().cpu()
         if tuple(rows_NC.shape) != (len(texts), teacher.dim) or not torch.isfinite(rows_NC).all():
@@ -654,7 +654,7 @@ def embed_captions(teacher, captions):
     if known:
         try:
             out[known] = embed_text(teacher, [captions[i] for i in known]).numpy()
-        except ValueError as error:  # SigLIP 2 without its text tower or tokenizer still has images to teach
+        except ValueError as error:  # without its text tower or tokenizer, SigLIP 2 still teaches images
             print(f"captions are not embedded: {error}", file=sys.stderr, flush=True)
             return None
     return out
@@ -669,7 +669,7 @@ def in_packs(decoded, device):
 
 
 def fit_spaces(teachers, decoded, device):
-    """A Space for every teacher from a sample [(rows, shape, id)]: PHI-S by its patches' moments, and variances."""
+    """A Space for every teacher from a sample [(rows, shape, id)]: PHI-S from moments of its patches, and variances."""
     moments = {t.name: [0, 0.0, 0.0] for t in teachers}  # of patches: count, sum [C], sum of outer products [C, C]
     answers = {t.name: [] for t in teachers}  # summaries and registers, which are few
     bar = tqdm(total=len(decoded), desc="fitting PHI-S", unit="image", disable=len(decoded) < 64)
@@ -707,13 +707,13 @@ def fit_space(teacher, moments, answers):
 
 
 def probes(teachers, decoded, device):
-    """What a rerun knows teachers by: {name: its summary [C] of one image (rows, shape, id)}, on the CPU."""
+    """{name: its summary [C] of one image (rows, shape, id)}, on the CPU: by this a rerun recognises a teacher."""
     ((_, batch),) = in_packs([decoded], device)
     return {name: answer["summary"][0].cpu() for name, answer in run_teachers(teachers, batch).items()}
 
 
 def space_bytes(space, probe_C):
-    """A Space as a .safetensors file, every scalar included, with the teacher's summary of one image to know it by."""
+    """A Space as a .safetensors file, with every scalar and the teacher's summary of one image (see `probes`)."""
     tensors = {f"phi_s.{k}": v for k, v in space.phi_s.state_dict().items()}
     tensors |= {"summary_mean": space.summary_mean, "probe": probe_C}
     for key in ("summary_variance", "register_variance"):
