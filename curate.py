@@ -3,23 +3,23 @@
     python curate.py --features CACHE|FILE.npy --levels 20000 500 50 --keep 100000 --out DIR
 
 After Vo et al., "Automatic Data Curation for Self-Supervised Learning: A Clustering-Based Approach" (arXiv 2405.15613).
-A random subset of web images repeats the head of the distribution. One k-means does too: its centroids are densest
-where the data are. The way out has two steps.
+A random subset of web images repeats the most frequent concepts. So does one k-means: its centroids are densest where
+the data are. The remedy has two steps.
 
 1. A hierarchy (`build_tree`). Level 1 clusters the points, level 2 the centroids of level 1, and so on: centroids are
-   spread more evenly than what they stand for, so every level is flatter. *Resampling* pushes on within a level: keep
-   only the r points nearest to each centroid, cluster those afresh, assign all points again, repeat. A pool with r
-   points a cluster has forgotten how large the clusters were.
-2. Balanced sampling (`sample`): descend from the top, split the budget evenly among the children, and hand on what a
+   more evenly spread than what they stand for, so every level is flatter. *Resampling* flattens within a level:
+   keep only the r points nearest to each centroid, cluster those from new seeds, assign all points again, repeat. With
+   r points of each cluster, the sizes of clusters no longer matter.
+2. Balanced sampling (`sample`): descend from the top, split the budget evenly among the children, and pass on what a
    small child cannot fill.
 
-The features may be larger than memory. Nothing depends on how many processes (torchrun) share the work: points live in
+The features may be larger than memory. Nothing depends on how many processes (torchrun) share the work: points are in
 fixed blocks and a rank owns whole blocks, labels are those of float64, sums are exact, random numbers hash (seed, id).
 
 Shape letters: N points (or this rank's), K centroids, D channels, B points of a block, M points of a selection.
 """
 
-# These before torch: kernels/__init__.py, which each of them loads first, sets how OpenMP's threads wait.
+# Before torch: importing these runs kernels/__init__.py, which sets how OpenMP's threads wait.
 import data
 from common.commands import Parser, choose_device, in_range, one_line_errors, run_command
 from common.pictures import ACROSS, cluster_sheet
@@ -62,12 +62,12 @@ class Config:
     # changes results
     levels: tuple[int, ...] = flag(None, "clusters per level, from the points up, decreasing (required)", (1, 10**9))
     keep: int = flag(None, "how many images to keep (required)", (1, 10**12))
-    seed: int = flag(0, "the result is a function of the features, these flags and this", (0, 2**63 - 1))
+    seed: int = flag(0, "the result depends only on features, these flags and this", (0, 2**63 - 1))
     iterations: int = flag(10, "Lloyd iterations of every k-means", (1, 10**4))
-    resamplings: int = flag(10, "resampling steps a level; 0 for plain hierarchical k-means", (0, 10**4))
-    share: float = flag(0.3, "points a cluster gives to a resampling (r): this share of the mean", (0, 1))
-    nearest: int = flag(32, "r is at most this; r x clusters points are in memory", (2, 10**6))
-    split_above: int = flag(50_000, "more clusters than this take two steps: cells, k-means in each", (1, 10**9))
+    resamplings: int = flag(10, "resampling steps per level; 0: plain hierarchical k-means", (0, 10**4))
+    share: float = flag(0.3, "r, points per cluster in a resampling: this share of the mean size", (0, 1))
+    nearest: int = flag(32, "r is at most this; r x clusters points have to fit in memory", (2, 10**6))
+    split_above: int = flag(50_000, "more clusters than this are made in two steps: cells, k-means in each", (1, 10**9))
     # speed only
     device: str = flag("auto", "auto, cpu, cuda or cuda:N")
     # paths
@@ -83,7 +83,7 @@ class Config:
 
 
 def first_of_each(cluster_N, n, *keys):
-    """Indices of the first n (a number, or one a cluster) points of every cluster by the keys, the last one first."""
+    """Indices of the first n (a number, or one per cluster) points of every cluster, sorted by the last key first."""
     order = np.lexsort((*keys, cluster_N))
     sorted_N = cluster_N[order]
     place_N = np.arange(len(order)) - np.searchsorted(sorted_N, sorted_N)
@@ -96,8 +96,8 @@ class Points:
     x_ND: a numpy array or memmap, a torch tensor or a tensorstore, of real numbers; it may be larger than memory.
     Under torch.distributed every rank holds the same x and owns the points lo to hi (exclusive), unless `alone`.
 
-    Centring is what makes float32 enough: |x|^2 - 2 x.c + |c|^2 loses (offset / spread)^2 digits, while x - mean is
-    correctly rounded. The mean of up to 4096 rows spread over the data serves; any point near the middle would.
+    Points are centred so that float32 is enough: in |x|^2 - 2 x.c + |c|^2 a large offset cancels, and relative errors
+    grow by (offset / spread)^2. The mean of up to 4096 rows spread over the data is near enough to the middle.
     """
 
     def __init__(self, x_ND, device=None, name="features", alone=False):
@@ -118,7 +118,7 @@ class Points:
         self.shift = float(1.5 * 2.0 ** (52 + exponent))
 
     def mean_of_a_sample(self):
-        """The mean of rows spread over the data. What is not finite is reported by row, in `measure_block`."""
+        """The mean of rows spread over the data, without those that are not finite: `measure_block` reports them."""
         sample = self.read(np.unique(np.linspace(0, self.n - 1, min(self.n, 4096)).astype(np.int64)))
         if not np.issubdtype(sample.dtype, np.number) or np.iscomplexobj(sample):
             raise ValueError(f"{self.name}: want real numbers, got {sample.dtype}")
@@ -142,13 +142,13 @@ class Points:
         return torch.from_numpy(rows.astype(np.float32, copy=False)).to(self.device)
 
     def own_rows(self, index):
-        """The same by a slice or a tensor of numbers that count from this rank's first point."""
+        """`rows` by a slice or a tensor of numbers counted from this rank's first point."""
         if isinstance(index, slice):
             return self.rows(slice(self.lo + index.start, self.lo + index.stop))
         return self.rows(self.lo + index.cpu().numpy())
 
     def measure_block(self, block):
-        """Fill in the block's norms; the largest coordinate."""
+        """Fill in the block's norms; returns its largest coordinate."""
         x_BD = self.own_rows(block)
         self.norm_N[block] = x_BD.norm(dim=1)
         self.rounding_N[block] = torch.cat([(x - x.bfloat16()).norm(dim=1) for x in x_BD.split(1024)])
@@ -173,11 +173,11 @@ class Points:
         return Points(self.read(ids), self.device, self.name, alone)
 
     def uncentre(self, c_KD):
-        """Centroids in the data's own place, float32 numpy."""
+        """Centred centroids back to the data's coordinates, float32 numpy."""
         return (c_KD.double().cpu().numpy() + self.mean_D).astype(np.float32)
 
     def centre(self, c_KD):
-        """The inverse, up to float32."""
+        """The inverse of `uncentre`, up to float32 rounding."""
         return torch.from_numpy((c_KD.astype(np.float64) - self.mean_D).astype(np.float32)).to(self.device)
 
     def round_to_grid(self, x_MD):
@@ -207,7 +207,7 @@ class Points:
         return np.concatenate(self.all_gather(array))
 
     def each_block(self, work):
-        """[work(block)] of this rank's blocks (slices that count from its first point), on one Python thread a core."""
+        """[work(block)] of this rank's blocks (slices counted from its first point), on one Python thread per core."""
         step, n = BLOCK if self.device.type == "cpu" else 8 * BLOCK, self.hi - self.lo
         blocks = [slice(first, min(first + step, n)) for first in range(0, n, step)]
         with single_threaded():
@@ -267,7 +267,7 @@ def assign(points, c_KD, assignment, sum_KD=None):
 def lloyd(points, c_KD, n_iter, seed=0):
     """n_iter times (assign every point, move every centroid to the mean of its points), then assign once more.
 
-    c_KD: centred float32. Returns centroids (centred, representable in the data's own place) and this rank's labels
+    c_KD: centred float32. Returns centroids (centred, of float32 values when uncentred) and this rank's labels
     int64, which belong to the returned centroids. Stops early when no label changes.
     """
     assignment = Assignment(points.norm_N, points.rounding_N)
@@ -384,9 +384,9 @@ def nearest_members(points, c_KD, label_N, r):
 
 def cluster_in_cells(points, k, config, seed):
     """k clusters by k-means into sqrt(k) coarse cells, then k-means inside each: 2 N sqrt(k) products, not N k.
-    Returns what `lloyd` does; a point's centroid is the nearest of its cell. Every cell gets the same number of
-    clusters if it has the points, as in the paper's first level (100k cells of 100 clusters). Ranks share out the
-    cells; one cell's points fit in memory.
+    Returns what `lloyd` does; a point's centroid is the nearest within its cell. Every cell gets the same number of
+    clusters if it has enough points, as in the paper's first level (100k cells of 100 clusters). Ranks divide the cells
+    among themselves; the points of one cell must fit in memory.
     """
     coarse = round(k**0.5)
     _, label_N = lloyd(points, seed_centroids(points, coarse, seed), config.iterations, seed)
@@ -395,7 +395,7 @@ def cluster_in_cells(points, k, config, seed):
     cells, quota = np.split(order, np.cumsum(size)[:-1]), even_shares(k, size, seed)
     mine = {}
     for cell in range(points.rank, coarse, points.ranks):
-        if quota[cell]:  # none only where there are no points
+        if quota[cell]:  # 0 only for a cell without points
             members = points.subset(cells[cell], alone=True)
             c_MD, label_M = lloyd(members, seed_centroids(members, quota[cell], seed), config.iterations, seed)
             mine[cell] = members.uncentre(c_MD), label_M.cpu().numpy()
@@ -409,8 +409,8 @@ def cluster_in_cells(points, k, config, seed):
 
 def cluster_points(points, k, config, seed, log=lambda line: None):
     """One level of the hierarchy: k-means, then resampling. Returns centred centroids and this rank's labels.
-    Each resampling starts afresh from D^2 seeds of the pool (warm or random starts lose most of the gain). A level made
-    in two steps is not resampled: equal quotas for its cells take some of the density out already.
+    Each resampling draws new D^2 seeds from its pool (starting from the old centroids, or at random, loses most of the
+    gain). A level made in two steps is not resampled: equal quotas for its cells already even out some of the density.
     """
     if k > config.split_above:
         return cluster_in_cells(points, k, config, seed)
@@ -418,7 +418,7 @@ def cluster_points(points, k, config, seed, log=lambda line: None):
     r = max(2, min(config.nearest, int(config.share * points.n / k)))
     for step in range(config.resamplings):
         ids = nearest_members(points, c_KD, label_N, r)
-        if len(ids) < k:  # duplicates left clusters empty: a pool this small cannot fill them either
+        if len(ids) < k:  # duplicates left clusters empty, and so would this pool
             log(f"resampling {step}: {len(ids)} points for {k} clusters, stopped")
             break
         pool = points.subset(ids)
@@ -429,7 +429,7 @@ def cluster_points(points, k, config, seed, log=lambda line: None):
 
 def build_tree(points, config, folder=None, log=lambda line: None, tree_hash=""):
     """The tree, bottom-up: for each level its centroids [K, D] float32 and the parent of each node below (int64).
-    With a folder, each finished level is written there and read back by the next run of the same tree_hash.
+    With a folder, each finished level is written there, and a later run with the same tree_hash reads it.
     """
     tree = []
     for depth, k in enumerate(config.levels):
@@ -572,11 +572,11 @@ def read_thumbnail(source):
 
 def check_same_tree(out, points, config):
     """Make the folder; ValueError if it holds the tree of other features or flags. Another --keep may reuse it.
-    Returns the hash of what the tree is made of, to which its levels are bound.
+    Returns the hash of what the tree is made of; its levels carry it.
     """
     about = {k: v for k, v in asdict(config).items() if k not in ("keep", "device", "images", "out", "features")}
     about |= {"points": points.n, "channels": points.d, "hash": points.hash_rows()}
-    about = json.loads(json.dumps(about))  # as it will be read
+    about = json.loads(json.dumps(about))  # as JSON gives it back
     if points.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         if not (out / "tree.json").exists():

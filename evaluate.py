@@ -2,11 +2,11 @@
 
     python evaluate.py knn --model runs/NAME --train IMAGES     (or zeroshot, retrieval, segment, pca, speed)
 
-A model, to evaluation, is a function from a Batch to {head: {"patch": [T, C], "summary": [M, C]}} in the teachers' own
-spaces: `of_student`, `of_teacher` and `of_targets` make one of a student (AMoE or SigLino), of a teacher, and of what a
-cache holds. So everything is measured by the same code. Where published protocols are lenient this one is not: ties
-count against the model, void pixels count for nobody, no epoch is chosen on the test set. `--protocol published` is
-SigLino's own evaluation instead, written from what it does, for figures to be set beside theirs (docs/evaluate.md).
+Here a model is a function from a Batch to {head: {"patch": [T, C], "summary": [M, C]}} in the teachers' own spaces:
+`of_student`, `of_teacher` and `of_targets` make one of a student (AMoE or SigLino), a teacher, or the features in
+a cache, so the same code measures all of them. By default the protocol is strict: ties count against the model, void
+pixels do not count, no epoch is chosen on the test set. `--protocol published` does what SigLino's own evaluation does,
+for figures that can be compared with theirs (docs/evaluate.md).
 
 Shape letters: T tokens and M images of a pack, N images or rows, Q queries, K classes or texts, C channels, h x w
 patches, H x W pixels.
@@ -45,7 +45,7 @@ VOID = 255  # mask value of pixels that belong to no class
 
 
 def of_student(model):
-    """The features of an AMoE: a head a teacher, and "amoe", the trunk's own."""
+    """A student's features: a head per teacher, and "amoe", the trunk's own."""
     device = model.device
 
     @torch.inference_mode()
@@ -70,7 +70,7 @@ def of_teacher(teacher, device="cpu"):
 
 
 def of_targets(spaces, teachers=(), device="cpu"):
-    """What teachers say as a student is told it: read off a cached Batch's targets, or asked where it has none."""
+    """The teachers' features as a student is taught them: a cached Batch's targets, or computed where it has none."""
 
     def answer(batch):
         found = batch.targets or make_targets(teachers, spaces, batch.to(device))
@@ -81,9 +81,9 @@ def of_targets(spaces, teachers=(), device="cpu"):
 
 
 def split(dataset, most=None):
-    """(trained on, held out): images as [(shard number, index)], in order; `most`: stop at so many held out.
+    """(trained on, held out): images as [(shard number, index)], in order; `most`: stop once so many are held out.
 
-    Then shards are taken in a seeded random order, so that a part of a large dataset stands for the whole.
+    With `most`, shards are visited in a seeded random order, so that a part of a large dataset represents the whole.
     """
     numbers = dataset.numbers if most is None else np.random.default_rng(0).permutation(dataset.numbers).tolist()
     parts = ([], [])
@@ -100,8 +100,8 @@ def split(dataset, most=None):
 def stream(model, dataset, entries, n_tokens=4096, stored=False, progress=None, heads=None):
     """(entry, (h, w), {head: {"summary": [C], "patch": [n, C]}}) of image after image, float32 on the CPU.
 
-    The next pack is read while the model sees this one. `stored`: read a cache's targets too. `progress`: a label for
-    a bar. `heads`: see `of_head`, by default all. An image whose header promised more than it held is left out.
+    The next pack is read while the model runs on this one. `stored`: read a cache's targets too. `progress`: a label
+    for a bar. `heads`: see `of_head`, by default all. Images that cannot be decoded after all are left out.
     """
     registers = getattr(model, "registers", 4)
     length = {(number, i): 1 + registers + int(dataset.shard(number).shapes[i].prod()) for number, i in entries}
@@ -146,19 +146,19 @@ def of_head(features, head):
 
 
 def gather(streamed, kept=None, kinds=None):
-    """A stream as {head: {"summary": [N, C], "patch": list of [n, C]}}; the list `kept` gains the entries there are."""
+    """A stream as {head: {"summary": [N, C], "patch": list of [n, C]}}; `kept` gains the entries found."""
     out = {}
     for entry, _, features in streamed:
         if kept is not None:
             kept.append(entry)
         for head, f in features.items():
-            for kind in kinds or f:  # clones are no views that keep a pack alive
+            for kind in kinds or f:  # clones: a view would keep the whole pack alive
                 out.setdefault(head, {}).setdefault(kind, []).append(f[kind].clone())
     return {head: f | {"summary": torch.stack(f["summary"])} for head, f in out.items()}
 
 
 def summaries_by_head(model, dataset, entries, heads, label=None, stored=False):
-    """({head: [N, C]}, the entries that there are), heads by default all."""
+    """({head: [N, C]}, the entries that could be read); heads: by default all."""
     kept, streamed = [], stream(model, dataset, entries, stored=stored, progress=label, heads=heads)
     return {head: f["summary"] for head, f in gather(streamed, kept, ["summary"]).items()}, kept
 
@@ -167,7 +167,7 @@ def summaries_by_head(model, dataset, entries, heads, label=None, stored=False):
 
 
 def unit(x_NC, published=False):
-    """Rows of length one; as published, in the bfloat16 that SigLino is evaluated in, where many cosines are equal."""
+    """Rows of length one; published: in bfloat16, as SigLino is evaluated, where many cosines are equal."""
     return F.normalize(require_finite(x_NC.bfloat16() if published else x_NC), dim=1)
 
 
@@ -178,7 +178,7 @@ def knn(bank_NC, labels_N, query_QC, truth_Q, k=20, temperature=0.07, published=
     for query, truth in zip(query_QC.split(1024), truth_Q.split(1024), strict=True):  # never Q x N
         similarity, nearest = (unit(query, published) @ bank_NC.T).topk(k, dim=1)
         votes = similarity.new_zeros(len(query), int(max(labels_N.max(), truth_Q.max())) + 1)
-        # less the nearest's cosine: the votes stand as they do without, and none is infinite
+        # minus the nearest's cosine: it changes no winner and avoids infinity
         weight = similarity if published else similarity - similarity[:, :1]
         votes.scatter_add_(1, labels_N[nearest], (weight / temperature).exp())
         won += wins(votes, truth, published) * len(query)
@@ -191,7 +191,7 @@ def zeroshot(image_NC, text_KC, truth_N, published=False):
 
 
 def wins(score_NK, truth_N, published=False):
-    """Share of rows whose true column beats every other; a tie is a loss, as published the first of equals wins."""
+    """Share of rows whose true column beats every other; a tie is a loss (published: the first of equals wins)."""
     best = score_NK >= score_NK.gather(1, truth_N[:, None])
     return float((score_NK.argmax(1) == truth_N if published else best.sum(1) == 1).double().mean())
 
@@ -199,8 +199,8 @@ def wins(score_NK, truth_N, published=False):
 def recall(query_QC, gallery_NC, truth_Q, labels_N=None, at=(1, 5, 10), ties="lose", published=False):
     """{k: share of queries with one of their own among the k nearest of the gallery by cosine}.
 
-    A gallery row is a query's own where its label (by default its index) is the query's truth. Of rows of equal cosine
-    the query's own come last (ties "lose"), first ("win"), or wherever topk puts them ("topk").
+    A gallery row is a query's own where its label (by default its index) is the query's truth. Among rows of equal
+    cosine the query's own come last (ties="lose"), first ("win"), or wherever topk puts them ("topk").
     """
     gallery_NC = unit(gallery_NC, published)
     labels_N = torch.arange(len(gallery_NC)) if labels_N is None else labels_N
@@ -226,9 +226,9 @@ def caption_recalls(image_NC, text_KC, truth_N, published=False):
 
 
 def patch_labels(mask_HW, h, w, classes, void=VOID):
-    """Share of each class in every patch, [h * w, classes] float32, a pixel counted where its centre lies.
+    """Share of each class in every patch, [h * w, classes] float32; a pixel counts in the patch that has its centre.
 
-    Void pixels, and those of classes beyond `classes`, count for none.
+    Void pixels, and those of classes beyond `classes`, count for no class.
     """
     H, W = mask_HW.shape
     patch_HW = ((2 * torch.arange(H) + 1) * h // (2 * H))[:, None] * w + (2 * torch.arange(W) + 1) * w // (2 * W)
@@ -241,7 +241,7 @@ def patch_labels(mask_HW, h, w, classes, void=VOID):
 def linear_probe(x_NC, share_NK, iterations=40, decay=1e-4):
     """Softmax regression of patch features onto class shares: (weight [K, C], bias [K]) for the features as they are.
 
-    Full-batch L-BFGS from zero on standardised features: nothing to tune, nothing to draw.
+    Full-batch L-BFGS from zero on features with each channel standardised: nothing to tune, nothing random.
     """
     mean, std = require_finite(x_NC).mean(0), x_NC.std(0).clamp(min=1e-6)
     x, total_N1 = (x_NC - mean) / std, share_NK.sum(1, keepdim=True)
@@ -265,7 +265,7 @@ def linear_probe(x_NC, share_NK, iterations=40, decay=1e-4):
 
 
 def confusion(probe, patch_NC, shape, mask_HW, classes, void=VOID):
-    """Pixels by [true class, guessed class]; logits in the probe's dtype, channels last (5x sooner), upsampled."""
+    """Pixels by [true class, predicted class]; logits in the probe's dtype, channels last (5x faster), upsampled."""
     logits = F.linear(require_finite(patch_NC).to(probe[0].dtype), *probe).view(1, *shape, classes)
     logits = F.interpolate(logits.permute(0, 3, 1, 2), mask_HW.shape, mode="bilinear", align_corners=False)
     guess = logits[0].max(0).indices  # the first of equals, as argmax, in less than half of its time
@@ -277,8 +277,8 @@ def confusion(probe, patch_NC, shape, mask_HW, classes, void=VOID):
 def class_ious(confusion_KK, published_void=None):
     """Intersection over union [K] float64 of each class; NaN where a class does not occur.
 
-    As SigLino's evaluation has it, given its void class: pixels guessed to be void are dropped, and a class that does
-    not occur but is guessed counts 0.
+    With published_void, as in SigLino's evaluation: pixels predicted as that void class are dropped, and a class that
+    does not occur but is predicted counts 0.
     """
     published = published_void is not None
     if published:
@@ -293,7 +293,7 @@ def mean_iou(confusion_KK, published_void=None):
 
 
 def cosine(a, b, mean):
-    """Mean cosine of matching rows less the teacher's mean: a shared mean would flatter raw cosines."""
+    """Mean cosine of matching rows after subtracting the teacher's mean, which would make all cosines high."""
     return float(F.cosine_similarity(require_finite(a) - mean, require_finite(b) - mean, dim=1).double().mean())
 
 
@@ -316,9 +316,9 @@ def imitation_scores(dataset, spaces, models, texts, most=2000, neighbours=True,
     """Held-out images of any dataset: cosines to each teacher, centred; caption recall where a teacher embeds text;
     kNN where images have classes.
 
-    models: {who: model}, of them "teacher" what is imitated. texts(teacher's name, entries): the captions' embeddings
-    [N, C], NaN without a caption, or None. At most `most` images, whose captions are the gallery, and as many of those
-    trained on for `neighbours`. `entries`: measure these images in their place.
+    models: {who: model}; "teacher" is the one that is imitated. texts(teacher's name, entries): embeddings of captions
+    [N, C] (NaN where there is none), or None. `most`: how many images at most; their captions are the gallery. As many
+    trained-on images serve `neighbours`. `entries`: measure these images instead of held-out ones.
     """
     trained, held = ([], list(entries)) if entries else split(dataset, most)
     if not held:
@@ -370,7 +370,7 @@ def add_knn(result, dataset, models, bank, held, features):
 
 
 def print_table(result, first="untrained"):
-    """A row a measure: student, teacher, the student as it began (`first` names it), the share of its teacher's.
+    """A row per measure: student, teacher, the student before training (column `first`), share of the teacher.
 
     Columns without a value are left out.
     """
@@ -420,7 +420,7 @@ class PublishedImages(Images):
 def open_images(paths, args, budget, part=None):
     """(the Images of a folder, or of several; those "trained" on, or "held" out, or all, as [(shard number, index)]).
 
-    One dataset for all models, so that bad files are named once. --held-out is for all.
+    All models share one dataset, so that bad files are named once.
     """
     paths = list(map(str, paths if isinstance(paths, list) else [paths]))
     if (*paths, budget) not in args.opened:
@@ -438,14 +438,14 @@ def open_images(paths, args, budget, part=None):
 
 
 def open_train_and_test(train, test, args, budget):
-    """((dataset, entries) to learn from, (dataset, entries) to be tested on): test, or a tenth of train by id."""
+    """((dataset, entries) to learn from, (dataset, entries) to test on: those of `test`, or a tenth of train by id)."""
     if test:
         return open_images(train, args, budget), open_images(test, args, budget)
     return open_images(train, args, budget, "trained"), open_images(train, args, budget, "held")
 
 
 def category(dataset, entry):
-    """An image's class: what captions.json or a label says, or else the folder that it lies in."""
+    """An image's class: from captions.json or a label file, or else the name of its folder."""
     meta = dataset.meta(entry)
     name = meta["category"] or Path(meta["source"]).parent.name
     if not name or name.endswith(".tar"):
@@ -454,7 +454,7 @@ def category(dataset, entry):
 
 
 def class_numbers(*parts):
-    """Numbers of the classes of images, a tensor a part; parts: (dataset, entries)."""
+    """The class numbers of images, a tensor for each of the parts (dataset, entries)."""
     names = [[category(dataset, entry) for entry in entries] for dataset, entries in parts]
     index = {name: i for i, name in enumerate(sorted(set(itertools.chain.from_iterable(names))))}
     return [torch.tensor([index[name] for name in part]) for part in names]
@@ -516,7 +516,7 @@ def measure_retrieval(args, model, budget):
     if not entries:
         raise ValueError(f"{dataset.path} has no captions: it needs captions.json, or a .txt beside each image")
     images, kept = summaries_by_head(model, dataset, entries, args.head or [args.text_head], f"{budget}: images")
-    # An image's caption may be another's too: both are then right; as published, its own image alone is
+    # Two images may share a caption: both are then right; published: each caption has its own image alone
     truth, captions = distinct((dataset.meta(e)["caption"], args.published and e) for e in kept)
     text = args.encode_text([caption for caption, _ in captions])
     check_widths(images, text[0], args.text_head)
@@ -575,7 +575,7 @@ def published_probes(args, train, classes):
 def measure_segment(args, model, budget):
     """A linear head on frozen patches; folders with images/ and masks/
 
-    Masks bear their images' names (.png, a class index a pixel). As published the best epoch counts, by the test set.
+    Masks have their images' names (.png, a class index per pixel). Published: the best epoch on the test set counts.
     """
     roots = [Path(root) for root in (args.train, args.test or args.train)]
     images = roots[0] / "images", args.test and roots[1] / "images"
@@ -664,18 +664,18 @@ MODELS = "a run or its student/, a SigLino checkpoint, NAME=SPEC of a teacher, o
 MODELS += ", ".join(amoe.CONFIGS)
 NEEDED, SEVERAL, SET = {"required": True}, {"nargs": "+"}, {"action": "store_true"}
 PROTOCOLS = {"choices": ("strict", "published"), "default": "strict"}
-TEST = "those to be tested on, else every tenth of --train, by its name's hash"
+TEST = "images to test on; by default every tenth of --train, by the hash of its name"
 FLAGS = (  # (the measures that have it, its name, how it is read, its help)
     ("all", "--model", NEEDED | SEVERAL, f"what to measure, several in one table: {MODELS}"),
-    ("all", "--top-k", number(int, 1, 1024, 6), "experts a token of a SigLino checkpoint (0.15B: 2)"),
+    ("all", "--top-k", number(int, 1, 1024, 6), "experts per token of a SigLino checkpoint (0.15B: 2)"),
     ("all", "--max-tokens", number(int, 1, 65536, [256]) | SEVERAL, "token budgets; the table has a line for each"),
-    ("all", "--head", SEVERAL, "heads by name, else all, 'amoe' being the trunk; a+b is an ensemble"),
+    ("all", "--head", SEVERAL, "heads by name, by default all; 'amoe' is the trunk, a+b an ensemble"),
     ("all", "--device", {"default": "auto"}, "where the model runs: auto, cpu, cuda or cuda:N"),
     ("speed", "--tokens", number(int, 1, 2**20, 16384), "tokens in a pack, at most"),
     ("images", "--min-tokens", number(int, 1, 65536, 1), "patches below which an image is enlarged"),
-    ("images", "--enlarge", SET, "bring smaller images to the budget too"),
+    ("images", "--enlarge", SET, "enlarge smaller images to the budget"),
     ("images", "--max-skipped", number(float, 0, 1, 0.05), "share of unusable images that stops it"),
-    ("scores", "--protocol", PROTOCOLS, "published: as SigLino's own evaluation does it, its sizes of images included"),
+    ("scores", "--protocol", PROTOCOLS, "published: what SigLino's own evaluation does, its image sizes included"),
     ("knn", "--train", NEEDED | SEVERAL, "images to learn from"),
     ("segment", "--train", NEEDED, "images to learn from"),
     ("knn", "--test", SEVERAL, TEST),
@@ -686,7 +686,7 @@ FLAGS = (  # (the measures that have it, its name, how it is read, its help)
     ("knn", "--k", number(int, 1, 10**6, 20), "neighbours that vote"),
     ("knn", "--temperature", number(float, 1e-4, 1e4, 0.07), "a vote weighs exp(cosine / temperature)"),
     ("zeroshot", "--classes", {}, "JSON of {folder: how to say it}"),
-    ("zeroshot", "--templates", {}, "text file, a template a line, {} standing for the class"),
+    ("zeroshot", "--templates", {}, "text file, a template per line, with {} for the class"),
     ("segment", "--void", number(int, 0, 65535, VOID), "mask value of no class (ADE20k: 0)"),
     ("segment", "--lr", number(float, 0, 10, 1e-3), "of the published protocol's linear head"),
     ("segment", "--probe-patches", number(int, 1, 10**9, 200_000), "patches that the linear head learns from, at most"),
@@ -714,7 +714,7 @@ def parse(argv):
 
 
 def open_model(name, args):
-    """The model that a --model names, to evaluation."""
+    """The model, as a function of a Batch, that a --model names."""
     if "=" in name and not Path(name).exists():
         return of_teacher(load_teachers([name], args.folder, args.device)[0], args.device)
     torch.manual_seed(0)  # for an untrained one
@@ -723,7 +723,7 @@ def open_model(name, args):
 
 
 def set_text(args, teacher):
-    """For measures with text, args gains the `encode_text` of the teacher, and the head that it belongs to."""
+    """Add the teacher's `encode_text` and its name, which is the head's, to args."""
     if teacher is None:
         raise ValueError("a student has no text tower: give --text NAME=SPEC, the teacher that its head imitates")
     if not hasattr(teacher, "encode_text"):
