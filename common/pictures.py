@@ -27,9 +27,9 @@ def pca_basis(x_NC):
     """(mean [C], three principal directions [C, 3], ranges [2, 3] from the 2nd to the 98th percentile)."""
     mean = require_finite(x_NC).mean(0)
     _, _, v = torch.linalg.svd((x_NC - mean)[:: max(1, len(x_NC) // 20000)], full_matrices=False)
-    projected = (x_NC - mean) @ v[:3].T
-    order = projected.sort(dim=0).values
-    return mean, v[:3].T, torch.stack([order[int(0.02 * len(order))], order[int(0.98 * (len(order) - 1))]])
+    directions = torch.nn.functional.pad(v[:3].T, (0, 3 - min(3, len(v))))  # fewer patches or channels have fewer
+    order = ((x_NC - mean) @ directions).sort(dim=0).values
+    return mean, directions, torch.stack([order[int(0.02 * len(order))], order[int(0.98 * (len(order) - 1))]])
 
 
 def pca_map(x_NC, shape, basis):

@@ -361,7 +361,7 @@ def test_a_student_is_measured_head_by_head_at_every_budget(cache, colours, tmp_
     assert "IoU by class, toy, head amoe, 256 tokens: 0: " in table and "model" in table.split("written")[1]
     perfect = scores_of("r.json")[-1]
     assert perfect["model"] == both[3] and min(perfect["iou_by_class"].values()) > 0.99
-    evaluate.main(["pca", "--images", "classes", "--count", "2", *both])
+    evaluate.main(["pca", "--images", "classes", "--count", "2", *both[:-1], "r.png"])  # and not written over by JSON
     assert Image.open(scores_of("r.json")[0]["sheet"]).width > 6 * 100
     evaluate.main(["speed", *words, "--tokens", "256"])
     slow, fast = scores_of("r.json")
@@ -426,6 +426,15 @@ def test_every_measure_refuses_features_that_are_not_finite(value):
     ):
         with pytest.raises(ValueError, match="not finite"):
             measure()
+
+
+@pytest.mark.parametrize(("patches", "channels"), [(1, 5), (2, 5), (20, 1), (20, 2)])
+def test_fewer_than_three_principal_components_are_a_picture_too(patches, channels):
+    """Catches colours for three components where there are fewer: a teacher of two channels, an image of two patches."""
+    x = torch.rand(patches, channels, generator=torch.Generator().manual_seed(0))
+    colours = pictures.pca_map(x, (patches, 1), pictures.pca_basis(x))
+    assert colours.shape == (patches, 1, 3) and not colours[..., min(patches, channels) :].any()
+    assert patches == 1 or np.ptp(colours[..., 0]) == 255
 
 
 @pytest.mark.parametrize("kind", ["summary", "patch"])
