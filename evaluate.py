@@ -707,6 +707,8 @@ def parse(argv):
         words.add_argument("--out", default=f"runs/evaluate/{name}.json", help="the result, as JSON")
     args = parser.parse_args(argv)
     args.device = choose_device(args.device)
+    if args.measure == "pca":  # whose sheet lies beside the result
+        args.out = str(Path(args.out).with_suffix(".json"))
     args.published, args.opened = getattr(args, "protocol", "strict") == "published", {}
     first = getattr(args, "images", None) or getattr(args, "train", None) or "."
     args.folder = first[0] if isinstance(first, list) else first
