@@ -568,7 +568,7 @@ def with_sizes(config, sizes):
         c = replace(c, experts=0, top_k=0, expert_hidden=0)
     dense = c.dense_layers == 0 or c.dense_hidden > 0
     sparse = c.dense_layers >= c.layers or (1 <= c.top_k <= c.experts and c.expert_hidden > 0)
-    possible = min(c.layers, c.dim, c.heads, c.head_dim) > 0 == c.head_dim % 2 and c.dense_layers <= c.layers
+    possible = min(c.layers, c.dim, c.heads, c.head_dim) > 0 == c.head_dim % 4 and c.dense_layers <= c.layers  # RoPE
     if not (possible and dense and sparse):
         raise ValueError(f"--sizes {' '.join(sizes)}: there is no such student: {c}")
     return c

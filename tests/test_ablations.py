@@ -84,7 +84,7 @@ def test_sizes_take_the_place_of_the_models(cache, tmp_path):
         "dense_layers=5",
         "layers=0",
         "dense_layers=1",
-        "head_dim=3",
+        "head_dim=6",
     ):
         with pytest.raises(ValueError, match="--sizes"):
             train.with_sizes(amoe.CONFIGS["toy"], (bad,))
