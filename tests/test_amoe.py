@@ -332,6 +332,17 @@ def test_phi_s_gives_every_channel_unit_variance_and_inverts():
     assert torch.allclose(torch.pdist(y[:50]) * phi_s.sigma, torch.pdist(x[:50]))
 
 
+@pytest.mark.parametrize("value", [0.0, 0.1, 3.3, 1234.567])
+def test_constant_features_are_refused_whatever_their_rounding(value):
+    """Catches a test for 0 alone: rounding left a sigma of 1e-17, by which all features of other images are divided."""
+    x = torch.full((777, 12), value) + torch.arange(12) * value / 7
+    with pytest.raises(ValueError, match="constant features"):
+        amoe.PhiS.fit(x)
+    if value:  # a spread that float32 can hold at this size is one
+        spread = 1e-5 * value * torch.randn(777, 12, generator=torch.Generator().manual_seed(0))
+        assert float(amoe.PhiS.fit(x + spread).sigma) == pytest.approx(1e-5 * value, rel=0.1)
+
+
 def test_folding_phi_s_into_a_layer_is_exact():
     """Catches a bias that is not rotated, and weights folded on the wrong side."""
     torch.manual_seed(0)
