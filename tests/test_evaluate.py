@@ -430,7 +430,7 @@ def test_every_measure_refuses_features_that_are_not_finite(value):
 
 @pytest.mark.parametrize(("patches", "channels"), [(1, 5), (2, 5), (20, 1), (20, 2)])
 def test_fewer_than_three_principal_components_are_a_picture_too(patches, channels):
-    """Catches colours for three components where there are fewer: a teacher of two channels, an image of two patches."""
+    """Catches colours for three components where there are fewer: two channels, an image of two patches."""
     x = torch.rand(patches, channels, generator=torch.Generator().manual_seed(0))
     colours = pictures.pca_map(x, (patches, 1), pictures.pca_basis(x))
     assert colours.shape == (patches, 1, 3) and not colours[..., min(patches, channels) :].any()
