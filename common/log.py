@@ -18,7 +18,7 @@ from common.store import write_atomically
 
 
 class Log:
-    """log.jsonl, one JSON object a line, on rank 0 only; going on from `step` first drops what will come again."""
+    """log.jsonl, one JSON object per line, on rank 0 only; a run resumed at `step` first drops the lines after it."""
 
     def __init__(self, folder, rank, step, flags):
         self.path = Path(folder) / "log.jsonl" if rank == 0 else None
@@ -32,7 +32,7 @@ class Log:
             write_atomically(self.path, lambda file: file.writelines(lines))
 
     def write(self, **entry):
-        """Append a line, and give its numbers to the tracker where it is of a step."""
+        """Append a line; if it belongs to a step, give its numbers to the tracker."""
         if self.path:
             with one_line_errors(self.path), open(self.path, "a") as file:
                 file.write(json.dumps(entry) + "\n")
@@ -58,7 +58,7 @@ def open_tracker(flags, step):
 
 
 def first_line(flags, process, trunk):
-    """The log's first line: what a reader needs to run it again. trunk: its sizes, or who makes it."""
+    """The log's first line: what it takes to repeat the run. trunk: its sizes, or its factory."""
     commit = ""
     with contextlib.suppress(OSError):  # no git on this machine
         words = ["git", "-C", str(Path(__file__).parents[1]), "rev-parse", "HEAD"]
@@ -77,7 +77,7 @@ def first_line(flags, process, trunk):
 
 
 class Skipped:
-    """The steps that `update` skipped, for their loss or gradient was not finite, and the images that they were of.
+    """The steps that `update` skipped since their loss or gradient was not finite, and their images.
 
     counts: [2] int64 on the device, of such steps in a row and in all. images: ids of the newest.
     """
@@ -86,7 +86,7 @@ class Skipped:
         self.counts, self.images, self.recent = counts, list(images), []
 
     def add(self, ids):
-        """The images of a step; whether it was skipped the device knows, and is asked by `note`."""
+        """Note the images of a step; only the device knows whether it was skipped, and `note` asks it."""
         self.recent.append((ids, self.counts[0] > 0))
 
     def note(self, process):
@@ -102,8 +102,8 @@ class Skipped:
 class Interval:
     """What happens between two lines of the log: losses averaged over its finite steps, tokens, waiting for data.
 
-    total: sums of losses and, under "steps", of how many steps, on the device. earlier_tokens, of all ranks, and
-    earlier_seconds: in training before this interval. These a checkpoint keeps.
+    total: on the device, sums of losses and, as "steps", the number of steps summed. earlier_tokens (of all ranks) and
+    earlier_seconds: those of training before this interval. A checkpoint keeps these three.
     """
 
     def __init__(self, total=None, earlier_tokens=0, earlier_seconds=0.0):
@@ -111,7 +111,7 @@ class Interval:
         self.begin()
 
     def begin(self):
-        """Count and time anew; `total` is for `end` to empty."""
+        """Restart counts and time; `end` empties `total`."""
         self.steps, self.tokens, self.waited, self.began = 0, 0, 0.0, time.perf_counter()
 
     def so_far(self, world):
@@ -120,7 +120,7 @@ class Interval:
         return self.earlier_tokens + self.tokens * world, self.earlier_seconds + seconds
 
     def wait(self, batches):
-        """The next of `batches`, with the time that it took."""
+        """The next of `batches`; the time that it took is counted as waiting."""
         asked = time.perf_counter()
         batch, position = next(batches)
         self.waited += time.perf_counter() - asked

@@ -16,7 +16,7 @@ FULL = 0.97  # share of a pack's tokens
 
 
 def held_out(ids):
-    """The fixed tenth of the images, by id, that is never trained on. Boolean, one an id."""
+    """The fixed tenth of the images, by id, that is never trained on. Boolean, one per id."""
     return np.asarray(ids) % 10 == 0
 
 
@@ -37,7 +37,7 @@ class Order:
             first-fit them into packs of n_tokens; of the newest few packs, the images of those under 97% full are
             carried into the next window
 
-    Position is all it takes to go on from any pack: a window is planned anew from the seed and its carried images.
+    A Position is enough to continue from any pack: the window is planned again from the seed and its carried images.
     """
 
     def __init__(self, dataset, n_tokens, seed=0, subset=None, registers=4):
@@ -45,7 +45,7 @@ class Order:
         self.subset = None if subset is None else np.asarray(subset)
         if subset is not None and (self.subset[1:] < self.subset[:-1]).any():  # curate.py writes them sorted
             self.subset = np.sort(subset)
-        self.readable = np.array(dataset.numbers)  # shards: a lost one leaves the order of the others alone
+        self.readable = np.array(dataset.numbers)  # shards; a missing one does not change the order of the others
         self.windows = -(-dataset.n_shards // WINDOW)
         # The numbers of the shards in the order of an epoch, the newest kept: a permutation of 390,625 takes 10 ms
         self.permuted = lru_cache(1)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(dataset.n_shards))
@@ -55,7 +55,7 @@ class Order:
             )
 
     def keeps(self, ids, shapes):
-        """Whether each image is trained on, by its id and its patches (h, w). Boolean, one an image."""
+        """Whether each image is trained on, by its id and its patches (h, w). Boolean, one per image."""
         keep = ~held_out(ids) & (shapes[:, 0] > 0)
         return keep if self.subset is None else keep & is_in(ids, self.subset)
 
@@ -65,7 +65,7 @@ class Order:
         return np.flatnonzero(self.keeps(shard.ids, shard.shapes))
 
     def counts_text(self, most=64):
-        """What is trained on and what is not, in words; of many shards some `most`, evenly spread, are counted."""
+        """How many images are trained on and how many are not, as text; of many shards about `most` are counted."""
         numbers = self.dataset.numbers[:: -(-len(self.dataset.numbers) // most)]
         found, names = np.zeros(4), ("to train on", "held out", "left out by --subset", "that cannot be used")
         for number in numbers:
@@ -87,7 +87,7 @@ class Order:
         """A window's images, (shard number, index) [N, 2], and their tokens [N], in the order in which they are packed:
         those carried over, then those of its shards, shuffled.
 
-        All shards are asked for before one is looked at: a cache reads what it knows of them side by side.
+        All shards are opened before the first is used, so that a cache reads their ids and shapes at once.
         """
         carried = np.array(position.carried, np.int64).reshape(-1, 2)
         carried = carried[is_in(carried[:, 0], self.readable)]
@@ -95,7 +95,7 @@ class Order:
         new_shards = self.permuted(position.epoch)[position.window * WINDOW : (position.window + 1) * WINDOW]
         numbers = np.concatenate([old_shards, new_shards[is_in(new_shards, self.readable)]])
         shards = [self.dataset.shard(number) for number in numbers.tolist()]
-        # An image is a row from here on: its place among all images of these shards, the old ones first.
+        # From here on an image is a row number: its place among all images of these shards, the old ones first.
         sizes = np.array([len(shard.ids) for shard in shards], np.int64)
         starts, n_old = sizes.cumsum() - sizes, sizes[: len(old_shards)].sum()
         ids = np.concatenate([np.zeros(0, np.int64), *(shard.ids for shard in shards)])
@@ -129,7 +129,7 @@ class Order:
         return [images[first:end] for first, end in spans], carried
 
     def packs(self, position, rank=0, world=1):
-        """(pack, position after it), for ever; every world-th pack is `rank`'s, and None stands for those of others."""
+        """(pack, position after it), endless; every world-th pack is `rank`'s, and the others' are None."""
         turns = itertools.cycle(range(world))
         while True:
             images, spans, carried = self.fill(position)

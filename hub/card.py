@@ -35,14 +35,14 @@ tags: [image-feature-extraction, distillation]
 ---
 # {title}
 
-One vision model that answers in the feature spaces of {teachers}, and in one of its own ("amoe"): a summary of every
-image, and a feature for every patch of 16 x 16 pixels. Distilled with amoe, a trainer after AMoE / SigLino
+One vision model with features in the spaces of {teachers}, and in one of its own ("amoe"): a summary of every image,
+and a feature for every patch of 16 x 16 pixels. Distilled with amoe, a trainer after AMoE / SigLino
 (arXiv 2512.20157).
 
 {use}
 
-Features are in the teachers' own spaces. Cosines between any two images are high there unless the mean of the teacher's
-features is taken away first: `patch_mean` and `summary_mean` of a head hold it, and `centre=True` does it.
+Features are in the teachers' own spaces. Any two images have a high cosine there unless the teacher's mean is
+subtracted first: `patch_mean` and `summary_mean` of a head hold it, and `centre=True` does it.
 
 | | |
 | --- | --- |
@@ -61,8 +61,8 @@ features is taken away first: `patch_mean` and `summary_mean` of a head hold it,
 
 ## Licences
 
-The weights were learned from what the teachers answer: whether the teachers' licences reach them is for the user to
-find out. {licences} The images have terms of their own. modeling_amoe.py is Apache-2.0.
+The weights were learned from the teachers' features: find out whether the teachers' licences extend to them.
+{licences} The images have terms of their own. modeling_amoe.py is Apache-2.0.
 """
 
 

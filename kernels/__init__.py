@@ -2,9 +2,9 @@
 
 import os
 
-# Idle OpenMP threads sleep after a short spin. Spinning on, as they do by default, two busy programs starve each other:
-# beside other work a step took 1.8 to 16 s that takes 0.15 s alone. Asleep at once, an idle machine took 1.3
-# times as long; after 10,000 turns that costs nothing. Read when torch is loaded, so it is set here; yours wins.
+# Idle OpenMP threads sleep after a short spin. By default they spin on, and two busy programs starve each other: with
+# other work running, a step that takes 0.15 s alone took 1.8 to 16 s. Sleeping at once makes an idle machine slower
+# (docs/measured.md). torch reads these variables when it is loaded, so they are set here; values of yours win.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")

@@ -1,7 +1,7 @@
 """Attention within each image of a pack, with optional sinks: FlexAttention under torch.compile, SDPA elsewhere.
 
-FlexAttention (CUDA) takes a BlockMask; uncompiled it would build T x T scores, so eager code, on any device, runs SDPA
-on runs of equally long images. torch 2.13 has no FlexAttention gradients on a CPU.
+FlexAttention (CUDA) takes a BlockMask. Uncompiled it would build T x T scores, so eager code, on any device, calls SDPA
+once per run of equally long images. torch 2.13 has no FlexAttention gradients on a CPU.
 
 Shape letters: T tokens in the pack, M images in it, H heads, d head width.
 """
@@ -37,13 +37,13 @@ def image_runs(starts, n_tokens):
 def mask_blocks(starts, n_tokens):
     """Which blocks of keys each block of queries attends to, from `starts` alone: {name: int32}, on the host.
 
-    "partial" are the block pairs in which only some tokens are of one image, "full" those inside one image. Of n blocks
-    of queries, `partial_count` [n] says how many key blocks each has, and `partial_index` [n, n] which, those that
-    count in front; `full_count` and `full_index` likewise. A row of query blocks touches the key blocks from the start
+    "partial" are the pairs of blocks that share an image only in part, "full" those inside one image. For n blocks of
+    queries, `partial_count` [n] says how many key blocks each has, and `partial_index` [n, n] which (the first count
+    entries of a row); `full_count` and `full_index` likewise. A query block touches the key blocks from the start
     of its first image to the end of its last. The blocks are those that `create_block_mask` finds by evaluating the
     rule on every pair of tokens.
     """
-    # numpy: so small, these run in 0.2 ms on one thread, and torch's threads have taken 7 ms to agree on them
+    # numpy: arrays this small take 0.2 ms on one thread, where torch's threads have taken 7 ms
     edges = np.append(starts.numpy(force=True), n_tokens)  # an empty last image where there is no padding
     k = np.arange(-(-n_tokens // BLOCK))
     first = k * BLOCK
@@ -68,8 +68,8 @@ def mask_blocks(starts, n_tokens):
 def block_mask(blocks, image_T):
     """FlexAttention's BlockMask of `mask_blocks` and the image of every token (Batch.image); nothing is computed.
 
-    Being of one image is symmetric: the query blocks that touch a key block are the key blocks that it touches as a
-    query block. `BlockMask.from_kv_blocks` would transpose the lists, which was most of a mask's cost.
+    "Same image" is symmetric, so the lists of query blocks by key block equal those of key blocks by query block.
+    `BlockMask.from_kv_blocks` would transpose the lists, which was most of a mask's cost.
     """
 
     def same_image(b, h, q, k):
@@ -104,8 +104,8 @@ def mask_of(starts, n_tokens, device="cpu"):
 class WithSinks(torch.autograd.Function):
     """SDPA on each run of images on a CPU, then out *= sigmoid(lse - sink), with a gradient that needs no extra key.
 
-    A sink only adds e^sink to the softmax's sum, so SDPA's own backward pass is right if it is told the log of that
-    larger sum and the output so gated; the sink's share of the sum has value zero, hence d sink = -share (g . out).
+    A sink only adds e^sink to the softmax's sum, so SDPA's own backward pass is right if it is given the log of that
+    larger sum and the gated output. The sink acts as a key of value zero, hence d sink = -(its share) (g . out).
     """
 
     @staticmethod
@@ -141,15 +141,15 @@ def each_run(runs, *tensors):
 def attend(q_THd, k_THd, v_THd, mask, sinks_H=None):
     """Attention within each image of the pack, scale 1 / sqrt(d), [T, H, d]; with sinks, out *= sigmoid(lse - sink).
 
-    The mask chooses the form. A BlockMask runs FlexAttention, which wants torch.compile around it. `image_runs(...)`
-    runs SDPA on each image: on a CPU as `WithSinks`, elsewhere with the sink as one more key of score `sink` and value
+    The mask chooses the form. A BlockMask runs FlexAttention, which needs torch.compile around it. `image_runs(...)`
+    runs SDPA on each run: on a CPU as `WithSinks`, elsewhere with the sink as one more key of score `sink` and value
     zero, which is the same function, since sigmoid(lse - sink) = e^lse / (e^lse + e^sink).
     """
     d = q_THd.shape[-1]
     if isinstance(mask, BlockMask):
         q, k, v = (t.transpose(0, 1)[None] for t in (q_THd, k_THd, v_THd))
         out, aux = flex_attention(q, k, v, block_mask=mask, return_aux=AuxRequest(lse=True))
-        out_THd, lse_TH = out[0].transpose(0, 1), aux.lse[0].T  # turned before the gate: after it, that is a copy
+        out_THd, lse_TH = out[0].transpose(0, 1), aux.lse[0].T  # transposed before the gate: after it, a copy
         return out_THd if sinks_H is None else out_THd * torch.sigmoid(lse_TH - sinks_H)[..., None].to(out.dtype)
     runs, alike = mask, sinks_H is not None and q_THd.dtype == sinks_H.dtype
     if alike and q_THd.device.type == "cpu" and not torch.compiler.is_compiling():

@@ -32,17 +32,17 @@ DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torc
 
 
 def by_expert(expert_TK, n_experts):
-    """The rows' order by expert (int64 [N], places in the flattened expert_TK) and where each one's end (int64 [E])."""
+    """The rows sorted by expert (int64 [N], places in the flattened expert_TK), and each expert's end (int64 [E])."""
     # A stable sort keeps a token's rows in order inside an expert, so sums do not depend on the sort algorithm.
     # int16: a GPU sorts by 8 bits a pass
     sorted_N, order_N = expert_TK.flatten().to(torch.int16).sort(stable=True)
-    # Not bincount, whose size a compiler cannot know, nor adding up ones, for which 28 experts' addresses are too few.
+    # Not bincount (the compiler cannot know its size), nor atomic sums of ones (they queue at 28 addresses).
     expert_E = torch.arange(n_experts, dtype=torch.int16, device=order_N.device)
     return order_N, torch.searchsorted(sorted_N, expert_E, right=True)
 
 
 def moe_ref(x_TD, expert_TK, weight_TK, w1_EFD, w2_EDF, w3_EFD):
-    """One expert after the other, on its rows. One without rows stays in the graph."""
+    """One expert after the other, on its rows. An expert without rows stays in the graph, with a gradient of zero."""
     order_N, end_E = by_expert(expert_TK, len(w1_EFD))
     token_N = order_N // expert_TK.shape[1]
     groups = x_TD.index_select(0, token_N).split(end_E.diff(prepend=end_E.new_zeros(1)).tolist())
@@ -300,7 +300,7 @@ def choose(impl, device, dtype=torch.bfloat16):
     """The form that `impl` means on `device` in `dtype`; an explicit one that cannot run raises ValueError.
 
     auto takes grouped on CUDA in bfloat16, else ref: triton has run in the interpreter and through the sm_90 compiler,
-    but has not been timed on a GPU yet, and a default wants a measurement (kernels/bench.py makes it).
+    but has not been timed on a GPU yet, and a default needs a measurement (kernels/bench.py makes it).
     """
     grouped = device.type == "cuda" and hasattr(F, "grouped_mm")
     if impl == "auto":

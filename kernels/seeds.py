@@ -19,7 +19,7 @@ GREEDY_UP_TO = 1 << 20  # points times clusters for which greedy seeding is affo
 
 @contextmanager
 def single_threaded():
-    """Torch's own threads off, in a `with` or a function: `Points.each_block` runs one Python thread a core instead.
+    """Torch's own threads off, as a `with` or a decorator: `Points.each_block` runs one Python thread per core instead.
     (GEMM and numpy release the GIL. OpenMP's threads, which spin while one of them works alone, cost 1.3x the CPU time,
     and on small problems beside another busy process 30x.)
     """
@@ -32,7 +32,7 @@ def single_threaded():
 
 
 def random_of(ids, *salt):
-    """A float64 in (0, 1) for each id: splitmix64 of (salt, id), so that it belongs to the id and not to an order."""
+    """A float64 in (0, 1) for each id: splitmix64 of (salt, id), so it depends on the id and on no order."""
     with np.errstate(over="ignore"):
         z = np.zeros(1, np.uint64)
         for value in (*(np.uint64(s) for s in salt), np.asarray(ids).astype(np.uint64)):
@@ -45,8 +45,8 @@ def random_of(ids, *salt):
 
 def draw_seeds_greedily(points, k, seed):
     """Greedy k-means++: of 2 + ln k candidates ~ D^2, each time the one that lowers the sum of D^2 most.
-    Sequential, and 2 + ln k times the products, so for small problems only: the upper levels of a hierarchy, where a
-    seed more or less in a region counts (docs/curation.md has what it is worth). Every rank computes it, alike.
+    Sequential, and 2 + ln k times the products, so for small problems only: the upper levels of a hierarchy, where each
+    seed counts (docs/curation.md says how much). Every rank computes the same.
     """
     x_ND = points.rows(slice(0, points.n)).cpu().double()
     ids_N, tries = np.arange(points.n), np.arange(2 + int(np.log(k)))
@@ -92,7 +92,7 @@ def draw_seeds(points, k, seed):
 
 
 def lower_squared_distances(points, d2_N, new):
-    """Lower this rank's D^2, in place, by seeds that it has not seen."""
+    """Lower this rank's D^2, in place, by new seeds."""
     c_MD = points.rows(np.array(new))
     square_M = c_MD.square().sum(1)
 
@@ -110,7 +110,7 @@ def lower_squared_distances(points, d2_N, new):
 
 def draw_by_rejection(points, d2_N, at_most, seed, round_):
     """Draw candidates ~ D^2 without replacement, over all ranks, and list the ids of those accepted.
-    The draw keeps the smallest -log(u) / D^2 (Efraimidis & Spirakis, 2006): no order and no rank enters it.
+    The draw keeps the smallest -log(u) / D^2 (Efraimidis & Spirakis, 2006), which depends on no order and no rank.
     """
     ids_N = np.arange(points.lo, points.hi)
     with np.errstate(divide="ignore"):
