@@ -1,18 +1,20 @@
 """What each part of the method is worth: runs of train.py that differ in one flag, paired by seed.
 
     python -m benchmarks.claims --work DIR [--seeds 0 1 2 3 4] [--only ARKD "MoE: top-1 of 8"] [--out FILE]
-                                [--cache CACHE [--teacher NAME=SPEC]]
+                                [--cache CACHE --teacher NAME=SPEC]
 
 writes claims.json beside this file as runs end, and goes on from it: on the toy world, or, with another --out, on a
 feature cache of images in a folder a class, whose --teacher embeds their names; its teachers are one that is aligned
 with text and a dense one, in this order. Runs are short, so that all can be had on a CPU: `SHORT` says how. They are
 compared on held-out images, by scores and by how much of the teachers' geometry the student keeps; no arm was tuned.
-`python -m benchmarks.tables` makes the tables of docs/evidence.md.
+`python -m benchmarks.tables` makes the tables of docs/evidence.md. longer.py and adapt.py train their arms by `trained`
+and keep what came of them by `complete`, as this one does.
 """
 
 import argparse
 import functools
 import gc
+import itertools
 import json
 import os
 import time
@@ -34,90 +36,102 @@ from teachers import embed_text, load_teachers
 HERE = Path(__file__).resolve().parent
 SHORT = "--optimizer adamw --schedule cosine --lr 6e-3 --weight-decay 0.02 --steps 300 --tokens 1024 layers=2"
 BUDGETS = 16, 32, 64
-# {claim: {arm: its words}}: flags of train.py; NAME=NUMBER is one of its --sizes. A first word toy-... names a cache of
-# the toy in another dtype or with other token budgets; one with a slash says how images are chosen (`choose`); long is
-# a run as train.py has it by default, in the place of SHORT.
+# {arm, "CLAIM: NAME": its words}: flags of train.py; NAME=NUMBER is one of its --sizes. A first word toy-... names a
+# cache of the toy in another dtype or with other token budgets; one with a slash says how images are chosen (`choose`);
+# long is a run as train.py has it by default, in the place of SHORT.
 ARMS = {
-    "": {"as it is": ""},
-    "ARKD": {
-        "none": "--arkd 0",
-        "weight 2": "--arkd 2",
-        "weight 8": "--arkd 8",
-        "RKD, 0.5": "--arkd-mode rkd",
-        "RKD, 2": "--arkd-mode rkd --arkd 2",
-    },
-    "PHI-S": {
-        "every channel": "--standardise channels",
-        "one scalar": "--standardise global",
-        "none": "--standardise none",
-    },
-    "token balance": {"mean over all patches of a pack": "--loss-per patch"},
-    "MoE": {
-        "dense, same active width": "dense_layers=2 dense_hidden=256",
-        "first layer dense": "dense_layers=1 dense_hidden=256",
-        "top-1 of 8": "top_k=1",
-        "top-4 of 8": "top_k=4",
-    },
-    "bias balancing": {"none": "--expert-bias-rate 0"},
-    "optimiser": {
-        "WSD schedule": "--schedule wsd",
-        "AdamW, lr 2e-2": "--lr 2e-2",
-        "Muon for matrices": "--optimizer muon",
-        "Muon, lr 2e-2": "--optimizer muon --lr 2e-2",
-    },
-    "int8 cache": {"bfloat16": "toy-bf16"},
-    "token budgets": {
-        "16, 32 and 64": "toy-16-32-64",
-        "16, 32 and 64, mean over patches": "toy-16-32-64 --loss-per patch",
-        "64": "toy-64",
-        "16": "toy-16",
-    },
-    "default run": {
-        "as it is": "long",
-        "no ARKD": "long --arkd 0",
-        "features as they are": "long --standardise none",
-        "dense, same active width": "long dense_layers=3 dense_hidden=256",
-        "cosine": "long --schedule cosine",
-    },
+    "as it is": "",
+    "ARKD: none": "--arkd 0",
+    "ARKD: weight 2": "--arkd 2",
+    "ARKD: weight 8": "--arkd 8",
+    "ARKD: RKD, 0.5": "--arkd-mode rkd",
+    "ARKD: RKD, 2": "--arkd-mode rkd --arkd 2",
+    "PHI-S: every channel": "--standardise channels",
+    "PHI-S: one scalar": "--standardise global",
+    "PHI-S: none": "--standardise none",
+    "token balance: mean over all patches of a pack": "--loss-per patch",
+    "MoE: dense, same active width": "dense_layers=2 dense_hidden=256",
+    "MoE: first layer dense": "dense_layers=1 dense_hidden=256",
+    "MoE: top-1 of 8": "top_k=1",
+    "MoE: top-4 of 8": "top_k=4",
+    "bias balancing: none": "--expert-bias-rate 0",
+    "optimiser: WSD schedule": "--schedule wsd",
+    "optimiser: AdamW, lr 2e-2": "--lr 2e-2",
+    "optimiser: Muon for matrices": "--optimizer muon",
+    "optimiser: Muon, lr 2e-2": "--optimizer muon --lr 2e-2",
+    "int8 cache: bfloat16": "toy-bf16",
+    "token budgets: 16, 32 and 64": "toy-16-32-64",
+    "token budgets: 16, 32 and 64, mean over patches": "toy-16-32-64 --loss-per patch",
+    "token budgets: 64": "toy-64",
+    "token budgets: 16": "toy-16",
+    "default run: as it is": "long",
+    "default run: no ARKD": "long --arkd 0",
+    "default run: features as they are": "long --standardise none",
+    "default run: dense, same active width": "long dense_layers=3 dense_hidden=256",
+    "default run: cosine": "long --schedule cosine",
 }
 for part in (16, 8, 4):
-    ARMS[f"curation to 1/{part}"] = {
-        "random": f"random/{part}",
-        "by the text teacher": f"0:9,90/{part}",
-        "by the dense teacher": f"1:9,90/{part}",
-    }
-    ARMS[f"long curation to 1/{part}"] = {
-        "random": f"long random/{part}",
-        "by the dense teacher": f"long 1:9,90/{part}",
-    }
-ARMS["curation to 1/8"]["by the dense teacher, one level"] = "1:90/8"
-ARMS["long curation to 1"] = {"the whole pool": "long random/1"}
+    ARMS[f"curation to 1/{part}: random"] = f"random/{part}"
+    ARMS[f"curation to 1/{part}: by the text teacher"] = f"0:9,90/{part}"
+    ARMS[f"curation to 1/{part}: by the dense teacher"] = f"1:9,90/{part}"
+    ARMS[f"long curation to 1/{part}: random"] = f"long random/{part}"
+    ARMS[f"long curation to 1/{part}: by the dense teacher"] = f"long 1:9,90/{part}"
+ARMS["curation to 1/8: by the dense teacher, one level"] = "1:90/8"
+ARMS["long curation to 1: the whole pool"] = "long random/1"
 MEASURES = ("zeroshot", "knn", "miou", "distances", "cka", "neighbours", "patch_cosine")
 
 
+def flags_of(words):
+    """train.py's flags of an arm's words, of which NAME=NUMBER is one of its --sizes; a flag's last words win."""
+    sizes = [word for word in words if "=" in word]
+    return [word for word in words if "=" not in word] + (["--sizes", *sizes] if sizes else [])
+
+
 def words_of(arm):
-    """(the words for train.py of an arm, the toy whose cache it reads, how a part of it is chosen or "")."""
-    words, short = arm.split(), SHORT.split()
-    if words[:1] == ["long"]:
-        words, short = words[1:], []
+    """(the flags of train.py of an arm, the toy whose cache it reads, how a part of it is chosen or "")."""
+    short, words = [] if arm.startswith("long") else SHORT.split(), arm.removeprefix("long").split()
     world = words.pop(0) if words and words[0].startswith("toy-") else "toy"
     chosen = words.pop(0) if words and "/" in words[0] else ""
-    sizes = [word for word in short + words if "=" in word]
-    flags = [word for word in short + words if "=" not in word]  # a flag's last words win
-    return flags + (["--sizes", *sizes] if sizes else []), world, chosen
+    return flags_of(short + words), world, chosen
 
 
-def base_of(arm):
-    """The arm that another is compared with: the run as it is, or the first of its claim."""
-    claim = arm.split(": ")[0]
-    own = claim.startswith(("token budgets", "curation", "long curation", "default run"))
-    return f"{claim}: {next(iter(ARMS[claim]))}" if own else "as it is"
+def trained(out, cache, flags, ids=None):
+    """The student, to evaluation, of a run of train.py in the folder `out`: on a cache, or on these ids of it."""
+    if ids is not None:
+        np.save(f"{out}.npy", ids)
+        flags = ["--subset", f"{out}.npy", *flags]
+    fixed = ["--cache", cache.path, "--out", out, "--threads", 1, "--no-evaluate"]
+    train.main([str(word) for word in (*fixed, *flags)])
+    return evaluate.of_student(amoe.load(out / "student"))
+
+
+def complete(path, jobs):
+    """Put what is missing into a JSON file, {group: {name: job()}} of jobs {(group, name): job}, one after another."""
+    found = json.loads(path.read_text()) if path.exists() else {}
+    for (group, name), job in jobs.items():
+        if name not in found.setdefault(group, {}):
+            found[group][name] = rounded(job())
+            path.write_text(json.dumps(found, indent=1) + "\n")
+            gc.collect()  # a run's cache, held by a cycle, has shards in memory
+
+
+def rounded(x):
+    """A JSON value whose numbers have five digits, so that the file stays small."""
+    if isinstance(x, dict):
+        return {k: rounded(v) for k, v in x.items()}
+    if isinstance(x, list):
+        return [rounded(v) for v in x]
+    return float(f"{x:.5g}") if isinstance(x, float) else x
+
+
+def ids_of(cache, entries):
+    return np.array([int(cache.shard(number).ids[i]) for number, i in entries])
 
 
 class Pictures:
     """A cache that runs are trained on, its images held out, their classes and what these are called."""
 
-    def __init__(self, cache, text_of=None, balanced=False):
+    def __init__(self, cache, text_of, balanced=False):
         """text_of: a class's name to embeddings [n, C], in the space of the first teacher. balanced: classes are alike
         frequent, so that curation is asked of a long-tailed part of them."""
         self.cache, (trained, self.held) = cache, evaluate.split(cache)
@@ -128,19 +142,19 @@ class Pictures:
             torch.tensor([names.index(name(entry)) for entry in part]) for part in (trained, self.bank, self.held)
         )
         pool = long_tail(labels) if balanced else np.arange(len(trained))
-        self.ids = np.array([int(cache.shard(number).ids[i]) for number, i in trained])[pool]
+        self.ids = ids_of(cache, trained)[pool]
         self.frequency = labels[pool].bincount(minlength=len(names)).double()
-        self.text = torch.stack([F.normalize(text_of(n), dim=1).mean(0) for n in names]) if text_of else None
+        self.text = torch.stack([F.normalize(text_of(n), dim=1).mean(0) for n in names])
 
     def scores(self, model, said):
         """kNN in the dense teacher's space and zero-shot; with classes alike, and as frequent as in the pool."""
         text, dense = (space.name for space in self.cache.spaces)
         known, _ = evaluate.summaries_by_head(model, self.cache, self.bank, [dense])
+        queries, images, truth = said[dense]["summary"], said[text]["summary"], self.truth
         right = {
-            "knn": lambda some: evaluate.knn(known[dense], self.labels, said[dense]["summary"][some], self.truth[some])
+            "knn": lambda some: evaluate.knn(known[dense], self.labels, queries[some], truth[some]),
+            "zeroshot": lambda some: evaluate.zeroshot(images[some], self.text, truth[some]),
         }
-        if self.text is not None:
-            right["zeroshot"] = lambda some: evaluate.zeroshot(said[text]["summary"][some], self.text, self.truth[some])
         found, classes = {}, self.truth.unique()
         weight = self.frequency[classes] / self.frequency[classes].sum()
         for measure, share in right.items():
@@ -175,19 +189,13 @@ def choose(pictures, how, seed):
 
 @functools.cache
 def toy_pictures(work, name="toy"):
-    """(the toy world in work/NAME, Pictures of its cache): in int8 and at most 64 patches, or as the name says."""
-    world, (_, *how) = toy.World(work / name, 5000), name.split("-")
-    if not (work / name).exists() and name != "toy":
-        toy_pictures(work)  # draws the images
-        (work / name).mkdir(parents=True)
-        for part in ("images", "masks"):
-            (work / name / part).symlink_to((work / "toy" / part).resolve())
-    dtype = "bf16" if "bf16" in how else "int8"
-    budgets = [int(word) for word in how if word.isdigit()] or 64
+    """(the toy world, Pictures of its cache work/NAME): in int8 and at most 64 patches, or as the name says."""
+    world, (_, *how) = toy.World(work / "toy", 5000), name.split("-")
     oracles = [toy.TextOracle(world), toy.DenseOracle(world)]
-    data.cache(world.write(), oracles, world.folder / "cache", max_tokens=budgets, dtype=dtype)
-    text_of = lambda name: oracles[0].encode_text([f"a {name} {shape}" for shape in toy.SHAPES])  # noqa: E731
-    return world, Pictures(data.Cache(world.folder / "cache"), text_of)
+    budgets = [int(word) for word in how if word.isdigit()] or 64
+    dtype = "bf16" if "bf16" in how else "int8"
+    cache = data.cache(world.write(), oracles, work / name / "cache", max_tokens=budgets, dtype=dtype)
+    return world, Pictures(cache, lambda name: oracles[0].encode_text([f"a {name} {shape}" for shape in toy.SHAPES]))
 
 
 def geometry(student_NC, teacher_NC):
@@ -241,40 +249,32 @@ def at_budgets(work, model):
     return found
 
 
-def run(args, out, arm, seed, photos):
+def run(work, out, arm, seed, photos):
     """One run of train.py in the folder `out`, and what came of it. photos: Pictures, or None for the toy."""
     flags, name, part = words_of(arm)
-    world, pictures = (None, photos) if photos else toy_pictures(args.work, name)
-    if part:
-        np.save(out / "subset.npy", choose(pictures, part, int(seed)))
-        flags = ["--subset", str(out / "subset.npy"), *flags]
-    fixed = "--threads", "1", "--no-evaluate", "--overwrite", "--save-every", str(10**6), "--out", str(out / "run")
+    world, pictures = (None, photos) if photos else toy_pictures(work, name)
+    ids = choose(pictures, part, int(seed)) if part else None
     began = time.process_time()
-    train.main([*fixed, "--cache", str(pictures.cache.path), *flags, "--seed", seed])
+    model = trained(out, pictures.cache, ["--overwrite", "--save-every", 10**6, *flags, "--seed", seed], ids)
     seconds = time.process_time() - began
-    log = [json.loads(line) for line in (out / "run" / "log.jsonl").read_text().splitlines()][1:]
-    model = evaluate.of_student(amoe.load(out / "run" / "student"))
-    scores = (
-        pictures.scores if part or photos else lambda m, _: toy.scores(world, pictures.cache, {"student": m})["student"]
-    )
+    scores = pictures.scores
+    if not part and not photos:
+        scores = lambda model, _: toy.scores(world, pictures.cache, {"student": model})["student"]  # noqa: E731
     result = measure(model, pictures, scores)
     if name[-1].isdigit():
-        result |= at_budgets(args.work, model)
-    losses = {
-        key: value for key, value in log[-1].items() if key.endswith(("_patch", "_summary", "_registers", "_arkd"))
-    }
-    load = [float(np.ptp([step["expert_load_min"], step["expert_load_max"]])) for step in log[-5:]]
-    curve = [line["loss"] for line in log]
-    return rounded(
-        result | {"losses": losses, "load_spread": float(np.mean(load)), "cpu_seconds": seconds, "loss": curve}
-    )
+        result |= at_budgets(work, model)
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()][1:]
+    terms = "_patch", "_summary", "_registers", "_arkd"
+    result["losses"] = {key: value for key, value in log[-1].items() if key.endswith(terms)}
+    result["load_spread"] = float(np.mean([step["expert_load_max"] - step["expert_load_min"] for step in log[-5:]]))
+    return result | {"cpu_seconds": seconds, "loss": [line["loss"] for line in log]}
 
 
-def rounded(x):
-    """Numbers of a JSON value to five digits, so that the file stays small."""
-    if isinstance(x, dict):
-        return {k: rounded(v) for k, v in x.items()}
-    return [rounded(v) for v in x] if isinstance(x, list) else float(f"{x:.5g}")
+def base_of(arm):
+    """The arm that another is compared with: the run as it is, or the first of its claim."""
+    claim = arm.split(": ")[0]
+    own = claim.startswith(("token budgets", "curation", "long curation", "default run"))
+    return next(arm for arm in ARMS if arm.startswith(f"{claim}: ")) if own else "as it is"
 
 
 def compared(found, measures=None):
@@ -321,22 +321,16 @@ def main():
     parser.add_argument("--cache", help="features to train on in the place of the toy's")
     parser.add_argument("--teacher", help="NAME=SPEC of the cache's teacher that embeds the names of classes")
     args = parser.parse_args()
-    found = json.loads(args.out.read_text()) if args.out.exists() else {}
-    arms = {(c, f"{c}: {name}" if c else name): words for c, group in ARMS.items() for name, words in group.items()}
-    out, photos, text_of = args.work / f"run-{os.getpid()}", None, None
-    out.mkdir(parents=True, exist_ok=True)
-    if args.teacher:
+    photos, jobs = None, {}
+    if args.cache:
         teacher = load_teachers([args.teacher], args.work, torch.device("cpu"))[0]
         text_of = lambda name: embed_text(teacher, [t.format(name) for t in evaluate.TEMPLATES])  # noqa: E731
-    if args.cache:
         photos = Pictures(data.Cache(args.cache), text_of, balanced=True)
-    for seed in args.seeds:
-        for (claim, arm), words in arms.items():
-            asked = not args.only or {claim, arm} & set(args.only)
-            if asked and not (photos and words.startswith("toy-")) and seed not in found.setdefault(arm, {}):
-                found[arm][seed] = run(args, out, words, seed, photos)
-                args.out.write_text(json.dumps(found, indent=1) + "\n")
-                gc.collect()  # a run's cache, held by a cycle, has shards in memory
+    for seed, (arm, words) in itertools.product(args.seeds, ARMS.items()):
+        asked = not args.only or {arm, arm.split(": ")[0]} & set(args.only)
+        if asked and not (photos and words.startswith("toy-")):
+            jobs[arm, seed] = functools.partial(run, args.work, args.work / f"run-{os.getpid()}", words, seed, photos)
+    complete(args.out, jobs)
 
 
 if __name__ == "__main__":

@@ -141,19 +141,15 @@ def lower():
 
 def adapt():
     """A line a way to go on: means over seeds, and the standard deviation."""
-    found = load("adapt")
-    cases = {"before": [found["before"]]}
-    for r in found["runs"]:
-        name = f"{'--init' if r['init'] else 'from scratch'}, --lr {r['lr']:g}, --steps {r['steps']}"
-        cases.setdefault(name, []).append(r["scores"])
+    images, *arms = load("adapt").items()
     keys = [(where, m) for where in ("new", "old") for m in ("zeroshot", "knn", "miou")]
-    rows = [(name, *(spread([r[w][m] for r in runs], 2) for w, m in keys)) for name, runs in cases.items()]
+    rows = [(arm, *(spread([r[w][m] for r in runs.values()], 2) for w, m in keys)) for arm, runs in arms]
     note = (
-        f"`python -m benchmarks.adapt runs/toy`: {found['images']} images, n = {len([*cases.values()][-1])} seeds of "
-        "going on (which images, in which order) from one student, mean ± standard deviation; scored on {new} held-out "
-        "images of the new domain and {old} of the old. kNN's bank and mIoU's probe come from the same domain."
+        f"`python -m benchmarks.adapt runs/toy`: 500 images, n = {len(arms[-1][1])} seeds of going on (which images, "
+        "in which order) from one student, mean ± standard deviation; scored on {new} held-out images of the new "
+        "domain and {old} of the old. kNN's bank and mIoU's probe come from the same domain."
     )
-    return table(("", *(f"{where}: {m}" for where, m in keys)), rows, note.format(**found["held_out"]))
+    return table(("", *(f"{where}: {m}" for where, m in keys)), rows, note.format(**images[1]))
 
 
 def busy():
@@ -181,10 +177,10 @@ def longer():
     found, rows = load("longer"), []
     kinds = [f"{teacher}_{kind}_cosine" for teacher in ("eff", "vit") for kind in KINDS]
     for name, place in (("photos", "photos-1"), ("CIFAR-10", "cifar")):
-        for arm, r in found.items():
+        for arm, r in found["arms"].items():
             if arm.startswith(name):
                 cosines = ("{:.3f} ({:.3f})".format(r[kind], r[f"seen_{kind}"]) for kind in kinds)
-                rows.append((arm, r["images"], r["flags"]["steps"], *cosines, *whole_image(r)))
+                rows.append((arm, r["images"], r["steps"], *cosines, *whole_image(r)))
         for who, r in found["references"][place].items():
             cosines = (f"{r[kind]:.3f}" if kind in r else "" for kind in kinds)
             rows.append((f"{name}: {who}", "", "", *cosines, *whole_image(r)))
