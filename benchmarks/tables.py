@@ -116,7 +116,7 @@ def int8():
     """A cache in int8, as it is, and in bfloat16."""
     measures = ("zeroshot", "knn", "miou", "patch_cosine", "loss", "dense_registers")
     names = (*measures[:3], "patch cosine", "loss at the end", "of it, the dense teacher's registers")
-    return against_base(load("claims"), ["as it is", "int8 cache: bfloat16"], measures, names)
+    return against_base("claims", ("as it is", "int8"), measures, names, "")
 
 
 def loader():
@@ -191,50 +191,52 @@ def whole_image(r):
     return [f"{r[key]:.3f}" if key in r else "" for key in ("vit_knn", "miou")]
 
 
-def against_base(found, arms, measures, names=None, first=""):
-    """A line an arm: a base's mean and standard deviation, of others the mean difference and its 95% interval."""
+def against_base(name, arms=None, measures=None, names=None, first="arm"):
+    """A line an arm: a base's mean and standard deviation, of others the mean difference and its 95% interval.
+
+    arms: how their names begin; by default those that are compared with the run as it is.
+    """
+    found = load(name)
+    measures = measures or measured(found)
     differences, rows = compared(found, measures), []
-    for arm in arms:
-        cells = [spread([value(r, m) for r in found[arm].values()]) for m in measures]
-        if arm in differences:
-            said = [(f"{mean:+.3f} ± {half:.3f}", p) for mean, half, p in (differences[arm][m] for m in measures)]
-            cells = [f"**{x}**" if p < 0.05 else x for x, p in said]
-        if arm in differences or arm == base_of(arm):
-            rows.append(("the run as it is" if arm == "as it is" else arm, len(found[arm]), *cells))
+    for arm, runs in found.items():
+        if arm.startswith(arms) if arms else base_of(arm) == "as it is":
+            cells = [spread([value(r, m) for r in runs.values()]) for m in measures]
+            if arm in differences:
+                said = [(f"{mean:+.3f} ± {half:.3f}", p) for mean, half, p in (differences[arm][m] for m in measures)]
+                cells = [f"**{x}**" if p < 0.05 else x for x, p in said]
+            if arm in differences or arm == base_of(arm):
+                rows.append(("the run as it is" if arm == "as it is" else arm, len(runs), *cells))
     return table((first, "n", *(names or (m.replace("_", " ") for m in measures))), rows)
 
 
-def evidence(name="claims"):
-    """The arms that are compared with the run as it is."""
-    found = load(name)
-    return against_base(found, [arm for arm in found if base_of(arm) == "as it is"], measured(found), first="arm")
+def evidence():
+    return against_base("claims")
 
 
 def evidence_cifar():
-    return evidence("claims_cifar")
+    return against_base("claims_cifar")
+
+
+def default_run():
+    """Arms of the run that train.py makes by default."""
+    return against_base("claims", "default run")
 
 
 def curating():
     """Students of a part of a long-tailed pool: chosen at random, or curated, at three sizes."""
     measures = [f"{m}_{test}" for test in ("balanced", "long_tail") for m in ("zeroshot", "knn")]
-    names, lines = [m.replace("_", ", ", 1).replace("_", " ") for m in measures], []
-    for name, title in (("claims", "toy"), ("claims_cifar", "CIFAR-10")):
-        found = load(name)
-        lines += against_base(found, [arm for arm in found if arm.startswith("curation")], measures, names, title)
-        lines.append("")
-    return lines[:-1]
-
-
-def default_run():
-    """Arms of the run that train.py makes by default."""
-    found = load("claims")
-    return against_base(found, [arm for arm in found if arm.startswith("default run")], measured(found), first="arm")
+    names = [m.replace("_", ", ", 1).replace("_", " ") for m in measures]
+    toy, cifar = (
+        against_base(name, "curation", measures, names, title)
+        for name, title in (("claims", "toy"), ("claims_cifar", "CIFAR-10"))
+    )
+    return [*toy, "", *cifar]
 
 
 def budgets():
-    found, measures = load("claims"), [f"{m}_at_{n}" for m in ("zeroshot", "knn", "miou") for n in BUDGETS]
-    arms = [arm for arm in found if arm.startswith("token budgets")]
-    return against_base(found, arms, measures, [m.replace("_at_", ", ") for m in measures], "trained at")
+    measures = [f"{m}_at_{n}" for m in ("zeroshot", "knn", "miou") for n in BUDGETS]
+    return against_base("claims", "token budgets", measures, [m.replace("_at_", ", ") for m in measures], "trained at")
 
 
 def shares():
