@@ -1,6 +1,6 @@
 """Right first, then how fast: python kernels/bench.py [--all] [--only PART] [--out DIR].
 
---all runs every part below in a process of its own, each within its share of nine minutes: what fails, hangs or spoils
+--all runs every part below in a process of its own, of two minutes at most and nine in all: what fails, hangs or spoils
 the GPU's context costs its own part only. Results are written after every measurement. What a part compiles, the parts
 after it and the next run find in Inductor's cache.
 
@@ -8,8 +8,8 @@ after it and the next run find in Inductor's cache.
     agree                compiled against eager steps of a small model (tests/test_step.py, with pytest)
     step, step-triton    amoe-0.3b's, a block and a head compiled once for all of them, and packed against padded
                          (benchmarks/speed.py)
-    step-whole           the same as training compiles it, in the time that is left: minutes go to the compiler
     moe, attention, arkd, kmeans      an operation's forms at real sizes
+    step-whole           the step as training compiles it, in the time that is left: minutes go to the compiler
 
 A form that is wrong against float64 on the inputs it is timed on is not timed, and the exit status is 1. Without a GPU
 shapes are small and Triton is left out: its interpreter is no measure of speed. "% of floor" is floor over time, at
@@ -41,7 +41,6 @@ from kernels import moe as moe_file
 from kernels.attention import attend, image_runs, mask_of
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
-SECONDS = 530  # of --all
 
 
 @dataclass
@@ -234,16 +233,14 @@ def check(case, function, exacts, row):
 
 def time_form(case, function, peak, row):
     """Add its milliseconds to the row: of the forward pass and, where there is a backward, of both."""
-    inputs, passes = (
-        leaves(case),
-        3 if case.gradients else 1,
-    )  # a backward moves what the forward does, and as gradients
+    inputs = leaves(case)
     with torch.no_grad():
         out = function(*inputs)
         row["forward_ms"] = ms = median_ms(lambda: function(*inputs))
     if case.gradients:
         row["step_ms"] = ms = median_ms(lambda: step(function, inputs, case))
-    moved = passes * sum(tensor.nbytes for tensor in (*inputs, *(out if isinstance(out, tuple) else (out,))))
+    moved = sum(tensor.nbytes for tensor in (*inputs, *(out if isinstance(out, tuple) else (out,))))
+    moved *= 3 if case.gradients else 1  # a backward moves what the forward does, and as gradients
     floor_ms = 1e3 * max(case.flops / peak["matmul_flops"], moved / peak["copy_bytes"])
     row |= {"tflops": case.flops / ms / 1e9, "gbytes_per_s": moved / ms / 1e6, "percent_of_floor": 100 * floor_ms / ms}
 
@@ -284,28 +281,22 @@ def run_part(part, folder):
     return not any("wrong" in row or "failed" in row for op in rows for row in rows[op])
 
 
-def parts(out):
-    """{part: (seconds, words after the interpreter's)} in the order of their worth; what one leaves over is there for
-    those after it."""
-    step = ["-m", "benchmarks.speed", *out, "step"]
-    step += ["--model", "amoe-0.3b", "--tokens", "16384"] if CUDA else []
-    agree = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_step.py", "-k", "compiled_steps"]
-    own = {"checks": 110, "moe": 90, "attention": 60, "arkd": 50, "kmeans": 40}
-    own = {part: (seconds, ["kernels/bench.py", "--only", part, *out]) for part, seconds in own.items()}
-    found = {"checks": own.pop("checks"), "agree": (130, agree), "step": (130, [*step, "--blocks"]), **own}
-    if CUDA:
-        found |= {"step-triton": (130, [*step, "--blocks", "--kernels", "triton"]), "step-whole": (400, step)}
-    return found
-
-
 def run_all(folder):
-    """Every part in a process of its own, within the time there is. Returns whether all of them were right."""
-    until, outcomes = time.monotonic() + SECONDS, {}
-    for part, (seconds, words) in parts(["--out", str(folder.resolve())] if folder else []).items():
-        seconds = min(seconds, until - time.monotonic())
+    """Every part in a process of its own, in the order of their worth. Returns whether all of them were right."""
+    out = ["--out", str(folder.resolve())] if folder else []
+    step = ["-m", "benchmarks.speed", *out, "step", *(["--model", "amoe-0.3b", "--tokens", "16384"] if CUDA else [])]
+    own = {part: ["kernels/bench.py", "--only", part, *out] for part in ("checks", *TIMED)}
+    agree = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_step.py", "-k", "compiled_steps"]
+    parts = {"checks": own.pop("checks"), "agree": agree, "step": [*step, "--blocks"], **own}
+    if CUDA:
+        parts |= {"step-triton": [*step, "--blocks", "--kernels", "triton"], "step-whole": step}
+    until, outcomes = time.monotonic() + 530, {}
+    for part, words in parts.items():
+        left = until - time.monotonic()
+        seconds = max(1.0, left if part == "step-whole" else min(left, 120.0))
         print(f"\n---- {part}, {seconds:.0f} s at most ----", flush=True)
         try:
-            status = subprocess.run([sys.executable, *words], cwd=ROOT, timeout=max(seconds, 1)).returncode
+            status = subprocess.run([sys.executable, *words], cwd=ROOT, timeout=seconds).returncode
             outcomes[part] = f"exit status {status}" if status else "right"
         except subprocess.TimeoutExpired:
             outcomes[part] = "ran out of its time; what it had measured is written"
