@@ -94,22 +94,22 @@ def teachers():
 
 def step():
     lines = {
-        "tokens": ("tokens in a pack", "{:.0f}"),
-        "steps": ("steps", "{:.0f}"),
-        "step_ms": ("step, median", "{:.0f} ms"),
-        "host_ms": ("of it, until the host had handed out the work", "{:.0f} ms"),
-        "tokens_per_s": ("tokens/s", "{:.0f}"),
-        "mfu": ("of the rate of a large matrix product in the same run", "{:.0%}"),
-        "data_wait_share": ("time waiting for data", "{:.1%}"),
-        "peak_gib": ("memory", "{:.1f} GiB"),
-        "fill": ("fill of the packs", "{:.1%}"),
-        "padded_tokens_per_s": ("tokens/s, images of the same pack padded to the longest", "{:.0f}"),
-        "packed_over_padded": ("packed over padded", "{:.2f}x"),
+        "tokens in a pack": "{tokens:.0f}",
+        "steps": "{steps:.0f}",
+        "step, median": "{step_ms:.0f} ms",
+        "of it, until the host had handed out the work": "{host_ms:.0f} ms",
+        "tokens/s": "{tokens_per_s:.0f}",
+        "of the rate of a large matrix product in the same run": "{mfu:.0%}",
+        "time waiting for data": "{data_wait_share:.1%}",
+        "memory": "{peak_gib:.1f} GiB",
+        "fill of the packs": "{fill:.1%}",
+        "tokens/s, images of the same pack padded to the longest": "{padded_tokens_per_s:.0f}",
+        "packed over padded": "{packed_over_padded:.2f}x",
     }
     runs = load("step").values()  # one that was cut short has its first figures only
-    measured = {key: line for key, line in lines.items() if any(key in r for r in runs)}
-    rows = [(text, *(cell.format(r[key]) if key in r else "" for r in runs)) for key, (text, cell) in measured.items()]
-    return table(("`python -m benchmarks.speed step`", *(r["name"] for r in runs)), rows)
+    has = lambda r, cell: cell[1:].split(":")[0] in r  # noqa: E731
+    rows = [(text, *(cell.format(**r) if has(r, cell) else "" for r in runs)) for text, cell in lines.items()]
+    return table(("`python -m benchmarks.speed step`", *(r["name"] for r in runs)), [r for r in rows if any(r[1:])])
 
 
 def int8():
@@ -311,11 +311,8 @@ def kmeans():
         cells = [c and cell.format(least=min(c["all"]), most=max(c["all"]), **c) for c in found]
         rows.append((way, *(c or "not measured" for c in cells)))
     rows.append(("n", *(len(r["ratio_to_gemm"]["curate.kmeans"]["all"]) for r in runs)))
-    for what, key in (
-        ("bare product, CPU-s", "gemm_cpu_s"),
-        ("D^2 seeds and one assignment, in products", "seeding_over_gemm"),
-    ):
-        rows.append((what, *(f"{r[key]:.2f}" for r in runs)))
+    rows.append(("bare product, CPU-s", *(f"{r['gemm_cpu_s']:.2f}" for r in runs)))
+    rows.append(("D^2 seeds and one assignment, in products", *(f"{r['seeding_over_gemm']:.2f}" for r in runs)))
     return table(("", *(r["data"] for r in runs)), rows)
 
 
