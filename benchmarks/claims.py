@@ -69,6 +69,11 @@ ARMS = {
     "default run: features as they are": "long --standardise none",
     "default run: dense, same active width": "long dense_layers=3 dense_hidden=256",
     "default run: cosine": "long --schedule cosine",
+    "larger batch: as it is": "--accumulate 4 --steps 150",
+    "larger batch: no ARKD": "--accumulate 4 --steps 150 --arkd 0",
+    "larger batch: ARKD at weight 2": "--accumulate 4 --steps 150 --arkd 2",
+    "load by step: with the bias": "",
+    "load by step: without": "--expert-bias-rate 0",
 }
 for part in (16, 8, 4):
     ARMS[f"curation to 1/{part}: random"] = f"random/{part}"
@@ -78,6 +83,8 @@ for part in (16, 8, 4):
     ARMS[f"long curation to 1/{part}: by the dense teacher"] = f"long 1:9,90/{part}"
 ARMS["curation to 1/8: by the dense teacher, one level"] = "1:90/8"
 ARMS["long curation to 1: the whole pool"] = "long random/1"
+# claims whose arms are compared with their own first one
+OWN_BASE = "token budgets", "curation", "long curation", "default run", "larger batch", "load by step"
 MEASURES = ("zeroshot", "knn", "miou", "distances", "cka", "neighbours", "patch_cosine")
 
 
@@ -266,14 +273,15 @@ def run(work, out, arm, seed, photos):
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()][1:]
     terms = "_patch", "_summary", "_registers", "_arkd"
     result["losses"] = {key: value for key, value in log[-1].items() if key.endswith(terms)}
-    result["load_spread"] = float(np.mean([step["expert_load_max"] - step["expert_load_min"] for step in log[-5:]]))
+    spread = [line["expert_load_max"] - line["expert_load_min"] for line in log]
+    result |= {"load_spread": float(np.mean(spread[-5:])), "load_spread_by_step": spread}
     return result | {"cpu_seconds": seconds, "loss": [line["loss"] for line in log]}
 
 
 def base_of(arm):
     """The arm that another is compared with: the run as it is, or the first of its claim."""
     claim = arm.split(": ")[0]
-    own = claim.startswith(("token budgets", "curation", "long curation", "default run"))
+    own = claim.startswith(OWN_BASE)
     return next(arm for arm in ARMS if arm.startswith(f"{claim}: ")) if own else "as it is"
 
 

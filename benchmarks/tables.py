@@ -223,15 +223,24 @@ def default_run():
     return against_base("claims", "default run")
 
 
-def curating():
+def curating(arms="curation"):
     """Students of a part of a long-tailed pool: chosen at random, or curated, at three sizes."""
     measures = [f"{m}_{test}" for test in ("balanced", "long_tail") for m in ("zeroshot", "knn")]
     names = [m.replace("_", ", ", 1).replace("_", " ") for m in measures]
     toy, cifar = (
-        against_base(name, "curation", measures, names, title)
+        against_base(name, arms, measures, names, title)
         for name, title in (("claims", "toy"), ("claims_cifar", "CIFAR-10"))
     )
     return [*toy, "", *cifar]
+
+
+def long_curating():
+    """The same in the default run."""
+    return curating("long curation")
+
+
+def larger_batch():
+    return against_base("claims", "larger batch")
 
 
 def budgets():
@@ -326,7 +335,7 @@ def balance():
 
 
 MAKERS = toy, photos, longer, evaluate, teachers, step, lower, int8, loader, adapt, busy, protocols, scale, kmeans
-MAKERS += evidence, evidence_cifar, default_run, curating, budgets, shares, costs, balance
+MAKERS += evidence, evidence_cifar, default_run, curating, long_curating, larger_batch, budgets, shares, costs, balance
 TABLES = {make.__name__: make for make in MAKERS}
 
 

@@ -226,32 +226,43 @@ def evidence(_):
 
 
 def optimisers(_):
-    """The loss by step under each optimiser."""
-    found, page = tables.load("claims"), Page(760, 330)
-    ticks, title = (20, 100, 200, 300), "loss, the mean of 20 steps"
-    axes = Axes(page, (50, 40, 560, 270), (20, 300), (1.8, 12), ticks, (2, 3, 4, 6, 8, 10), title, "step", log=True)
+    """The loss by step under each optimiser, and how unevenly experts are loaded with their bias and without."""
+    found, page, steps, ticks = tables.load("claims"), Page(980, 330), range(20, 301, 20), (20, 100, 200, 300)
     arms = {"as it is": GREY, "optimiser: AdamW, lr 2e-2": ORANGE, "optimiser: Muon for matrices": BLUE}
     arms |= {"optimiser: Muon, lr 2e-2": GREEN}
-    axes.curves(range(20, 301, 20), {colour: [r["loss"] for r in found[arm].values()] for arm, colour in arms.items()})
+    title = "loss, the mean of 20 steps"
+    axes = Axes(page, (50, 40, 430, 270), (20, 300), (1.8, 12), ticks, (2, 3, 4, 6, 8, 10), title, "step", log=True)
+    axes.curves(steps, {colour: [r["loss"] for r in found[arm].values()] for arm, colour in arms.items()})
     for i, words in enumerate(("AdamW, lr 6e-3", "AdamW, lr 2e-2", "Muon, lr 6e-3", "Muon, lr 2e-2")):
-        page.text(590, 70 + 26 * i, words, 15, [*arms.values()][i])
+        page.text(310, 60 + 24 * i, words, 15, [*arms.values()][i])
+    title = "load of experts, most less least, mean load 1"
+    axes = Axes(page, (560, 40, 940, 270), (20, 300), (0, 3.5), ticks, range(4), title, "step")
+    arms = {"load by step: with the bias": GREEN, "load by step: without": GREY}
+    rows_of = {c: [r["load_spread_by_step"] for r in found[arm].values()] for arm, c in arms.items()}
+    axes.curves(steps, rows_of)
+    for i, words in enumerate(("with the expert bias", "without")):
+        page.text(580, 222 + 24 * i, words, 15, [*rows_of][i])
     page.save("optimisers", 64)
 
 
 def subsets(_):
-    """Scores with all classes alike of students of a part of a long-tailed pool, against its size."""
+    """Scores with all classes alike of students of a part of the toy's long-tailed pool, against its size."""
     page, colours = Page(900, 360), {"random": GREY, "by the text teacher": PURPLE, "by the dense teacher": GREEN}
-    for n, (name, title, ticks) in enumerate(
-        (("claims", "toy", (0.4, 0.5, 0.6)), ("claims_cifar", "CIFAR-10", (0.2, 0.25, 0.3)))
-    ):
-        found, box, rows_of = tables.load(name), (60 + 440 * n, 60, 430 + 440 * n, 280), {}
+    found = tables.load("claims")
+    whole = np.mean([r["knn_balanced"] for r in found["long curation to 1: the whole pool"].values()])
+    runs_of = ("", "short runs", (0.4, 0.5, 0.6)), ("long ", "the default run", (0.5, 0.6, 0.7, 0.8, 0.9, 1.0))
+    for n, (kind, title, ticks) in enumerate(runs_of):
+        box, rows_of = (60 + 440 * n, 60, 430 + 440 * n, 280), {}
         axes = Axes(page, box, (-0.2, 2.2), (ticks[0], ticks[-1]), (), ticks, f"{title}: kNN, mean over classes")
         for i, (how, colour) in enumerate(colours.items()):
             page.text(60 + 270 * i, 340, how, 15, colour)
-            runs = [found.get(f"curation to 1/{part}: {how}", {}) for part in (16, 8, 4)]
+            runs = [found.get(f"{kind}curation to 1/{part}: {how}", {}) for part in (16, 8, 4)]
             if all(runs):
                 rows_of[colour] = [[run[seed]["knn_balanced"] for run in runs] for seed in runs[0]]
         axes.curves(range(3), rows_of)
+        if kind:
+            page.line([axes.at(-0.2, whole), axes.at(2.2, whole)], GREY)
+            page.text(axes.at(-0.15, whole)[0], axes.at(0, whole)[1] - 10, "the whole pool", 12, GREY)
         for i, part in enumerate(("a 16th of the pool", "an 8th", "a 4th")):
             page.text(axes.at(i, ticks[0])[0], box[3] + 14, part, 12, GREY, "mm")
     page.save("subsets", 64)
