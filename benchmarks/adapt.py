@@ -40,7 +40,6 @@ def new_domain(folder):
 
 
 def main(run, folder):
-    folder.mkdir(parents=True, exist_ok=True)
     old = toy.World(run / "toy", train.Flags.toy_images), data.Cache(run / "toy" / "cache")
     worlds = {"new": new_domain(folder), "old": old}
     learnt, _ = evaluate.split(worlds["new"][1])

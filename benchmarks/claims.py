@@ -104,6 +104,7 @@ def words_of(arm):
 
 def trained(out, cache, flags, ids=None):
     """The student, to evaluation, of a run of train.py in the folder `out`: on a cache, or on these ids of it."""
+    out.parent.mkdir(parents=True, exist_ok=True)
     if ids is not None:
         np.save(f"{out}.npy", ids)
         flags = ["--subset", f"{out}.npy", *flags]
@@ -329,6 +330,8 @@ def main():
     parser.add_argument("--cache", help="features to train on in the place of the toy's")
     parser.add_argument("--teacher", help="NAME=SPEC of the cache's teacher that embeds the names of classes")
     args = parser.parse_args()
+    if bool(args.cache) != bool(args.teacher):
+        parser.error("--cache and --teacher go together")
     photos, jobs = None, {}
     if args.cache:
         teacher = load_teachers([args.teacher], args.work, torch.device("cpu"))[0]

@@ -128,7 +128,6 @@ if __name__ == "__main__":
         parser.add_argument(f"--{name}", type=lambda path: Path(path).resolve(), required=True)
     parser.add_argument("--only", nargs="+", default=[*ARMS], choices=ARMS, metavar="ARM")
     args = parser.parse_args()
-    (args.work / "runs").mkdir(parents=True, exist_ok=True)
     for name in ("photos-1", "cifar", "photos-4"):
         write_cache(args, name)
     jobs = {("references", name): functools.partial(reference, args, name) for name in ("photos-1", "cifar")}
