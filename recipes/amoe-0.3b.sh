@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# The paper's student in the paper's two stages on one machine of 8 GPUs: images of up to 256 patches, then from those
-# weights of up to 256, 1024 and 2304 (768 x 768 pixels) in one run, so that small images are not forgotten.
-#   recipes/amoe-0.3b.sh [--dry] [--cached] IMAGES OUT SIGLIP2 DINOV3 [-- words for both train.py]
-# SIGLIP2, DINOV3: weights (docs/train.md says whence). Teachers are asked as one trains; --cached stores what they say
-# first. `--dry` prints the commands and, before each stage, what it will take; edit the steps to what you have. Nobody has run this
-# here, and rates and numbers of steps are a place to begin: the paper's own are not known to us.
+# The paper's student in the paper's two stages on one machine of 8 GPUs: images of up to 256 patches; then, from those
+# weights, budgets of 256, 1024 and 2304 patches (768 x 768 pixels) in one run, so that small images are not forgotten.
+#   recipes/amoe-0.3b.sh [--dry] [--cached] IMAGES OUT SIGLIP2 DINOV3 [-- flags of both train.py]
+# SIGLIP2, DINOV3: weights (docs/train.md says where from). Teachers run at every step; with --cached their features are
+# stored first. `--dry` prints the commands and, before each stage, what it will cost; set the steps to what you can afford.
+# Nobody has run this here: learning rates and steps are a starting point, and the paper's own are not known to us.
 . "$(dirname "$0")/run.sh"
 cached= && if [ "${1:-}" = --cached ]; then cached=1 && shift; fi
-need $# 4 "recipes/amoe-0.3b.sh [--dry] [--cached] IMAGES OUT SIGLIP2 DINOV3 [-- words for both train.py]"
+need $# 4 "recipes/amoe-0.3b.sh [--dry] [--cached] IMAGES OUT SIGLIP2 DINOV3 [-- flags of both train.py]"
 images=$1 out=$2 teachers=(--teacher "siglip2=$3" --teacher "dinov3=$4") gpus=${GPUS:-8} && shift 4
 [ $# -eq 0 ] || shift
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # CIFAR-10 (or any small images in classes): 50,000 images of 32 x 32, kNN and zero-shot on the 10,000 of the test set.
-#   recipes/cifar10.sh [--dry] CIFAR OUT TEXT=SPEC NAME=SPEC ... [-- words for train.py]
-# CIFAR holds train.tar and test.tar, or folders train and test: a folder a class. Images are enlarged to 16 patches, for
-# 2 x 2 say little; the first teacher is the one whose encode_text names the classes.
+#   recipes/cifar10.sh [--dry] CIFAR OUT TEXT=SPEC NAME=SPEC ... [-- flags of train.py]
+# CIFAR holds train.tar and test.tar, or folders train and test: a folder per class. Images are enlarged from 4
+# patches to 16; the first teacher is the one whose encode_text embeds the names of the classes.
 . "$(dirname "$0")/run.sh"
-need $# 3 "recipes/cifar10.sh [--dry] CIFAR OUT TEXT=SPEC NAME=SPEC ... [-- words for train.py]"
+need $# 3 "recipes/cifar10.sh [--dry] CIFAR OUT TEXT=SPEC NAME=SPEC ... [-- flags of train.py]"
 cifar=$1 out=$2 text=$3 teachers=() && shift 2
 while [ $# -gt 0 ] && [ "$1" != -- ]; do teachers+=(--teacher "$1") && shift; done
 [ $# -eq 0 ] || shift

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Your own photos, any teachers: cache, check, train, measure.
-#   recipes/photos.sh [--dry] PHOTOS OUT NAME=SPEC NAME=SPEC ... [-- words for train.py]
+#   recipes/photos.sh [--dry] PHOTOS OUT NAME=SPEC NAME=SPEC ... [-- flags of train.py]
 # Measured on 538 photos and two small teachers (docs/evaluate.md); 600 steps are 37 passes over them: with fewer photos, fewer steps.
 . "$(dirname "$0")/run.sh"
-need $# 3 "recipes/photos.sh [--dry] PHOTOS OUT NAME=SPEC ... [-- words for train.py]"
+need $# 3 "recipes/photos.sh [--dry] PHOTOS OUT NAME=SPEC ... [-- flags of train.py]"
 photos=$1 out=$2 teachers=() && shift 2
 while [ $# -gt 0 ] && [ "$1" != -- ]; do teachers+=(--teacher "$1") && shift; done
 [ $# -eq 0 ] || shift
