@@ -212,7 +212,7 @@ def evidence(_):
     page, below = Page(980, 58 + 19 * len(arms)), len(arms)
     for n, measure in enumerate(measures):
         span = max(abs(mean) + half for mean, half, _ in (arms[arm][measure] for arm in arms))
-        box, title = (270 + 178 * n, 40, 440 + 178 * n, 46 + 19 * below), f"{measure}, ± {span:.2f}"
+        box, title = (270 + 178 * n, 40, 440 + 178 * n, 46 + 19 * below), f"{measure} (axis: ± {span:.2f})"
         axes = Axes(page, box, (-span, span), (below, 0), title=title)
         page.line([axes.at(0, 0), axes.at(0, below)], FAINT, 2)
         for i, arm in enumerate(arms):

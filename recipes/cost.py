@@ -25,7 +25,7 @@ REGISTERS = {"siglip2": 0, "dinov3": 4}
 
 def teacher_flops(sizes, mean_length):
     """Forward, per token: two for every weight of the tower's matrices, and attention's 2 * 2 * d L a layer."""
-    gated = 3 if getattr(sizes, "swiglu", False) else 2
+    gated = 3 if getattr(sizes, "gated", False) else 2
     matrices = sizes.layers * (4 * sizes.dim**2 + gated * sizes.dim * sizes.hidden)
     return 2 * matrices + sizes.layers * 4 * sizes.dim * mean_length
 
