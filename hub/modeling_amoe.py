@@ -172,7 +172,12 @@ def open_image(path, max_patches=256):
     """An image file as uint8 [16 h, 16 w, 3], its size in whole patches, shrunk to max_patches; needs Pillow."""
     from PIL import Image, ImageOps
 
-    image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    image = ImageOps.exif_transpose(Image.open(path))
+    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip at 255
+        image = image.convert("I").point(lambda v: v / 257 + 0.5).convert("L")
+    if image.has_transparency_data:  # over white, as in training
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    image = image.convert("RGB")
     scale = min(1.0, 16 * math.sqrt(max_patches / (image.width * image.height)))
     w, h = (max(1, int(n * scale / 16)) * 16 for n in image.size)
     return torch.frombuffer(bytearray(image.resize((w, h), 3).tobytes()), dtype=torch.uint8).view(h, w, 3)

@@ -81,6 +81,23 @@ def test_the_packed_student_equals_the_plain_one(kind, tmp_path):
         assert_close(got, want)  # PHI-S, folded in
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "P", "I;16", "CMYK"])
+def test_the_plain_student_opens_pictures_as_the_packed_one_does(mode, tmp_path):
+    """Catches transparency over black, where training lays it over white, and 16 bits that are clipped at 8."""
+    random, path, options = np.random.default_rng(0), tmp_path / ("x.jpg" if mode == "CMYK" else "x.png"), {}
+    if mode == "I;16":
+        image = Image.fromarray(random.integers(65536, size=(32, 48)).astype(np.uint16))
+    else:
+        image = Image.fromarray(random.integers(256, size=(32, 48, 4)).astype(np.uint8), "RGBA")
+        if mode == "P":
+            image, options = image.convert("RGB").quantize(64), {"transparency": bytes(range(0, 256, 4))}
+        elif mode != "RGBA":
+            image = image.convert("RGB" if mode == "CMYK" else mode).convert(mode)
+    image.save(path, **options)
+    plain = plain_module(ROOT / "hub").open_image(path)
+    assert (amoe.to_rows(plain)[0].int() - amoe.any_to_rows(path, 256)[0].int()).abs().max() <= 1
+
+
 @pytest.mark.parametrize("kind", SIZES)
 def test_the_plain_student_exports_for_one_shape(kind, tmp_path):
     """Catches numbers read from tensors, which an exported graph cannot hold."""
