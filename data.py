@@ -489,8 +489,8 @@ def fit_or_read_spaces(store, file, about, out, dataset, teachers, calibrate, de
     sources = dataset.sources
     about |= {key: getattr(dataset, key) for key in ("seed", "min_tokens", "max_tokens")} | {"views": dataset.n_views}
     about |= {"teachers": {t.name: {"dim": t.dim, "registers": t.registers} for t in teachers}}
-    about |= {"sources": len(sources), "sources_hash": sources.names_hash()}
     random, most = np.random.default_rng(dataset.seed), min(calibrate, len(sources))
+    about |= {"sources": len(sources), "sources_hash": sources.names_hash(), "calibrate": most}
     chosen = random.choice(len(sources), most, replace=False, shuffle=False)
     views = [View(sources[i], 0) for i in sorted(chosen.tolist())]
     if raw := store.read(file).result().value:
@@ -534,8 +534,8 @@ def check_same(before, about, store, out, teachers, dataset, views, device):
     """ValueError where `before` (an existing JSON) differs from `about`, or where a teacher of a known name is another
     one, by its summary of the first calibration image."""
     for key, value in about.items():
-        if before.get(key) != value:
-            raise ValueError(f"{out} was made with {key} {before.get(key)!r}, not {value!r}: choose another --out")
+        if before.get(key, value) != value:  # one made before a key was written down lacks it
+            raise ValueError(f"{out} was made with {key} {before[key]!r}, not {value!r}: choose another --out")
     decoded = ((view, dataset.decode(view)) for view in views)
     view, answer = next(((v, answer) for v, answer in decoded if not isinstance(answer, str)), (None, None))
     if view is None:

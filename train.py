@@ -32,6 +32,7 @@ import contextlib
 import importlib.util
 import json
 import math
+import shutil
 import signal
 import sys
 import time
@@ -416,13 +417,18 @@ def hash_of_data(run):
     return digest(run.dataset.about["hash"].encode() + subset)
 
 
-def restore(run, path, state):
-    """Take up a checkpoint's state. ValueError names a flag that changes results and differs; --steps may change."""
+def check_same_flags(flags, path, state):
+    """ValueError where a flag that changes results is not that of the checkpoint; `restore` looks at numbers of steps
+    and packs."""
     for f in fields(Flags):
-        now = getattr(run.flags, f.name)
+        now = getattr(flags, f.name)
         before = state["flags"].get(f.name, now)  # an older checkpoint lacks newer flags
         if f.metadata["group"] == RESULTS and before != now and f.name not in ("steps", "accumulate"):
             raise ValueError(f"--resume: {path} was trained with --{f.name.replace('_', '-')} {before}, not {now}")
+
+
+def restore(run, path, state):
+    """Take up a checkpoint's state. ValueError says what differs; --steps may change."""
     if state["data"] != hash_of_data(run):
         raise ValueError(f"--resume: {path} was trained on other data or another --subset than {run.dataset.path}")
     then, now = (state["world"], state["flags"]["accumulate"]), (run.process.world, run.flags.accumulate)
@@ -462,6 +468,9 @@ def prepare(flags, process, compiled):
     folder, began = Path(flags.out), time.perf_counter()
     if process.rank == 0:
         clear_run_folder(folder, flags)
+    found, state = newest_checkpoint(folder, process.rank > 0) if flags.resume else (None, None)
+    if found:
+        check_same_flags(flags, found, state)  # before anything is written for others
     subset = read_subset(flags.subset)
     dataset, spaces, teachers, world = open_data(flags, process, compiled)
     spaces = spaces_to_learn(flags, dataset, spaces, teachers, process.device)
@@ -475,7 +484,6 @@ def prepare(flags, process, compiled):
     learner = model, wrapped, run_forward, make_optimizer(model, flags), average
     skipped = Skipped(torch.zeros(2, dtype=torch.int64, device=process.device))
     run = Run(flags, process, dataset, spaces, teachers, world, order, *learner, Interval(), skipped, began)
-    found, state = newest_checkpoint(folder, process.rank > 0) if flags.resume else (None, None)
     if found:
         restore(run, found, state)
         if process.rank == 0:
@@ -492,13 +500,15 @@ def clear_run_folder(folder, flags):
     """A run that is there already is an error unless it is to be resumed or overwritten."""
     names = ("log.jsonl", "result.json", "skipped.jsonl", "student/config.json")
     files = [*checkpoints(folder), *(folder / name for name in names if (folder / name).exists())]
-    if files and not flags.resume:
-        if not flags.overwrite:
-            raise ValueError(
-                f"{folder} holds a run: give --resume to go on, --overwrite to begin anew, or another --out"
-            )
-        for path in files:
-            path.unlink()
+    if flags.resume:
+        return
+    if files and not flags.overwrite:
+        raise ValueError(f"{folder} holds a run: give --resume to go on, --overwrite to begin anew, or another --out")
+    for path in [*files, folder / "spaces.json"]:  # PHI-S is fitted anew
+        path.unlink(missing_ok=True)
+    drawn = 0 if flags.cache or flags.images else len(list((folder / "toy/masks").glob("*")))
+    if drawn not in (0, flags.toy_images):
+        shutil.rmtree(folder / "toy")  # another world
 
 
 def open_data(flags, process, compiled=False):

@@ -598,6 +598,37 @@ def test_resume_refuses_other_data_and_another_batch(cache, world, oracles, tmp_
     assert sorted(losses(tmp_path / "run")) == [1, 2, 3, 4, 5, 6, 7]
 
 
+def test_what_a_run_was_prepared_for_is_not_taken_for_other_flags(world, plug_in, tmp_path, capsys):
+    """Catches --overwrite that keeps the PHI-S of another --calibrate or another toy world, and a mistaken --resume
+    that draws more images into the world of a run, which then could not go on."""
+    words = online(world.folder / "images", plug_in, tmp_path / "run", "--steps", "1", "--no-evaluate")[2:]
+    calibrated = lambda out: json.loads((out / "spaces.json").read_bytes())["calibrate"]  # noqa: E731
+    own = lambda *more: train.main([*words, *more])  # noqa: E731
+    kept = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    own("--calibrate", "16")
+    with pytest.raises(ValueError, match="--calibrate 16, not 32"):
+        own("--calibrate", "32", "--resume")
+    assert calibrated(tmp_path / "run") == 16
+    own("--calibrate", "32", "--overwrite")
+    assert calibrated(tmp_path / "run") == 32
+    made = tmp_path / "cache"
+    cached = lambda n: data.cache(world.folder / "images", teachers.load_teachers([plug_in], "", "cpu"), made, **n)  # noqa: E731
+    cached({"calibrate": 16, "max_tokens": 64, "progress": False})
+    with pytest.raises(ValueError, match="made with calibrate 16, not 32"):
+        cached({"calibrate": 32, "max_tokens": 64, "progress": False})
+    brief = ["--out", str(tmp_path / "toy"), "--steps", "1", "--no-evaluate", "--device", "cpu", "--toy-images"]
+    toy = lambda n, *more: train.main([*brief, str(n), *more])  # noqa: E731
+    toy(101)
+    with pytest.raises(ValueError, match="--toy-images 101, not 102"):
+        toy(102, "--resume")
+    toy(101, "--resume")
+    for n in (100, 103):
+        toy(n, "--overwrite")
+        assert len(data.Cache(tmp_path / "toy/toy/cache").all_ids()) == n
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
 def test_resume_refuses_another_number_of_ranks(cache, tmp_path):
     """Catches a world that shrinks, and the batch with it."""
     run(cache, tmp_path)
