@@ -217,7 +217,8 @@ class World:
             if self.name(i) not in drawn:
                 image, label = scene.render(np.random.default_rng([self.seed, 2, i]))
                 (images / self.name(i)).write_bytes(stored_png(image))
-                (masks / self.name(i)).write_bytes(stored_png(label))
+                (masks / "unfinished").write_bytes(stored_png(label))
+                (masks / "unfinished").rename(masks / self.name(i))
         words = [{"caption": scene.caption, "category": CLASSES[scene.label]} for scene in self.scenes]
         captions = [{"file": self.name(i)} | of_scene for i, of_scene in enumerate(words)]
         (images / "captions.json").write_text(json.dumps(captions))

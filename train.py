@@ -465,13 +465,12 @@ def restore(run, path, state):
 
 def prepare(flags, process, compiled):
     """The Run at its beginning, or at the newest checkpoint of --out under --resume."""
-    folder, began = Path(flags.out), time.perf_counter()
+    folder, began, subset = Path(flags.out), time.perf_counter(), read_subset(flags.subset)
     if process.rank == 0:
         clear_run_folder(folder, flags)
     found, state = newest_checkpoint(folder, process.rank > 0) if flags.resume else (None, None)
     if found:
         check_same_flags(flags, found, state)  # before anything is written for others
-    subset = read_subset(flags.subset)
     dataset, spaces, teachers, world = open_data(flags, process, compiled)
     spaces = spaces_to_learn(flags, dataset, spaces, teachers, process.device)
     model = build(flags, spaces, process.device, quiet=process.rank > 0)
@@ -504,9 +503,11 @@ def clear_run_folder(folder, flags):
         return
     if files and not flags.overwrite:
         raise ValueError(f"{folder} holds a run: give --resume to go on, --overwrite to begin anew, or another --out")
+    if flags.cache:
+        data.Cache(flags.cache)  # no cache: an error before anything is deleted
     for path in [*files, folder / "spaces.json"]:  # PHI-S is fitted anew
         path.unlink(missing_ok=True)
-    drawn = 0 if flags.cache or flags.images else len(list((folder / "toy/masks").glob("*")))
+    drawn = 0 if flags.cache or flags.images else len(list((folder / "toy/masks").glob("*.png")))
     if drawn not in (0, flags.toy_images):
         shutil.rmtree(folder / "toy")  # another world
 
