@@ -32,7 +32,7 @@ import images  # noqa: E402
 from common.sources import find_sources  # noqa: E402
 from common.tars import tar_members  # noqa: E402
 
-SECONDS, GIB = 5, 3
+SECONDS, GIB = 60, 3
 
 
 def corpus():
