@@ -503,7 +503,7 @@ def clear_run_folder(folder, flags):
         return
     if files and not flags.overwrite:
         raise ValueError(f"{folder} holds a run: give --resume to go on, --overwrite to begin anew, or another --out")
-    if flags.cache:
+    if files and flags.cache:
         data.Cache(flags.cache)  # no cache: an error before anything is deleted
     for path in [*files, folder / "spaces.json"]:  # PHI-S is fitted anew
         path.unlink(missing_ok=True)
