@@ -14,7 +14,7 @@ A cache is a folder, or what tensorstore makes of a URL, of format 4:
         pixels         uint8   [rows, 768]     a row per patch, (row, col, channel) order inside it (not there under
                                                --pixels none: then they are decoded again from the images)
         patch.<t>      int8    [rows, C]       teacher t's patches in PHI-S space, in steps of amoe.INT8_STEP
-                       (bfloat16 under --dtype bf16; not there under --patches none)
+                       (floats under --dtype bf16 or float32; not there under --patches none)
         registers.<t>  float32 [images, R * C] where t has registers, in its own space, as text
         text.<t>       float32 [images, C]     the caption's embedding, where t embeds text; NaN without a caption
         shapes         int32   [images, 2]     (h, w) in patches
@@ -89,6 +89,11 @@ import tensorstore as ts
 import torch
 from tqdm import tqdm
 
+FEATURE_TYPES = {  # of stored patches, in numpy and in torch
+    "int8": (np.int8, torch.int8),
+    "bf16": (ts.bfloat16.numpy_dtype, torch.bfloat16),
+    "float32": (np.float32, torch.float32),
+}
 MEMORY = 1 << 30  # bytes of whole arrays that a reading process keeps: enough for two windows of small shards
 
 
@@ -284,7 +289,7 @@ def names_by_image(space):
 
 def as_tensor(array):
     """numpy to torch, also for bfloat16, which numpy has only through tensorstore."""
-    if array.dtype == np.dtype("int8"):
+    if array.dtype != ts.bfloat16.numpy_dtype:
         return torch.from_numpy(array)
     return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
 
@@ -439,7 +444,7 @@ def check_room(dataset, about, out, n_shards, progress):
     patches = images * float(np.concatenate(sample).astype(np.int64).prod(1).mean())
     values = patches * sum(t["dim"] for t in about["teachers"].values())
     summaries = images * sum(4 * t["dim"] * (1 + t["registers"]) for t in about["teachers"].values())
-    kinds = {"int8": values, "bf16": 2 * values, "summaries alone": 0}
+    kinds = {"int8": values, "bf16": 2 * values, "float32": 4 * values, "summaries alone": 0}
     kind = about["dtype"] if about["patches"] else "summaries alone"
     parts = {"pixels": patches * ROW * about["pixels"], "patches": kinds[kind], "summaries": summaries}
     total, gib = sum(parts.values()), lambda n: f"{n / 2**30:.1f} GiB" if n >= 2**30 else f"{n / 2**20:.0f} MiB"
@@ -597,7 +602,7 @@ def add_teacher_arrays(arrays, power, teachers, spaces, decoded, about, device):
     """
     images = [(rows, shape, view.source.id) for view, rows, shape in decoded]
     starts, n = np.concatenate([[0], np.cumsum([len(rows) for rows, _, _ in images])]).astype(np.int64), len(images)
-    feature_type = {"int8": np.int8, "bf16": ts.bfloat16.numpy_dtype}[about["dtype"]]
+    feature_type, kept_as = FEATURE_TYPES[about["dtype"]]
     for t in teachers:
         if about["patches"]:
             arrays[f"patch.{t.name}"] = np.empty((starts[-1], t.dim), feature_type)
@@ -612,10 +617,10 @@ def add_teacher_arrays(arrays, power, teachers, spaces, decoded, about, device):
         for name, target in make_targets(teachers, spaces, batch).items():
             if about["patches"]:  # rounded, and the error measured, on the teacher's device
                 y = target["patch"][kept]
-                stored = quantise(y) if about["dtype"] == "int8" else y.bfloat16()
+                stored = quantise(y) if kept_as is torch.int8 else y.to(kept_as)
                 power[name] += [float(x.double().square().sum()) for x in (y, y - dequantise(stored))]
-                stored = stored.cpu() if about["dtype"] == "int8" else stored.cpu().view(torch.int16)
-                arrays[f"patch.{name}"][starts[part.start] : starts[part.stop]] = stored.numpy().view(feature_type)
+                raw = stored.cpu().view(torch.uint8).numpy()  # numpy and torch have no bfloat16 in common
+                arrays[f"patch.{name}"][starts[part.start] : starts[part.stop]] = raw.view(feature_type)
             arrays[f"summary.{name}"][part] = target["summary"].cpu().numpy()
             if "registers" in target:
                 arrays[f"registers.{name}"][part] = target["registers"].flatten(1).cpu().numpy()
@@ -706,7 +711,7 @@ KEYWORDS = {  # of `cache`, which has their defaults, as flags: {name: (range, o
     "min_tokens": (TOKENS, "patches below which an image is enlarged"),
     "max_tokens": (TOKENS, "patches above which an image is shrunk; of several, each image's is one of them by its id"),
     "views": ((int, 1, 10**4), "views an image: the whole of it, then random crops"),
-    "dtype": (("int8", "bf16"), "how patch features are stored"),
+    "dtype": (tuple(FEATURE_TYPES), "how patch features are stored"),
     "pixels": (("all", "none"), "none: decoded from the images at every reading, so that a view costs its features"),
     "patches": (("all", "none"), "none: summaries alone, for curation and to distil summaries"),
     "seed": ((int, 0, 2**63 - 1), "of the calibration sample and the views"),

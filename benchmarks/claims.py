@@ -60,6 +60,7 @@ ARMS = {
     "optimiser: Muon for matrices": "--optimizer muon",
     "optimiser: Muon, lr 2e-2": "--optimizer muon --lr 2e-2",
     "int8 cache: bfloat16": "toy-bf16",
+    "int8 cache: float32": "toy-float32",
     "token budgets: 16, 32 and 64": "toy-16-32-64",
     "token budgets: 16, 32 and 64, mean over patches": "toy-16-32-64 --loss-per patch",
     "token budgets: 64": "toy-64",
@@ -75,6 +76,11 @@ ARMS = {
     "load by step: with the bias": "",
     "load by step: without": "--expert-bias-rate 0",
 }
+for steps in (75, 100, 150, 200):
+    ARMS[f"fewer steps: AdamW, {steps}"] = f"--steps {steps}"
+    ARMS[f"fewer steps: AdamW, WSD, {steps}"] = f"--schedule wsd --steps {steps}"
+    ARMS[f"fewer steps: Muon, {steps}"] = f"--optimizer muon --steps {steps}"
+    ARMS[f"fewer steps: Muon, lr 2e-2, {steps}"] = f"--optimizer muon --lr 2e-2 --steps {steps}"
 for part in (16, 8, 4):
     ARMS[f"curation to 1/{part}: random"] = f"random/{part}"
     ARMS[f"curation to 1/{part}: by the text teacher"] = f"0:9,90/{part}"
@@ -201,7 +207,7 @@ def toy_pictures(work, name="toy"):
     world, (_, *how) = toy.World(work / "toy", 5000), name.split("-")
     oracles = [toy.TextOracle(world), toy.DenseOracle(world)]
     budgets = [int(word) for word in how if word.isdigit()] or 64
-    dtype = "bf16" if "bf16" in how else "int8"
+    dtype = next((word for word in how if word in data.FEATURE_TYPES), "int8")
     cache = data.cache(world.write(), oracles, work / name / "cache", max_tokens=budgets, dtype=dtype)
     return world, Pictures(cache, lambda name: oracles[0].encode_text([f"a {name} {shape}" for shape in toy.SHAPES]))
 

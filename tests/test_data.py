@@ -92,15 +92,17 @@ def test_variances_make_errors_of_summaries_and_registers_comparable(cache, orac
     assert space.register_variance == pytest.approx(want, rel=1e-4)
 
 
-def test_bfloat16_features_come_back(world, oracles, tmp_path):
-    """Catches reading bfloat16's bits as integers."""
-    cache = data.cache(world.folder / "images", oracles, tmp_path / "c", max_tokens=64, dtype="bf16", progress=False)
+@pytest.mark.parametrize(("dtype", "kind", "error"), [("bf16", torch.bfloat16, 0.02), ("float32", torch.float32, 1e-6)])
+def test_features_stored_as_floats_come_back(world, oracles, tmp_path, dtype, kind, error):
+    """Catches reading bfloat16's bits as integers, and float32 rounded on its way."""
+    cache = data.cache(world.folder / "images", oracles, tmp_path / "c", max_tokens=64, dtype=dtype, progress=False)
     batch = cache.read([(0, 4)])
     said = oracles[1](batch)["patch"][batch.patch_rows(0)]
     got = batch.targets["dense"]["patch"]
-    assert got.dtype == torch.bfloat16
+    assert got.dtype == kind
     want = cache.spaces[1].phi_s.apply(said)
-    assert (got[batch.patch_rows(0)].float() - want).abs().max() < 0.02 * want.abs().max()
+    assert (got[batch.patch_rows(0)].float() - want).abs().max() < error * want.abs().max()
+    assert not data.complaints_of(cache, 0)
 
 
 def test_signal_to_noise_counts_clipping_and_rounding(cache, oracles):
