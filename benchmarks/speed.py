@@ -1,27 +1,21 @@
-"""How fast the step, the teachers and the loader are: `python -m benchmarks.speed [--out FOLDER] COMMAND`.
+"""How fast a training step is: `python -m benchmarks.speed [--out FOLDER] [--blocks] [flags of train.py]`.
 
-    step [train.py's flags]    the training step and its kernels; packs against the same images padded to one length.
-                               With --cache or --images on those, else on random packs with teachers of real sizes;
-                               with --blocks a block is compiled in the place of the whole step, which takes minutes
-    teachers [KIND]            DINOv3 ViT-L and SigLIP 2 So400m, weights random: packed against padded
-    loader CACHE               packs of a cache against the same rows out of plain memory-mapped files, cold and warm
+With --cache or --images on those, else on random packs with teachers of real sizes (small ones without a GPU, where
+nothing says how fast a GPU is): the step and its kernels, and packs against the same images padded to one length. With
+--blocks a block is compiled in the place of the whole step, which takes minutes.
 
-Every result is printed as a JSON line and, with --out, kept under its name in FOLDER/COMMAND.json. kernels/bench.py
-runs the first as well. Without a GPU random packs and their teachers are small, and nothing says how fast a GPU is.
+The result is printed as JSON and, with --out, kept under its name in FOLDER/step.json. kernels/bench.py runs this too.
 
 Shape letters: T tokens in the pack, M images in it, D model width, C channels of a teacher.
 """
 
 import argparse
-import gc
 import itertools
 import json
 import math
-import os
 import resource
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -32,11 +26,9 @@ import torch.nn.functional as F
 
 import amoe
 import data
-import teachers
 import train
-from benchmarks.measure import CUDA, DEVICE, in_turns, machine, peaks, ratios, record, wall_s
-from common.order import WINDOW, Order, Position
-from common.store import map_ahead
+from benchmarks.measure import CUDA, in_turns, machine, peaks, ratios, record, wall_s
+from common.order import Order, Position
 from kernels.attention import mask_blocks
 
 # ---- packs ----
@@ -217,8 +209,8 @@ def measure_step(words, repeats, save, blocks=False):
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
     result |= time_training(step, packs, repeats, flags.tokens)
-    # of the GPU; of the whole process on a CPU
-    result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30 if CUDA else host_gib()
+    host_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30 if CUDA else host_gib
     save(result)
     flops, peak = flops_per_token(model, result["keys_per_query"]), peaks()["matmul_flops"]
     result["mfu"] = flops * result["tokens_per_s"] / peak
@@ -229,140 +221,20 @@ def measure_step(words, repeats, save, blocks=False):
     return result | {"parts_ms": kernel_times(step, mixed[0])}
 
 
-def host_gib():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-# ---- teachers ----
-
-REAL = {  # ViT-L and So400m (patch 16, with its text tower)
-    "dinov3": teachers.Sizes(24, 1024, 16, 4096, 1e-5, "none", key_bias=False, layer_scale=True),
-    "siglip2": teachers.Sizes(27, 1152, 16, 4304),
-}
-
-
-def random_state(kind, sizes, vocabulary=256_000):
-    """A state dict of normal weights under the transformers library's keys."""
-    with torch.device("meta"):
-        if kind == "dinov3":
-            parts = {"huggingface": teachers.DINOv3(kind, sizes, 4)}
-        else:
-            text = teachers.Text(sizes, sizes.dim, vocabulary, 64)
-            parts = {"vision": teachers.SigLIP2(kind, sizes, 256, sizes.hidden), "text": text}
-    return {
-        teachers.file_key(name, teachers.NAMES[names]): torch.empty(tensor.shape).normal_(std=0.02)
-        for names, module in parts.items()
-        for name, tensor in module.state_dict().items()
-    }
-
-
-def measure_teacher(kind, repeats):
-    """Patches/s of one mixed-resolution set, packed and then padded to its largest image."""
-    batch = random_pack([(16, 16), (8, 12), (6, 6), (4, 8), (10, 10), (5, 5)], None, [])
-    teacher = teachers.load_state(kind, random_state(kind, REAL[kind])).to(DEVICE)
-    result = machine() | {"name": kind, "parameters_m": sum(p.numel() for p in teacher.parameters()) / 1e6}
-    result |= {"repeats": repeats, "images": batch.n_images, "patches": int(batch.shapes.prod(1).sum())}
-    result["padded_patches"] = int(padded(batch).shapes.prod(1).sum())
-    with torch.no_grad(), amoe.autocast(DEVICE):
-        result |= time_padding(lambda pack: teacher(pack.to(DEVICE)), [batch], None, repeats)
-    for way in ("packed", "padded"):  # CLS and registers are no patches
-        result[f"{way}_tokens_per_s"] *= result["patches"] / int(batch.starts[-1])
-    return result | {"peak_host_gib": host_gib()}
-
-
-# ---- the loader ----
-
-
-def drop_pages(folder):
-    """Ask the kernel to forget the pages of all files under a folder, which needs no rights."""
-    gc.collect()  # mapped pages stay
-    for path in Path(folder).rglob("*"):
-        if path.is_file():
-            file = os.open(path, os.O_RDONLY)
-            os.fsync(file)
-            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(file)
-
-
-def write_plain_files(cache, folder):
-    """Write a plain file of all that each of the cache's shards holds; their paths."""
-    names = ["pixels", *(f"patch.{s.name}" for s in cache.spaces)]
-    names += [name for s in cache.spaces for name in data.names_by_image(s)]
-    for shard in cache.shards:
-        arrays = [np.ascontiguousarray(shard.all(name)).view(np.uint8).ravel() for name in names]
-        np.concatenate(arrays).tofile(f"{folder}/{shard.number}")
-    return sorted(Path(folder).iterdir())
-
-
-def measure_loader(path, n_tokens, repeats):
-    """Tokens/s of the packs of a cache's first window of shards, MB/s of plain files that hold the same shards, and the
-    share of their bandwidth. A turn opens the cache, or the files, anew: what it finds are the kernel's pages."""
-    torch.set_num_threads(1)
-    cache = data.Cache(path)
-    cache.numbers = cache.numbers[:WINDOW]
-    order = Order(cache, n_tokens)
-    packs, _ = order.plan(Position())
-    tokens = sum(order.length(image) for entries in packs for image in entries)
-    patches = tokens - order.special * sum(map(len, packs))
-    share = patches / sum(int(shard.starts[-1]) for shard in cache.shards)  # of what the shards hold
-
-    def read(threads):
-        opened = data.Cache(path)
-        one = lambda entries: data.read_pack(opened, entries, n_tokens, order.special - 1)  # noqa: E731
-        with ThreadPoolExecutor(threads or 1) as pool:
-            for _ in map_ahead(pool, one, packs, 2 * threads) if threads else map(one, packs):
-                pass
-
-    def cold(way):
-        drop_pages(path)
-        return wall_s(way)
-
-    result = {"name": f"{Path(path).name}, {n_tokens} tokens", "packs": len(packs), "repeats": repeats, "reads": {}}
-    with tempfile.TemporaryDirectory(dir=path) as folder:  # on the same disk
-        files = write_plain_files(cache, folder)
-        read_plain = lambda: sum(np.array(np.memmap(file, mode="r")).nbytes for file in files)  # noqa: E731
-        result["mb"] = mb = share * read_plain() / 1e6
-        ways = {"plain files": read_plain, "0 threads": lambda: read(0), "2 threads": lambda: read(2)}
-        for pages, measure in (("warm", wall_s), ("cold", cold)):
-            seconds = in_turns(ways, repeats, measure)
-            plain = [share * s for s in seconds.pop("plain files")]
-            for way, taken in (("plain files", plain), *seconds.items()):
-                rates = {"tokens_per_s": tokens / median(taken), "mb_per_s": mb / median(taken)}
-                result["reads"][f"{pages}, {way}"] = rates | {"of_plain": median(ratios(plain, taken))}
-    return result
-
-
-# ---- command line ----
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--out", type=Path, help="folder to keep the results in")
+    parser.add_argument("--out", type=Path, help="folder of step.json")
     parser.add_argument("--repeats", type=int, default=5, help="turns, of which the median counts (default: 5)")
-    commands = parser.add_subparsers(dest="command", required=True)
-    step = commands.add_parser("step", add_help=False, help="takes the flags of train.py")
-    step.add_argument("--blocks", action="store_true")
-    commands.add_parser("teachers").add_argument("kind", nargs="?", choices=REAL)
-    loader = commands.add_parser("loader")
-    loader.add_argument("cache")
-    loader.add_argument("--tokens", type=int, default=2048, help="in a pack")
+    parser.add_argument("--blocks", action="store_true", help="compile a block, not the whole step")
     args, words = parser.parse_known_args()
-    if words and args.command != "step":
-        parser.error(f"unrecognized arguments: {' '.join(words)}")
 
     def keep(result):
-        record(args.out, f"{args.command}.json", result["name"], result)
+        record(args.out, "step.json", result["name"], result)
 
     with tempfile.TemporaryDirectory() as folder:  # where train.py keeps what it fits for --images
-        if args.command == "step":
-            results = [measure_step([*words, "--out", folder], args.repeats, keep, args.blocks)]
-        elif args.command == "teachers":
-            results = (measure_teacher(kind, args.repeats) for kind in ([args.kind] if args.kind else REAL))
-        else:
-            results = [measure_loader(args.cache, args.tokens, args.repeats)]
-    for result in results:
-        print(json.dumps(result), flush=True)
-        keep(result)
+        result = measure_step([*words, "--out", folder], args.repeats, keep, args.blocks)
+    keep(result)
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

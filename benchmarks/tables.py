@@ -77,21 +77,6 @@ def evaluate():
     return table(("measure", "features", *(f"{b} tokens" for b in budgets)), rows)
 
 
-def teachers():
-    runs = list(load("teachers").values())
-    columns = {
-        "teacher (sizes of ViT-L and So400m)": "{name}",
-        "parameters": "{parameters_m:.0f}M",
-        "packed": "{packed_tokens_per_s:.0f} patches/s",
-        "padded": "{padded_tokens_per_s:.0f} patches/s",
-        "ratio": "{packed_over_padded:.2f}x",
-        "memory": "{peak_host_gib:.1f} GiB",
-    }
-    note = "`python -m benchmarks.speed teachers`: {images} images of {patches} patches in all, all padded to the "
-    note += "largest: {padded_patches}; {device}, {threads} threads, float32, median of {repeats}."
-    return table(columns, [[cell.format(**r) for cell in columns.values()] for r in runs], note.format(**runs[0]))
-
-
 def step():
     lines = {
         "tokens in a pack": "{tokens:.0f}",
@@ -109,7 +94,7 @@ def step():
     runs = load("step").values()  # one that was cut short has its first figures only
     has = lambda r, cell: cell[1:].split(":")[0] in r  # noqa: E731
     rows = [(text, *(cell.format(**r) if has(r, cell) else "" for r in runs)) for text, cell in lines.items()]
-    return table(("`python -m benchmarks.speed step`", *(r["name"] for r in runs)), [r for r in rows if any(r[1:])])
+    return table(("`python -m benchmarks.speed`", *(r["name"] for r in runs)), [r for r in rows if any(r[1:])])
 
 
 def int8():
@@ -117,17 +102,6 @@ def int8():
     measures = ("zeroshot", "knn", "miou", "patch_cosine", "loss", "dense_registers")
     names = (*measures[:3], "patch cosine", "loss at the end", "of it, the dense teacher's registers")
     return against_base("claims", ("as it is", "int8"), measures, names, "")
-
-
-def loader():
-    rows = []
-    for name, found in load("loader").items():
-        for pages in sorted({key.split(", ")[0] for key in found["reads"]}, reverse=True):
-            plain, *ways = (found["reads"][f"{pages}, {way}"] for way in ("plain files", "0 threads", "2 threads"))
-            cells = [f"{way['of_plain']:.0%}, {way['tokens_per_s'] / 1e3:.0f}k/s" for way in ways]
-            rows.append((name, pages, f"{plain['mb_per_s']:.0f} MB/s", *cells))
-    head = ("cache, tokens in a pack", "pages", "plain files", "no threads", "2 threads")
-    return table(head, rows, "Shares of plain files' bandwidth, and thousands of tokens a second.")
 
 
 def lower():
@@ -150,19 +124,6 @@ def adapt():
         "domain and {old} of the old. kNN's bank and mIoU's probe come from the same domain."
     )
     return table(("", *(f"{where}: {m}" for where, m in keys)), rows, note.format(**images[1]))
-
-
-def busy():
-    """Median steps of the toy, and how many times the default's of the same turn, under each policy of idle threads."""
-    found, rows = load("busy")["toy"], []
-    idle, beside = found["step_ms"].values()
-    for policy in idle:
-        cells = [(median(at[policy]), median(ratios(at[policy], at["default"]))) for at in (idle, beside)]
-        rows.append((policy, *(cell for ms, times in cells for cell in (f"{ms:.0f}", f"{times:.2f}"))))
-    head = ("idle threads", "idle, ms", "over the default", f"beside {found['spinners']}, ms", "over the default")
-    slower = median(ratios(beside["default"], idle["default"]))
-    note = f"`python -m benchmarks.busy`: the toy's step, {found['cores']} cores, medians of {len(idle['default'])} "
-    return table(head, rows, note + f"turns; beside spinning processes the default takes {slower:.1f} times as long.")
 
 
 def protocols():
@@ -334,7 +295,7 @@ def balance():
     return table(("", "centres 1.0 apart: entropy", "CPU-s", "0.5 apart: entropy", "CPU-s"), rows)
 
 
-MAKERS = toy, photos, longer, evaluate, teachers, step, lower, int8, loader, adapt, busy, protocols, scale, kmeans
+MAKERS = toy, photos, longer, evaluate, step, lower, int8, adapt, protocols, scale, kmeans
 MAKERS += evidence, evidence_cifar, default_run, curating, long_curating, larger_batch, budgets, shares, costs, balance
 TABLES = {make.__name__: make for make in MAKERS}
 

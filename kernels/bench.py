@@ -284,7 +284,7 @@ def run_part(part, folder):
 def run_all(folder):
     """Every part in a process of its own, in the order of their worth. Returns whether all of them were right."""
     out = ["--out", str(folder.resolve())] if folder else []
-    step = ["-m", "benchmarks.speed", *out, "step", *(["--model", "amoe-0.3b", "--tokens", "16384"] if CUDA else [])]
+    step = ["-m", "benchmarks.speed", *out, *(["--model", "amoe-0.3b", "--tokens", "16384"] if CUDA else [])]
     own = {part: ["kernels/bench.py", "--only", part, *out] for part in ("checks", *TIMED)}
     agree = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_step.py", "-k", "compiled_steps"]
     parts = {"checks": own.pop("checks"), "agree": agree, "step": [*step, "--blocks"], **own}

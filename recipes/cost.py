@@ -18,8 +18,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import amoe
 import train
-from benchmarks.speed import REAL, flops_per_token
+from benchmarks.speed import flops_per_token
+from teachers import Sizes
 
+REAL = {  # ViT-L and So400m (patch 16, with its text tower)
+    "dinov3": Sizes(24, 1024, 16, 4096, 1e-5, "none", key_bias=False, layer_scale=True),
+    "siglip2": Sizes(27, 1152, 16, 4304),
+}
 REGISTERS = {"siglip2": 0, "dinov3": 4}
 
 

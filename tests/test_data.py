@@ -566,22 +566,3 @@ def test_the_command_line_caches_informs_and_verifies(plug_in, tmp_path):
         bad = run(*words)
         assert bad.returncode != 0 and named in bad.stderr and "Traceback" not in bad.stderr
     assert not os.path.exists(ROOT / "x")
-
-
-@pytest.mark.slow
-def test_bench_reads_what_plain_files_hold(cache, tmp_path):
-    """Catches a bench that reads other packs than it counts, or leaves its files in the cache."""
-    words = ["--out", tmp_path, "--repeats", 1, "loader", cache.path, "--tokens", 400]
-    command = [sys.executable, "-m", "benchmarks.speed", *map(str, words)]
-    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert made.returncode == 0, made.stderr[-2000:]
-    (result,) = json.loads((tmp_path / "loader.json").read_text()).values()
-    assert len(result["reads"]) == 6 and all(r["tokens_per_s"] > 0 for r in result["reads"].values())
-    rows = sum(int(cache.shard(n).shapes[order_kept].prod(1).sum()) for n, order_kept in kept(cache))
-    assert 0.5 < result["mb"] * 1e6 / (rows * (768 + 64 + 96)) < 1.5  # with summaries, without carried
-    assert data.verify(data.Cache(cache.path)) == []
-
-
-def kept(cache):
-    order = Order(cache, 400)
-    return [(n, order.kept(n)) for n in cache.numbers]

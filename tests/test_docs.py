@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from benchmarks import curation, speed, tables
+from benchmarks import curation, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -15,7 +15,7 @@ def test_the_pages_tables_are_what_the_json_says():
 def test_a_changed_figure_is_found_on_any_page(tmp_path):
     """Catches a check that looks at README.md alone, at the first table alone, or at none."""
     right = "".join(
-        f"<!-- {name} -->\n" + "\n".join(tables.TABLES[name]()) + f"\n<!-- /{name} -->\n" for name in ("loader", "toy")
+        f"<!-- {name} -->\n" + "\n".join(tables.TABLES[name]()) + f"\n<!-- /{name} -->\n" for name in ("kmeans", "toy")
     )
     (tmp_path / "docs").mkdir()
     readme, page = tmp_path / "README.md", tmp_path / "docs" / "measured.md"
@@ -34,11 +34,10 @@ def test_a_bench_measures_everything_where_nothing_is_named(monkeypatch):
     measured = []
     monkeypatch.setattr(curation, "PARTS", {"a": lambda: {"a": 1}, "b": lambda: {"b": 2}})
     monkeypatch.setattr(curation, "record", lambda folder, file, key, value: measured.append(key))
-    monkeypatch.setattr(speed, "measure_teacher", lambda kind, repeats: measured.append(kind) or {"name": kind})
-    for main, words in ((curation.main, []), (speed.main, ["teachers"]), (speed.main, ["teachers", "dinov3"])):
+    for words in ([], ["--only", "b"]):
         monkeypatch.setattr("sys.argv", ["bench", *words])
-        main()
-    assert measured == ["a", "b", "dinov3", "siglip2", "dinov3"]
+        curation.main()
+    assert measured == ["a", "b", "b"]
 
 
 def test_the_lock_pins_every_requirement_and_names_no_place():

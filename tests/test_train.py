@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_teachers import random_state
 
 import amoe
 import data
 import evaluate
 import teachers
 import train
-from benchmarks.speed import random_state
 from common.checkpoints import read_checkpoint
 from common.order import Order, Position
 from common.process import Process
