@@ -228,15 +228,6 @@ def geometry(student_NC, teacher_NC):
     return {"distances": float(rho), "cka": float(cka), "neighbours": float(shared)}
 
 
-def by_size(student, teacher, mean):
-    """Centred cosines of patches, of a quarter of the images each, from those of fewest patches to those of most."""
-    order = np.argsort([len(x) for x in teacher], kind="stable")
-    return [
-        evaluate.cosine(torch.cat([student[i] for i in part]), torch.cat([teacher[i] for i in part]), mean)
-        for part in np.array_split(order, 4)
-    ]
-
-
 def measure(model, pictures, scores):
     """All that is compared of a student, as plain numbers. scores(model, held-out summaries): more of them."""
     cache, held = pictures.cache, pictures.held
@@ -248,7 +239,6 @@ def measure(model, pictures, scores):
         kept = geometry(got["summary"], want["summary"])
         kept["summary_cosine"] = evaluate.cosine(got["summary"], want["summary"], space.summary_mean)
         kept["patch_cosine"] = evaluate.cosine(torch.cat(got["patch"]), torch.cat(want["patch"]), space.phi_s.mean)
-        kept["patch_cosine_by_size"] = by_size(got["patch"], want["patch"], space.phi_s.mean)
         result |= {f"{space.name}_{name}": value for name, value in kept.items()}
     return result
 
