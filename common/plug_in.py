@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from common.commands import one_line_errors
+from common.store import name_hash
 
 
 def plug_in(spec, device, kind, needs):
@@ -17,8 +18,9 @@ def plug_in(spec, device, kind, needs):
         raise ValueError(f"{path} needs the name of its factory: write {path}:FACTORY")
     if not Path(path).is_file():
         raise ValueError(f"no plug-in {kind} at {path}")
-    found = importlib.util.spec_from_file_location(f"{kind}_{Path(path).stem}", path)
-    module = sys.modules[found.name] = importlib.util.module_from_spec(found)  # dataclasses look their module up
+    name = f"{kind}_{Path(path).stem}_{name_hash(str(Path(path).resolve()))}"  # two folders may each have a real.py
+    found = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(found)  # dataclasses look their module up
     with one_line_errors(f"{spec} made no {kind}"):
         found.loader.exec_module(module)
         if not hasattr(module, factory):

@@ -684,6 +684,18 @@ def test_a_plug_in_is_called_with_the_device_and_named(tmp_path):
     assert teacher(batch)["summary"].shape == (len(SHAPES), 768)
 
 
+def test_plug_ins_of_one_file_name_have_their_own_text_tables(tmp_path):
+    """Catches modules named by the file alone: the first teacher would speak with the second one's captions."""
+    more = "\nimport torch\ntext_aligned = make\ndef text_table(): return torch.full((2, 768), {}.0)\n"
+    for number, folder in enumerate(("first", "second")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "plug.py").write_text(PLUG_IN + more.format(number))
+    (tmp_path / "captions.json").write_text('[{"file": "a.png", "caption": "a"}, {"file": "b.png", "caption": "b"}]')
+    specs = [f"{folder}={tmp_path / folder / 'plug.py'}:text_aligned" for folder in ("first", "second")]
+    for number, teacher in enumerate(teachers.load_teachers(specs, tmp_path, "cpu")):
+        assert (teacher.encode_text(["b"]) == number).all()
+
+
 @pytest.mark.parametrize("factory", ["text_aligned", "dense"])
 def test_the_shared_plug_ins_load_and_answer(factory):
     """Catches importing the file under a name that hides its own folder from it."""
