@@ -107,6 +107,12 @@ def test_a_linear_probe_finds_a_linear_rule_and_an_oracle_is_perfect():
     assert miou(void) == 1
 
 
+def test_a_linear_probe_of_one_patch_says_its_class():
+    """Catches a spread over no degree of freedom, whose NaN would make every class the first."""
+    probe = evaluate.linear_probe(torch.tensor([[3.0, -1.0]]), torch.tensor([[0.0, 1.0, 0.0]]))
+    assert torch.nn.functional.linear(torch.tensor([[3.0, -1.0], [5.0, 2.0]]), *probe).argmax(1).tolist() == [1, 1]
+
+
 def test_cosines_leave_the_mean_out():
     """Catches raw cosines, which a shared mean makes look alike."""
     mean = torch.full((4,), 100.0)
