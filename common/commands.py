@@ -47,12 +47,17 @@ class Parser(argparse.ArgumentParser):
 
 
 def choose_device(name):
-    """The torch device that --device names, as a string; auto is cuda where torch sees a GPU."""
+    """The torch device that --device names, as a string, made the current one: Triton and pinned memory go by that.
+
+    auto is cuda where torch sees a GPU; cuda is the GPU that torchrun gives this rank, else the first.
+    """
     gpus = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))] if torch.cuda.is_available() else []
     if name not in ("auto", "cpu", *gpus):
         raise ValueError(f"--device {name} is none of {', '.join(('auto', 'cpu', *gpus))}{'' if gpus else ': no GPU'}")
-    if name == "auto":
-        return "cuda" if gpus else "cpu"
+    if name == "cpu" or not gpus:
+        return "cpu"
+    name = name if ":" in name else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    torch.cuda.set_device(name)
     return name
 
 

@@ -72,9 +72,7 @@ def setup(flags):
     device = choose_device(flags.device)
     why = "asked for" if flags.device != "auto" else "no GPU is there" if device == "cpu" else "a GPU is there"
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if device == "cuda":
-        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
-        torch.cuda.set_device(device)
+    if device != "cpu":
         torch.set_float32_matmul_precision("high")
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")

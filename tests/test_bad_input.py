@@ -28,7 +28,7 @@ import curate
 import data
 import evaluate
 import train
-from common.commands import run_command
+from common.commands import choose_device, run_command
 
 COMMANDS = {"train": train, "data": data, "curate": curate, "evaluate": evaluate}
 SECONDS = 30
@@ -201,6 +201,7 @@ CASES += [
     # runs that are to be resumed
     *((f"train --cache {{cache}} --tokens 400 --device cpu --resume --out {{runs}}/{kind}", r"step-000002\.pt", 1)
       for kind in ("empty", "text", "cut", "flipped", "foreign")),
+    ("train --export {runs}/cut", r"^train\.py: {runs}/cut/step-000002\.pt: .*no older one: training with --over", 1),
     ("train --cache {cache} --tokens 500 --device cpu --resume --out {runs}/whole", "--tokens 400, not 500", 1),
     ("train --cache {cache} --tokens 400 --accumulate 2 --device cpu --resume --out {runs}/whole", "--accumulate", 1),
     ("train --cache {other} --tokens 400 --device cpu --resume --out {runs}/whole", "{other}", 1),
@@ -439,6 +440,18 @@ def test_a_command_ends_in_one_line_and_a_code(error, said, code, capsys):
         run_command("c.py", main, "rerun it")
     err = capsys.readouterr().err
     assert end.value.code == code and err.count("\n") == 1 and err.startswith(said)
+
+
+@pytest.mark.parametrize(("asked", "rank", "gpu"), [("auto", 0, 0), ("cuda", 1, 1), ("cuda:1", 0, 1)])
+def test_the_device_asked_for_is_the_current_one(asked, rank, gpu, monkeypatch):
+    """Catches ranks that share the first GPU, and Triton, which launches on the current device, on another's tensors."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    assert choose_device(asked) == f"cuda:{gpu}" and current == [f"cuda:{gpu}"]
+    assert choose_device("cpu") == "cpu" and len(current) == 1
 
 
 def test_a_bug_is_a_traceback():
