@@ -22,6 +22,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -176,6 +177,7 @@ class Images:
         self.min_tokens, self.n_views, self.seed = min_tokens, views, seed
         self.shard_images, self.draft, self.max_skipped = shard_images, draft, max_skipped
         self.skipped, self.quiet = skipped, quiet
+        self.listed = {*Path(skipped).read_text().splitlines()} if skipped and Path(skipped).exists() else set()
         self.n_shards = -(-len(sources) // shard_images)
         self.numbers = list(range(self.n_shards))
         self.seen, self.bad, self.lock = 0, {}, threading.Lock()
@@ -259,9 +261,10 @@ class Images:
 
     def report(self, name, reason):
         print(f"skipped: {name}: {reason}", file=sys.stderr, flush=True)
-        if self.skipped:
+        line = json.dumps({"source": name, "reason": reason}, ensure_ascii=False)
+        if self.skipped and line not in self.listed:  # as it is where a run is resumed
             with open(self.skipped, "a") as file:
-                file.write(json.dumps({"source": name, "reason": reason}, ensure_ascii=False) + "\n")
+                file.write(line + "\n")
 
     def read(self, entries, n_tokens=None, registers=4, with_targets=False):
         """A Batch of the images [(shard number, index)], without those that do not decode; it has no targets."""

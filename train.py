@@ -32,6 +32,7 @@ import contextlib
 import importlib.util
 import json
 import math
+import os
 import shutil
 import signal
 import sys
@@ -91,7 +92,7 @@ class Flags:
     calibrate: int = flag(512, RESULTS, "of --images: images that PHI-S is fitted on", (1, 10**6))
     toy_images: int = flag(5000, RESULTS, "size of the toy world when there is no --cache", (100, 10**7))
 
-    device: str = flag("auto", SPEED, "cuda, cpu, or auto")
+    device: str = flag("auto", SPEED, "auto, cpu, cuda or cuda:N")
     compile: str = flag("auto", SPEED, "torch.compile: auto means on CUDA", ("auto", "on", "off"))
     kernels: str = flag("auto", SPEED, "implementation of the experts", ("auto", *kernels.moe.IMPLS))
     checkpoint: bool = flag(False, SPEED, "recompute activations in the backward pass: less memory, a third more time")
@@ -143,7 +144,8 @@ def parse(argv=None):
     if flags.fsdp and flags.ema:
         raise ValueError("--ema averages whole weights and --fsdp shards them: leave one of them out")
     if not flags.out:
-        flags.out = f"runs/{Path(flags.cache or (*flags.images, '')[0]).name or 'toy'}"
+        source = flags.cache or (*flags.images, "")[0]
+        flags.out = "runs/" + (os.path.basename(os.path.abspath(source)) or "images" if source else "toy")
     return flags
 
 

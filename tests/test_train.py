@@ -316,6 +316,17 @@ def test_wrong_flags_get_one_line(cache, tmp_path):
         assert done.returncode != 0 and named in done.stderr and "Traceback" not in done.stderr, (words, done.stderr)
 
 
+def test_a_run_is_named_after_what_it_learns_from(tmp_path, monkeypatch):
+    """Catches "." that becomes the toy's run, and ".." that becomes the folder above runs/."""
+    (tmp_path / "photos/2024").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "photos/2024")
+    names = {"--images .": "2024", "--images ..": "photos", "--images ../": "photos", "--cache s3://b/c/": "c"}
+    names |= {"--images a b": "a", "": "toy", "--images /": "images"}
+    for words, name in names.items():
+        more = ["--teacher", "t=plug.py:make"] if "--images" in words else []
+        assert train.parse([*words.split(), *more]).out == f"runs/{name}", words
+
+
 # ---- without a cache ----
 
 
@@ -384,6 +395,8 @@ def test_online_training_resumes_bit_for_bit_and_lists_what_it_left_out(world, p
     (tmp_path / "parts" / "step-000006.pt").unlink()
     assert run("parts", "--views", "2", "--resume", "--workers", "1").returncode == 0
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 12
+    parts, whole = ((tmp_path / run / "skipped.jsonl").read_text().splitlines() for run in ("parts", "whole"))
+    assert sorted(parts) == sorted(whole)  # a line a file, resumed or not
 
 
 def test_a_student_begins_with_the_weights_of_another(cache, tmp_path):
