@@ -73,9 +73,7 @@ class Config:
     # paths
     features: str = flag(None, "a feature cache (folder) or an .npy file [N, D] (required)")
     teacher: str = flag(None, "cached teacher whose summaries are clustered (default: the first)")
-    images: str = flag(
-        None, "folder (or tar, or .txt list) of the rows of an .npy, sorted, or of a cache without pixels"
-    )
+    images: str = flag(None, "folder, tar or .txt list of an .npy's rows, sorted, or of a cache without pixels")
     out: str = flag(None, "folder for kept.npy, the tree, report.json and clusters.png (required)")
 
 

@@ -85,9 +85,7 @@ class Flags:
     seed: int = flag(0, RESULTS, "of initialisation and data order", (0, 2**63 - 1))
     subset: str = flag("", RESULTS, ".npy of image ids to train on, as curate.py writes")
     min_tokens: int = flag(1, RESULTS, "of --images: patches below which an image is enlarged", (1, 65536))
-    max_tokens: tuple[int, ...] = flag(
-        (256,), RESULTS, "of --images: patches above which one is shrunk; of several, each image gets one", (1, 65536)
-    )
+    max_tokens: tuple[int, ...] = flag((256,), RESULTS, "of --images: most patches; of several one each", (1, 65536))
     views: int = flag(1, RESULTS, "of --images: views per image: the whole of it, then random crops", (1, 10**4))
     calibrate: int = flag(512, RESULTS, "of --images: images that PHI-S is fitted on", (1, 10**6))
     toy_images: int = flag(5000, RESULTS, "size of the toy world when there is no --cache", (100, 10**7))

@@ -67,7 +67,7 @@ def newest_checkpoint(folder, quiet):
             return path, read_checkpoint(path)
         except ValueError as error:
             if path == found[0]:
-                raise ValueError(f"{error}, and there is no older one: training with --overwrite begins anew") from error
+                raise ValueError(f"{error}, and there is no older one; --overwrite begins to train anew") from error
             if not quiet:
                 print(f"{error}; the checkpoint before it is taken", file=sys.stderr, flush=True)
     return None, None

@@ -201,7 +201,7 @@ CASES += [
     # runs that are to be resumed
     *((f"train --cache {{cache}} --tokens 400 --device cpu --resume --out {{runs}}/{kind}", r"step-000002\.pt", 1)
       for kind in ("empty", "text", "cut", "flipped", "foreign")),
-    ("train --export {runs}/cut", r"^train\.py: {runs}/cut/step-000002\.pt: .*no older one: training with --over", 1),
+    ("train --export {runs}/cut", r"^train\.py: {runs}/cut/step-000002\.pt: .*no older one; --overwrite", 1),
     ("train --cache {cache} --tokens 500 --device cpu --resume --out {runs}/whole", "--tokens 400, not 500", 1),
     ("train --cache {cache} --tokens 400 --accumulate 2 --device cpu --resume --out {runs}/whole", "--accumulate", 1),
     ("train --cache {other} --tokens 400 --device cpu --resume --out {runs}/whole", "{other}", 1),
@@ -444,7 +444,7 @@ def test_a_command_ends_in_one_line_and_a_code(error, said, code, capsys):
 
 @pytest.mark.parametrize(("asked", "rank", "gpu"), [("auto", 0, 0), ("cuda", 1, 1), ("cuda:1", 0, 1)])
 def test_the_device_asked_for_is_the_current_one(asked, rank, gpu, monkeypatch):
-    """Catches ranks that share the first GPU, and Triton, which launches on the current device, on another's tensors."""
+    """Catches ranks that share the first GPU, and Triton's kernels launched on a device other than their tensors'."""
     current = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
