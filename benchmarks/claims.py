@@ -7,8 +7,7 @@ writes claims.json beside this file as runs end, and goes on from it: on the toy
 feature cache of images in a folder a class, whose --teacher embeds their names; its teachers are one that is aligned
 with text and a dense one, in this order. Runs are short, so that all can be had on a CPU: `SHORT` says how. They are
 compared on held-out images, by scores and by how much of the teachers' geometry the student keeps; no arm was tuned.
-`python -m benchmarks.tables` makes the tables of docs/evidence.md. longer.py and adapt.py train their arms by `trained`
-and keep what came of them by `complete`, as this one does.
+`python -m benchmarks.tables` makes the tables of docs/evidence.md.
 """
 
 import argparse

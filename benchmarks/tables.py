@@ -105,51 +105,10 @@ def int8():
 
 
 def lower():
-    before, after, *_ = (found["groups"] for found in load("lower").values())
-    cells = [(r, key) for key in ("gb", "floor_ms") for r in (before, after)] + [(after, "tflop")]
-    rows = [(group, *(f"{r[group][key]:.1f}" for r, key in cells)) for group in after]
-    head = ("group", "GB, before", "GB", "floor, ms, before", "floor, ms", "TFLOP")
+    groups = load("lower")["amoe-0.3b, 16384 tokens"]["groups"]
+    rows = [(group, *(f"{r[key]:.1f}" for key in ("gb", "tflop", "floor_ms"))) for group, r in groups.items()]
     note = "Computed, not measured: `python -m benchmarks.lower --only table`, torch 2.11.0 for CUDA 13.0, no GPU."
-    return table(head, rows, note)
-
-
-def adapt():
-    """A line a way to go on: means over seeds, and the standard deviation."""
-    images, *arms = load("adapt").items()
-    keys = [(where, m) for where in ("new", "old") for m in ("zeroshot", "knn", "miou")]
-    rows = [(arm, *(spread([r[w][m] for r in runs.values()], 2) for w, m in keys)) for arm, runs in arms]
-    note = (
-        f"`python -m benchmarks.adapt runs/toy`: 500 images, n = {len(arms[-1][1])} seeds of going on (which images, "
-        "in which order) from one student, mean ± standard deviation; scored on {new} held-out images of the new "
-        "domain and {old} of the old. kNN's bank and mIoU's probe come from the same domain."
-    )
-    return table(("", *(f"{where}: {m}" for where, m in keys)), rows, note.format(**images[1]))
-
-
-def protocols():
-    """From the strict protocol to the published one, difference by difference; a column a teacher."""
-    found = load("protocols")
-    rows = [(*words, *("" if x is None else f"{x:.3f}" for x in scores)) for *words, scores in found["rows"]]
-    return table(("measure", "protocol", *(f"`{name}`" for name in found["teachers"])), rows)
-
-
-def longer():
-    """A line an arm: cosines on held-out images and (on those trained on), kNN and segmentation of the dense head."""
-    found, rows = load("longer"), []
-    kinds = [f"{teacher}_{kind}_cosine" for teacher in ("eff", "vit") for kind in KINDS]
-    for name, place in (("photos", "photos-1"), ("CIFAR-10", "cifar")):
-        for arm, r in found["arms"].items():
-            if arm.startswith(name):
-                cosines = ("{:.3f} ({:.3f})".format(r[kind], r[f"seen_{kind}"]) for kind in kinds)
-                rows.append((arm, r["images"], r["steps"], *cosines, *whole_image(r)))
-        for who, r in found["references"][place].items():
-            cosines = (f"{r[kind]:.3f}" if kind in r else "" for kind in kinds)
-            rows.append((f"{name}: {who}", "", "", *cosines, *whole_image(r)))
-    return table(("arm", "images", "steps", *(k[:-7].replace("_", " ") for k in kinds), "kNN", "mIoU"), rows)
-
-
-def whole_image(r):
-    return [f"{r[key]:.3f}" if key in r else "" for key in ("vit_knn", "miou")]
+    return table(("group", "GB", "TFLOP", "floor, ms"), rows, note)
 
 
 def against_base(name, arms=None, measures=None, names=None, first="arm"):
@@ -295,7 +254,7 @@ def balance():
     return table(("", "centres 1.0 apart: entropy", "CPU-s", "0.5 apart: entropy", "CPU-s"), rows)
 
 
-MAKERS = toy, photos, longer, evaluate, step, lower, int8, adapt, protocols, scale, kmeans
+MAKERS = toy, photos, evaluate, step, lower, int8, scale, kmeans
 MAKERS += evidence, evidence_cifar, default_run, curating, long_curating, larger_batch, budgets, shares, costs, balance
 TABLES = {make.__name__: make for make in MAKERS}
 
