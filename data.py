@@ -637,18 +637,17 @@ def names_of(dataset, ids):
 
 
 def read_pack(dataset, entries, n_tokens, registers, on_corrupt="stop"):
-    """The Batch of entries [(shard number, index)]; on_corrupt "skip" leaves damaged shards out and names them."""
-    while True:
+    """The Batch of entries [(shard number, index)], or None; on_corrupt "skip" names damaged shards and passes over."""
+    while entries:
         try:
             batch = dataset.read(entries, n_tokens, registers)
-            return replace(batch, mask_blocks=mask_blocks(batch.starts, n_tokens))
+            return batch and replace(batch, mask_blocks=mask_blocks(batch.starts, n_tokens))
         except Damage as error:
             if on_corrupt == "stop":
                 raise error.at(dataset.path) from error
             entries = [entry for entry in entries if entry[0] != error.number]
             print(f"skipping damage: {error}", file=sys.stderr, flush=True)
-            if not entries:
-                raise ValueError(f"every image of a pack lies in damaged shards, the last: {error}") from error
+    return None
 
 
 def loader(order, position, rank=0, world=1, per_step=1, threads=0, on_corrupt="stop"):
@@ -668,8 +667,10 @@ def loader(order, position, rank=0, world=1, per_step=1, threads=0, on_corrupt="
                 yield entries, step[-1][1]
 
     def read(item):
-        batch = read_pack(order.dataset, item[0], order.n_tokens, order.special - 1, on_corrupt)
-        return batch.pin_memory() if torch.cuda.is_available() else batch, item[1]
+        for entries, _ in itertools.chain([item], itertools.islice(order.packs(item[1]), 100)):  # the next that has any
+            if batch := read_pack(order.dataset, entries, order.n_tokens, order.special - 1, on_corrupt):
+                return batch.pin_memory() if torch.cuda.is_available() else batch, item[1]
+        raise ValueError(f"{order.dataset.path}: no image of a hundred packs in a row can be read")
 
     # Single-threaded readers: with an OpenMP team in each, a step on the CPU takes twice as long.
     pool = threads and ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))

@@ -115,6 +115,8 @@ def stream(model, dataset, entries, n_tokens=4096, stored=False, progress=None, 
         for n, part in enumerate(parts):
             batch = ahead.pop().result()
             ahead += [reader.submit(read, images) for images in packs[n + 1 : n + 2]]
+            if batch is None:
+                continue
             answer, kinds = model(batch), ("summary", "patch")
             features = {h: {kind: f[kind].float().cpu() for kind in kinds if kind in f} for h, f in answer.items()}
             finite = all(torch.isfinite(x).all() for f in features.values() for x in f.values())
@@ -154,6 +156,8 @@ def gather(streamed, kept=None, kinds=None):
         for head, f in features.items():
             for kind in kinds or f:  # clones: a view would keep the whole pack alive
                 out.setdefault(head, {}).setdefault(kind, []).append(f[kind].clone())
+    if not out:
+        raise ValueError("no image that is to be measured can be decoded")
     return {head: f | {"summary": torch.stack(f["summary"])} for head, f in out.items()}
 
 

@@ -6,7 +6,7 @@ needed) and data.Cache (stored rows and teachers' features):
     path, n_shards          where it is stored, and how many shards it should have
     numbers                 the numbers of the shards that can be read, in order
     shard(number)           `ids` int64 [images] and `shapes` int32 [images, 2], which are (0, 0) for an unusable image
-    read(entries, n_tokens, registers, with_targets)    the Batch of entries [(shard number, index)]
+    read(entries, n_tokens, registers, with_targets)    the Batch of entries [(shard number, index)]; None: none decodes
     meta(entry)             {"source", "caption", "category"}
 """
 
@@ -255,8 +255,7 @@ class Images:
             self.seen += len(answers) + n_good
             if len(self.bad) > self.max_skipped * max(100, self.seen):
                 seen = f"{len(self.bad)} of the first {self.seen} images of {self.path} are unusable"
-                last = list(self.bad.items())[-1]
-                raise ValueError(f"{seen}, more than the share {self.max_skipped:g}; the last: {last}")
+                raise ValueError(f"{seen}, beyond the share {self.max_skipped:g}; the last: {[*self.bad.items()][-1]}")
         return [None if isinstance(answer, str) else answer for answer in answers]
 
     def report(self, name, reason):
@@ -267,11 +266,11 @@ class Images:
                 file.write(line + "\n")
 
     def read(self, entries, n_tokens=None, registers=4, with_targets=False):
-        """A Batch of the images [(shard number, index)], without those that do not decode; it has no targets."""
+        """A Batch, without targets, of those images [(shard number, index)] that decode; None where none does."""
         views = [self.view(entry) for entry in entries]
         answers = self.skip_unusable(views, self.decode_all(views))
         kept = [(view.source.id, *answer) for view, answer in zip(views, answers, strict=True) if answer]
         if not kept:
-            raise ValueError(f"no image of a pack can be decoded, the last: {list(self.bad.items())[-1]}")
+            return None
         ids, rows, shapes = zip(*kept, strict=True)
         return pack(rows, shapes, n_tokens, registers, ids)

@@ -123,11 +123,10 @@ def parse(argv=None):
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
         how = {bool: {"action": argparse.BooleanOptionalAction}, tuple: {"action": "extend", "nargs": "+"}}
-        how |= {str: {"choices": allowed}}
-        if f.type == tuple[int, ...]:
-            how = {"type": in_range(int, *allowed), "nargs": "+"}
-        else:
-            how = how.get(f.type) or {"type": in_range(f.type, *allowed)}
+        how |= {str: {"choices": allowed}, tuple[int, ...]: {"nargs": "+"}}
+        how = how.get(f.type, {})
+        if f.type not in (bool, tuple, str):
+            how["type"] = in_range(float if f.type is float else int, *allowed)
         default = list(f.default) if f.type is tuple else f.default  # argparse appends to it
         groups[group].add_argument("--" + f.name.replace("_", "-"), default=default, help=f.metadata["help"], **how)
     flags = Flags(**{k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()})

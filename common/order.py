@@ -74,9 +74,9 @@ class Order:
             found += kept, held, usable.sum() - held - kept, (~usable).sum()
         times = len(self.dataset.numbers) / len(numbers)
         about = "about " if times > 1 else ""
-        return "images: " + ", ".join(
-            f"{about}{n * times:.0f} {name}" for n, name in zip(found, names, strict=True) if n
-        )
+        none = "" if found[1] else "; none is held out (every tenth is, by its name), so the student is not measured"
+        counts = (f"{about}{n * times:.0f} {name}" for n, name in zip(found, names, strict=True) if n)
+        return f"images: {', '.join(counts)}{none}"
 
     def length(self, image):
         """Tokens of an image (shard number, index), special ones included."""

@@ -1,6 +1,7 @@
 """Packs, the cache, and the loader's order."""
 
 import functools
+import itertools
 import json
 import os
 import re
@@ -18,10 +19,11 @@ from PIL import Image
 
 import amoe
 import data
+import evaluate
 import toy
 from common.order import FULL, OPEN_PACKS, WINDOW, Order, Position, held_out
 from common.sources import find_sources
-from images import load_image
+from images import Images, load_image
 from kernels import rope
 from teachers import load_teachers
 
@@ -507,6 +509,35 @@ def test_ranks_and_threads_share_one_global_order(cache, threads):
     assert all(ranks[r][k][1] == after for r in range(2) for k in range(2))
 
 
+def test_a_pack_without_a_readable_image_gives_way_to_the_next(cache, world, tmp_path, capsys):
+    """Catches a run, or a measure, that one image ends which does not decode and is alone in its pack; other packs for
+    one rank than for two; and an endless search where nothing can be read."""
+    for path in sorted((world.folder / "images").iterdir())[:12]:
+        shutil.copy(path, tmp_path)
+    dataset = Images(find_sources(tmp_path), max_tokens=64, min_tokens=60)
+    packs = walk(Order(dataset, 69), 8)
+    (number, i), position = packs[3][0][0], packs[3][1]
+    name = Path(dataset.meta((number, i))["source"])
+    raw = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(raw[: len(raw) // 2])  # a sound header: only decoding finds out
+    dataset = Images(find_sources(tmp_path), max_tokens=64, min_tokens=60)
+    order = Order(dataset, 69)
+    for rank, world_size in ((0, 1), (1, 2)):
+        batches = itertools.islice(data.loader(order, Position(), rank, world_size), 8 // world_size)
+        found = [(batch.ids.tolist(), at) for batch, at in batches][3 // world_size]
+        assert found == (dataset.read(packs[4][0]).ids.tolist(), position)
+    features = evaluate.stream(lambda batch: {"x": {"summary": batch.shapes}}, dataset, evaluate.split(dataset)[0], 69)
+    measured = [entry for entry, _, _ in features]
+    assert len(measured) == len(evaluate.split(dataset)[0]) - 1 and (number, i) not in measured
+    assert capsys.readouterr().err.count(f"skipped: {name}") == 1
+    with pytest.raises(ValueError, match="no image that is to be measured can be decoded"):
+        evaluate.gather(evaluate.stream(None, dataset, [(number, i)]))
+    copy = data.Cache(shutil.copytree(cache.path, tmp_path / "cache"))
+    shutil.rmtree(copy.path / "shards")
+    with pytest.raises(ValueError, match="no image of a hundred packs in a row can be read"):
+        next(data.loader(Order(copy, 69), Position(), on_corrupt="skip"))
+
+
 def test_a_subset_is_all_that_is_trained_on(cache):
     """Catches a subset taken as indices."""
     ids = cache.shard(0).ids[:12]
@@ -528,6 +559,9 @@ def test_a_run_says_what_it_trains_on(cache):
     few = held_out(cache.shard(0).ids).sum() + held_out(cache.shard(2).ids).sum()
     said = Order(data.Cache(cache.path), 300).counts_text(2)
     assert said == f"images: about {80 - 2 * few} to train on, about {2 * few} held out"
+    shard = SimpleNamespace(ids=np.arange(1, 8), shapes=np.ones((7, 2), np.int32))
+    tiny = SimpleNamespace(path="", numbers=[0], n_shards=1, shard=lambda number: shard)
+    assert Order(tiny, 300).counts_text().startswith("images: 7 to train on; none is held out")
 
 
 def test_a_pack_smaller_than_an_image_is_an_error(cache):
