@@ -89,7 +89,7 @@ for part in (16, 8, 4):
 ARMS["curation to 1/8: by the dense teacher, one level"] = "1:90/8"
 ARMS["long curation to 1: the whole pool"] = "long random/1"
 # claims whose arms are compared with their own first one
-OWN_BASE = "token budgets", "curation", "long curation", "default run", "larger batch", "load by step"
+OWN_BASE = "token budgets", "curation", "long curation", "default run", "larger batch", "load by step", "fewer steps"
 MEASURES = ("zeroshot", "knn", "miou", "distances", "cka", "neighbours", "patch_cosine")
 
 
