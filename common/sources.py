@@ -159,7 +159,8 @@ class Sources:
 
     Its files are memory-mapped, so that workers and ranks share the pages: `rows` (52 bytes an image), `names` (a text
     and a line end each: the name and, where captions.json speaks of it, a zero byte and that as JSON), and about.json,
-    written last: counts, [path, whether a tar] of each place, and the times of folders and lists.
+    written last: counts, [path, whether a tar] of each place, the times of folders and lists, and hashes of the names
+    and of the sizes in bytes and pixels.
     """
 
     def __init__(self, folder, about):
@@ -281,7 +282,7 @@ def open_table(folder):
     try:
         about = unseal((folder / "about.json").read_bytes())
         table = about and Sources(str(folder), about)
-        return table if table and table.unchanged() else None
+        return table if table and "sizes_hash" in about and table.unchanged() else None  # older ones lack it
     except (OSError, ValueError):
         return None
 
@@ -296,7 +297,8 @@ def check_names(table, what):
 
 
 def write_table(folder, paths, workers):
-    places, folders, names_hash = [], {}, hashlib.blake2b(digest_size=16)
+    places, folders = [], {}
+    names_hash, sizes_hash = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
     about = {"rows": 0, "names": 0, "places": places, "folders": folders}
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(open(os.path.join(folder, name), "wb")) for name in ("rows", "names")]
@@ -306,10 +308,12 @@ def write_table(folder, paths, workers):
         for rows, names in map_ahead(pool, scan, jobs(paths, places, folders), 4 * max(8, workers)):
             rows["name"] += about["names"]
             names_hash.update(re.sub(rb"\0[^\n]*", b"", names))  # without the notes
+            sizes_hash.update(b"".join(rows[column].tobytes() for column in ("size", "height", "width")))
             for name, file, raw in zip(("rows", "names"), files, (rows, names), strict=True):
                 file.write(raw)
                 about[name] += len(raw)
-    Path(folder, "about.json").write_bytes(seal(about | {"names_hash": names_hash.hexdigest()}))
+    hashes = {"names_hash": names_hash.hexdigest(), "sizes_hash": sizes_hash.hexdigest()}
+    Path(folder, "about.json").write_bytes(seal(about | hashes))
 
 
 def jobs(paths, places, folders):

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_teachers import random_state
 
@@ -26,6 +27,7 @@ from common.checkpoints import read_checkpoint
 from common.order import Order, Position
 from common.process import Process
 from common.sources import find_sources
+from common.store import seal
 from images import Images
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -643,6 +645,21 @@ def test_what_a_run_was_prepared_for_is_not_taken_for_other_flags(world, plug_in
         assert len(data.Cache(tmp_path / "toy/toy/cache").all_ids()) == n
     for number, handler in kept.items():
         signal.signal(number, handler)
+
+
+def test_resume_refuses_images_that_were_changed_under_their_names(world, plug_in, tmp_path):
+    """Catches a hash of the names alone, and a run prepared before sizes were noted that could not go on."""
+    images = Path(shutil.copytree(world.folder / "images", tmp_path / "images"))
+    flags = train.parse(online(images, plug_in, tmp_path / "run", "--calibrate", "16")[2:])
+    about = train.open_images(flags, place(), False)[0].about
+    assert train.open_images(flags, place(), False)[0].about == about
+    picture = sorted(images.glob("*.png"))[-1]
+    Image.new("RGB", Image.open(picture).size).save(picture)  # its bytes are fewer now
+    with pytest.raises(ValueError, match=r"run was made with sizes_hash .* choose another --out"):
+        train.open_images(flags, place(), False)
+    older = {key: value for key, value in about.items() if key not in ("hash", "sizes_hash")}
+    (tmp_path / "run/spaces.json").write_bytes(seal(older))
+    assert "sizes_hash" not in train.open_images(flags, place(), False)[0].about
 
 
 def test_resume_refuses_another_number_of_ranks(cache, tmp_path):
