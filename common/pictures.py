@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, features
 
 from common.store import write_atomically
 
@@ -43,7 +43,7 @@ def sheet(rows, titles, cell=144):
     """A picture of rows of images (uint8 arrays, any size), scaled to fit cells, with a title over every column."""
     page = Image.new("RGB", (len(titles) * (cell + 4) + 4, len(rows) * (cell + 4) + 24), "white")
     for column, title in enumerate(titles):
-        ImageDraw.Draw(page).text((column * (cell + 4) + 6, 6), title, fill="black")
+        ImageDraw.Draw(page).text((column * (cell + 4) + 6, 4), title, "black", letters(13))
     for line, images in enumerate(rows):
         for column, array in enumerate(images):
             image = Image.fromarray(np.asarray(array))
@@ -69,7 +69,7 @@ def cluster_sheet(title, rows):
     A picture is uint8 [H, W, 3], or None, whose square stays empty; bars are shares of the longest.
     """
     page = Image.new("RGB", (LEFT + ACROSS * SIDE + 8, TOP + len(rows) * SIDE + 8), "white")
-    pen, font = ImageDraw.Draw(page), ImageFont.load_default(size=14)
+    pen, font = ImageDraw.Draw(page), letters(14)
     pen.text((8, 8), title, fill="black", font=font)
     for top, (label, bars, images, framed) in zip(range(TOP, page.height, SIDE), rows, strict=False):
         pen.text((8, top + 10), label, fill="black", font=font)
@@ -97,7 +97,7 @@ def draw(path, make):
 def curves(log, width=640, height=150):
     """A picture of a run's log.jsonl: losses by term, held-out figures, learning rate, experts' load, all by step.
 
-    At a panel's left its greatest and its least number, at its right the last of each line.
+    At a panel's right are the last numbers of its lines, the greatest first.
     """
     lines = [line for line in map(json.loads, Path(log).read_text().splitlines()) if "loss" in line]
     keys = list(dict.fromkeys(key for line in lines for key in line))
@@ -107,21 +107,45 @@ def curves(log, width=640, height=150):
         "learning rate": ["lr"],
         "most and least loaded expert, over the mean": ["expert_load_max", "expert_load_min"],
     }
-    page = Image.new("RGB", (width + 340, len(panels) * (height + 40)), "white")
+    page = Image.new("RGB", (2 * (width + 340), 2 * len(panels) * (height + 40)), "white")  # reduced: smooth lines
     pen, last = ImageDraw.Draw(page), max((line["step"] for line in lines), default=1)
+
+    def write(x, y, words, fill="#555555"):
+        pen.text((2 * x, 2 * y), words, fill, letters(22))
+
     for n, (title, names) in enumerate(panels.items()):
         top, least = n * (height + 40) + 20, -math.inf if n else 0  # a logarithm is of positive numbers
-        pen.text((70, top - 14), f"{title}, to step {last}", fill="black")
-        pen.rectangle((70, top, 70 + width, top + height), outline="gray")
         series = {k: [(x["step"], x[k]) for x in lines if least < x.get(k, math.nan) < math.inf] for k in names}
         values = [y for points in series.values() for _, y in points] or [1.0, 2.0]
-        for y, beside in ((top, max(values)), (top + height - 10, min(values))):
-            pen.text((4, y), f"{beside:.3g}", fill="black")
         scale = float if n else math.log10
         low, high = scale(min(values)), scale(max(values))
-        for i, (name, points) in enumerate(series.items()):
-            rise = height / max(high - low, 1e-12)
-            pen.line([(70 + width * x / last, top + rise * (high - scale(y))) for x, y in points], PENS[i % 10], 2)
-            final = points[-1][1] if points else math.nan
-            pen.text((78 + width, top + 12 * i), f"{name}  {final:.3g}", PENS[i % 10])
-    return page
+        rise = height / max(high - low, 1e-12)
+        across = lambda step: 70 + width * step / last  # noqa: E731
+        up = lambda y, top=top, rise=rise, high=high, scale=scale: top + rise * (high - scale(y))  # noqa: E731
+        write(70, top - 17, title, "black")
+        for y in ticks(min(values), max(values), n == 0):
+            pen.line([(140, 2 * up(y)), (2 * (70 + width), 2 * up(y))], "#dddddd", 2)
+            write(8, up(y) - 7, f"{y:.6g}")
+        for step in ticks(0, last):
+            write(across(step) - 4, top + height + 2, f"{step:.0f}")
+        pen.rectangle((140, 2 * top, 2 * (70 + width), 2 * (top + height)), outline="gray", width=2)
+        final = {name: points[-1][1] if points else -math.inf for name, points in series.items()}
+        for i, name in enumerate(sorted(series, key=final.get, reverse=True)):
+            colour = PENS[names.index(name) % 10]
+            pen.line([(2 * across(x), 2 * up(y)) for x, y in series[name]], colour, 4)
+            write(78 + width, top + 14 * i, f"{name}  {final[name]:.3g}", colour)
+    return page.reduce(2)
+
+
+def ticks(low, high, logarithmic=False):
+    """Round numbers from low to high, at most six; of a wide logarithmic axis the powers of ten."""
+    if logarithmic and high > 10 * low:
+        return [10.0**k for k in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)]
+    step = 10.0 ** math.floor(math.log10(max(high - low, 1e-12)))
+    step *= next(m for m in (0.2, 0.5, 1, 2) if (high - low) / (step * m) <= 5)
+    return [step * k for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def letters(size):
+    """A font, `size` pixels high; that of a Pillow built without FreeType has one size."""
+    return ImageFont.load_default(size) if features.check("freetype2") else ImageFont.load_default()

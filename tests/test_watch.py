@@ -5,7 +5,8 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
+from PIL._util import DeferredError
 
 import evaluate
 import train
@@ -75,9 +76,21 @@ def test_the_curves_show_every_number_and_survive_odd_logs(tmp_path):
     loss = np.argwhere(abs(panel - [0x22, 0x22, 0x22]).max(-1) < 8)
     middle = [loss[loss[:, 1] == x][:, 0].mean() for x in (width // 10 + 2, width // 2, width - 2)]
     assert middle[0] < 5 and middle[2] > 105 and middle[0] < middle[1] < middle[2]  # the loss falls: down
+    assert pictures.ticks(0.66, 0.92) == pytest.approx([0.7, 0.8, 0.9])
+    assert pictures.ticks(0, 340) == [0, 100, 200, 300] and pictures.ticks(0.002, 8, True) == [0.01, 0.1, 1]
     for odd in ([], lines[:1], [{**lines[0], "loss": float("nan")}], [{**lines[0], "t_patch": float("inf")}, lines[1]]):
         log.write_text("".join(json.dumps(line) + "\n" for line in odd))
         assert pictures.curves(log).height > 3 * height
+
+
+def test_pictures_have_words_where_pillow_has_no_fonts(tmp_path, monkeypatch):
+    """Catches letters of a wanted size from a Pillow that was compiled without FreeType, which has none."""
+    monkeypatch.setattr(ImageFont, "core", DeferredError(ImportError("no FreeType")))
+    monkeypatch.setattr(pictures.features, "check", lambda name: False)
+    log = tmp_path / "log.jsonl"
+    log.write_text(json.dumps({"step": 1, "loss": 1.0, "lr": 0.1}) + "\n")
+    sheets = pictures.curves(log), pictures.cluster_sheet("three", []), pictures.sheet([], ["image"])
+    assert all(np.asarray(page).min() < 128 for page in sheets)
 
 
 def test_a_picture_costs_a_run_neither_its_life_nor_its_scores(run, cache, tmp_path, monkeypatch, capsys):
