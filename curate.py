@@ -544,8 +544,8 @@ def load_features(config):
     if path.is_dir() and (path / "cache.json").exists():
         about, images = data.Cache(path).about, config.images and [config.images]
         ids, x_ND = data.open_summaries(path, config.teacher or next(iter(about["teachers"]), None))
-        seen = about["pixels"] or images
-        return ids, x_ND, (lambda rows: data.thumbnails(path, ids[rows], images)) if seen else None
+        show = lambda rows: data.thumbnails(path, ids[rows], images)  # noqa: E731
+        return ids, x_ND, show if about["pixels"] or images else None
     if path.suffix != ".npy" or not path.is_file():
         raise ValueError(f"--features {path}: want a cache folder (with cache.json) or an .npy file, and it is neither")
     with one_line_errors(path):

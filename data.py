@@ -270,8 +270,7 @@ class Cache:
 
     def meta(self, entry):
         """{"source", "caption", "category"} of (shard number, index)."""
-        number, i = entry
-        return self.shard(number).meta[i]
+        return self.shard(entry[0]).meta[entry[1]]
 
     def text(self, name, entries):
         """Caption embeddings [N, C] of [(shard number, index)], NaN without one; None where none were cached."""
@@ -317,16 +316,15 @@ def signal_to_noise(cache):
 
 
 class Summaries:
-    """A teacher's summaries of all images, [N, C] float32; rows are read when they are indexed.
+    """A teacher's summaries [N, C] float32 of a cache's images, or of those at `places`; rows are read when indexed.
 
     They are one array, with a chunk per shard; unused places are passed over.
     """
 
-    dtype = np.dtype(np.float32)
-
-    def __init__(self, cache, teacher):
-        self.cache, self.name = cache, f"summary.{teacher}"
-        self.shape = int(cache.firsts[-1]), cache.about["teachers"][teacher]["dim"]
+    def __init__(self, cache, teacher, places=None):
+        self.cache, self.name, self.places = cache, f"summary.{teacher}", places
+        n = cache.firsts[-1] if places is None else len(places)
+        self.shape = int(n), cache.about["teachers"][teacher]["dim"]
         if self.shape[0]:
             cache.shard(int(np.argmax(cache.counts > 0))).array(self.name)  # which checks its zarr.json
             self.array = open_array(cache.store, self.name, cache.context).result()
@@ -336,6 +334,7 @@ class Summaries:
 
     def __getitem__(self, at):
         at = np.arange(*at.indices(len(self))) if isinstance(at, slice) else np.asarray(at)
+        at = at if self.places is None else self.places[at]
         shard = np.searchsorted(self.cache.firsts, at, side="right") - 1
         place = shard * self.cache.slots + at - self.cache.firsts[shard]
         if not place.size:
@@ -343,16 +342,18 @@ class Summaries:
         with one_line_errors(f"{self.cache.path}, {self.name}"):
             return self.array[place].read().result()
 
-    def __array__(self, dtype=None, copy=None):
-        return self[:].astype(dtype or self.dtype, copy=False)
-
 
 def open_summaries(path, teacher):
-    """All of a cached teacher's summaries: (ids int64 [N], features [N, C], read when sliced), in cache order."""
+    """A cached teacher's summaries: (ids int64 [N], features [N, C], read when sliced), in cache order.
+
+    Of an image in several views there is the first one's, which is of the whole image.
+    """
     cache = Cache(path)
     if teacher not in cache.about["teachers"]:
         raise ValueError(f"{path} holds the teachers {', '.join(cache.about['teachers'])}, not '{teacher}'")
-    return cache.all_ids(), Summaries(cache, teacher)
+    ids = cache.all_ids()
+    places = np.flatnonzero(np.diff(ids, prepend=-1)) if cache.about["views"] > 1 else None  # views lie side by side
+    return ids if places is None else ids[places], Summaries(cache, teacher, places)
 
 
 def thumbnails(path, ids, images=None):

@@ -172,11 +172,10 @@ class Images:
         budgets = sorted({*np.atleast_1d(max_tokens).tolist()})  # one for all images, or each image gets one of several
         if min_tokens > budgets[0]:
             raise ValueError(f"--min-tokens {min_tokens} is more than --max-tokens {budgets[0]}")
-        self.sources, self.path = Sources.of(sources), path
+        self.sources, self.path, self.quiet = Sources.of(sources), path, quiet
         self.max_tokens = budgets if len(budgets) > 1 else budgets[0]
         self.min_tokens, self.n_views, self.seed = min_tokens, views, seed
-        self.shard_images, self.draft, self.max_skipped = shard_images, draft, max_skipped
-        self.skipped, self.quiet = skipped, quiet
+        self.shard_images, self.draft, self.max_skipped, self.skipped = shard_images, draft, max_skipped, skipped
         self.listed = {*Path(skipped).read_text().splitlines()} if skipped and Path(skipped).exists() else set()
         self.n_shards = -(-len(sources) // shard_images)
         self.numbers = list(range(self.n_shards))

@@ -491,6 +491,23 @@ def test_command_takes_a_cache(cache, world, tmp_path):
     assert trained and trained <= set(kept)
 
 
+def test_an_image_counts_once_whatever_its_views(world, oracles, tmp_path):
+    """Catches views that are kept like images: a subset of fewer images than asked for, some named twice."""
+    views, plain = (
+        data.cache(world.folder / "images", oracles, tmp_path / f"{n}", max_tokens=64, views=n, shard_images=20)
+        for n in (3, 1)
+    )
+    (ids, x), (ids_1, x_1) = (data.open_summaries(cache.path, "dense") for cache in (views, plain))
+    assert len(views.all_ids()) > 2 * len(ids) and np.array_equal(ids, ids_1)
+    np.testing.assert_allclose(x[30:50], x_1[30:50], atol=1e-4)
+    curate.main(["--features", str(views.path), "--levels", "12", "4", "--keep", "30", "--out", str(tmp_path / "out")])
+    kept = np.load(tmp_path / "out/kept.npy")
+    assert len(set(kept)) == 30
+    order = Order(views, 512, subset=kept)  # training sees every view of what is kept
+    trained = [int(i) for n in views.numbers for i in np.array(views.shard(n).ids)[order.kept(n)]]
+    assert len(trained) > 2 * len(set(trained))
+
+
 def test_a_cache_without_pixels_has_pictures_where_images_are_given(world, oracles, tmp_path, capsys):
     """Catches a run of hours that ends in an error at its last step, the pictures."""
     kind = {"max_tokens": 64, "patches": False, "pixels": False, "progress": False}
