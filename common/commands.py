@@ -1,12 +1,14 @@
 """What the commands share: flags and their ranges, files that others wrote, and how an error ends a command."""
 
 import kernels  # noqa: F401  before torch: it sets how OpenMP's threads wait
+from common import stop_importing
 
 # isort: split
 import argparse
 import contextlib
 import fcntl
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -100,6 +102,8 @@ def run_command(name, main, interrupted):
 
     1 for a ValueError, an OSError or too little memory, 130 for Ctrl-C; Parser's own is 2.
     """
+    if signal.getsignal(signal.SIGINT) is stop_importing:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         sys.exit(main())
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
