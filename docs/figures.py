@@ -46,12 +46,8 @@ class Page:
     def line(self, points, colour=INK, width=1.0):
         self.draw.line([(x * SCALE, y * SCALE) for x, y in points], colour, int(width * SCALE), "curve")
 
-    def arrow(self, x0, y0, x1, y1, colour=INK):
-        """Straight, with its head at (x1, y1)."""
-        along, tip = np.array([x1 - x0, y1 - y0]) / np.hypot(x1 - x0, y1 - y0), np.array([x1, y1])
-        across, back = 4 * along[::-1] * (-1, 1), tip - 9 * along
-        self.line([(x0, y0), tip - 5 * along], colour, 1.4)
-        self.draw.polygon([tuple(SCALE * point) for point in (tip, back + across, back - across)], colour)
+    def polygon(self, points, colour):
+        self.draw.polygon([(x * SCALE, y * SCALE) for x, y in points], colour)
 
     def image(self, x, y, array, width, height, how=Image.Resampling.NEAREST):
         x, y, width, height = (round(v * SCALE) for v in (x, y, width, height))
@@ -89,15 +85,15 @@ class Axes:
         low, high, y = (np.log(v) for v in (*self.ys, max(y, 1e-9))) if self.log else (*self.ys, y)
         return x0 + (x1 - x0) * (x - self.xs[0]) / (self.xs[1] - self.xs[0]), y1 - (y1 - y0) * (y - low) / (high - low)
 
-    def curves(self, xs, rows_of):
-        """{colour: rows of values at xs}: bands of a standard deviation to either side, and the means above them."""
-        for colour, rows in rows_of.items():
+    def curves(self, xs, lines, left, top):
+        """{words: (colour, rows of values at xs)}: means, bands of a standard deviation to either side, the words."""
+        for colour, rows in lines.values():
             middle, spread = np.mean(rows, 0), np.std(rows, 0, ddof=1)
             edge = [*zip(xs, middle - spread, strict=True), *reversed([*zip(xs, middle + spread, strict=True)])]
-            pale = tuple(255 - (255 - c) // 4 for c in colour)
-            self.page.draw.polygon([tuple(SCALE * v for v in self.at(*point)) for point in edge], pale)
-        for colour, rows in rows_of.items():
+            self.page.polygon([self.at(*point) for point in edge], tuple(255 - (255 - c) // 4 for c in colour))
+        for i, (words, (colour, rows)) in enumerate(lines.items()):
             self.page.line([self.at(*point) for point in zip(xs, np.mean(rows, 0), strict=True)], colour, 2)
+            self.page.text(left, top + 24 * i, words, 15, colour)
 
     def bars(self, heights, colour, first=0):
         for x, height in enumerate(heights, first):
@@ -121,7 +117,8 @@ def pack(run):
         first, end = (left + step * starts[i + n] for n in (0, 1))
         middle = (first + end) / 2
         page.text(middle, 24, f"image {i}: {h} x {w} patches", 15, colour, "mm")
-        page.arrow(middle, 200, middle, strip - 6, colour)
+        page.line([(middle, 200), (middle, strip - 11)], colour, 1.4)
+        page.polygon([(middle, strip - 6), (middle - 4, strip - 15), (middle + 4, strip - 15)], colour)
         for n, row in enumerate(rows[i]):
             patch = row.reshape(16, 16, 3)
             page.image(middle + (n % w - w / 2) * 30, 118 + (n // w - h / 2) * 30, patch, 28, 28)
@@ -186,7 +183,7 @@ def arkd(run):
         axes = Axes(page, box, (0, most), (0, most), ticks, ticks, "", f"distance in teacher '{head}', over its mean")
         (x0, y0), (x1, y1), (xm, ym) = axes.at(0, 0), axes.at(most, most), axes.at(median, median)
         for corners in ([(x0, y0), (xm, ym), (xm, y1), (x0, y1)], [(xm, ym), (x1, y1), (x1, y0), (xm, y0)]):
-            page.draw.polygon([(x * SCALE, y * SCALE) for x, y in corners], (252, 236, 232))
+            page.polygon(corners, (252, 236, 232))
         page.line([(xm, y0), (xm, y1)], GREY)
         page.line([(x0, y0), (x1, y1)], INK)
         page.text(xm, y1 - 8, "median", 13, GREY, "mm")
@@ -228,43 +225,44 @@ def evidence(_):
 def optimisers(_):
     """The loss by step under each optimiser, and how unevenly experts are loaded with their bias and without."""
     found, page, steps, ticks = tables.load("claims"), Page(980, 330), range(20, 301, 20), (20, 100, 200, 300)
-    arms = {"as it is": GREY, "optimiser: AdamW, lr 2e-2": ORANGE, "optimiser: Muon for matrices": BLUE}
-    arms |= {"optimiser: Muon, lr 2e-2": GREEN}
+    lines_of = lambda key, arms: {  # noqa: E731
+        words: (colour, [r[key] for r in found[arm].values()]) for words, (colour, arm) in arms.items()
+    }
+    arms = {
+        "AdamW, lr 6e-3": (GREY, "as it is"),
+        "AdamW, lr 2e-2": (ORANGE, "optimiser: AdamW, lr 2e-2"),
+        "Muon, lr 6e-3": (BLUE, "optimiser: Muon for matrices"),
+        "Muon, lr 2e-2": (GREEN, "optimiser: Muon, lr 2e-2"),
+    }
     title = "loss, the mean of 20 steps"
     axes = Axes(page, (50, 40, 430, 270), (20, 300), (1.8, 12), ticks, (2, 3, 4, 6, 8, 10), title, "step", log=True)
-    axes.curves(steps, {colour: [r["loss"] for r in found[arm].values()] for arm, colour in arms.items()})
-    for i, words in enumerate(("AdamW, lr 6e-3", "AdamW, lr 2e-2", "Muon, lr 6e-3", "Muon, lr 2e-2")):
-        page.text(310, 60 + 24 * i, words, 15, [*arms.values()][i])
+    axes.curves(steps, lines_of("loss", arms), 310, 60)
+    arms = {"with the expert bias": (GREEN, "load by step: with the bias"), "without": (GREY, "load by step: without")}
     title = "load of experts, most less least, mean load 1"
     axes = Axes(page, (560, 40, 940, 270), (20, 300), (0, 3.5), ticks, range(4), title, "step")
-    arms = {"load by step: with the bias": GREEN, "load by step: without": GREY}
-    rows_of = {c: [r["load_spread_by_step"] for r in found[arm].values()] for arm, c in arms.items()}
-    axes.curves(steps, rows_of)
-    for i, words in enumerate(("with the expert bias", "without")):
-        page.text(580, 222 + 24 * i, words, 15, [*rows_of][i])
+    axes.curves(steps, lines_of("load_spread_by_step", arms), 580, 222)
     page.save("optimisers", 64)
 
 
 def subsets(_):
     """Scores with all classes alike of students of a part of the toy's long-tailed pool, against its size."""
-    page, colours = Page(900, 360), {"random": GREY, "by the text teacher": PURPLE, "by the dense teacher": GREEN}
-    found = tables.load("claims")
-    whole = np.mean([r["knn_balanced"] for r in found["long curation to 1: the whole pool"].values()])
-    runs_of = ("", "short runs", (0.4, 0.5, 0.6)), ("long ", "the default run", (0.5, 0.6, 0.7, 0.8, 0.9, 1.0))
+    page, found = Page(900, 330), tables.load("claims")
+    scores = lambda arm: np.array([r["knn_balanced"] for r in found[arm].values()])  # noqa: E731
+    colours = {"random": GREY, "by the text teacher": PURPLE, "by the dense teacher": GREEN}
+    runs_of = ("", "short runs", (0.3, 0.4, 0.5, 0.6)), ("long ", "the default run", (0.5, 0.6, 0.7, 0.8, 0.9, 1.0))
     for n, (kind, title, ticks) in enumerate(runs_of):
-        box, rows_of = (60 + 440 * n, 60, 430 + 440 * n, 280), {}
+        box = left, _, right, bottom = (60 + 440 * n, 60, 430 + 440 * n, 280)
         axes = Axes(page, box, (-0.2, 2.2), (ticks[0], ticks[-1]), (), ticks, f"{title}: kNN, mean over classes")
-        for i, (how, colour) in enumerate(colours.items()):
-            page.text(60 + 270 * i, 340, how, 15, colour)
-            runs = [found.get(f"{kind}curation to 1/{part}: {how}", {}) for part in (16, 8, 4)]
-            if all(runs):
-                rows_of[colour] = [[run[seed]["knn_balanced"] for run in runs] for seed in runs[0]]
-        axes.curves(range(3), rows_of)
-        if kind:
-            page.line([axes.at(-0.2, whole), axes.at(2.2, whole)], GREY)
-            page.text(axes.at(-0.15, whole)[0], axes.at(0, whole)[1] - 10, "the whole pool", 12, GREY)
+        arms = {how: [f"{kind}curation to 1/{part}: {how}" for part in (16, 8, 4)] for how in colours}
+        arms = {how: names for how, names in arms.items() if all(name in found for name in names)}
+        lines = {how: (colours[how], np.stack([*map(scores, names)], 1)) for how, names in arms.items()}
+        axes.curves(range(3), lines, right - 150, bottom - 24 * len(lines))
         for i, part in enumerate(("a 16th of the pool", "an 8th", "a 4th")):
-            page.text(axes.at(i, ticks[0])[0], box[3] + 14, part, 12, GREY, "mm")
+            page.text(axes.at(i, ticks[0])[0], bottom + 14, part, 12, GREY, "mm")
+        if kind:
+            y = axes.at(0, scores("long curation to 1: the whole pool").mean())[1]
+            page.line([(left, y), (right, y)], GREY)
+            page.text(left + 8, y - 10, "the whole pool", 12, GREY)
     page.save("subsets", 64)
 
 
