@@ -102,24 +102,24 @@ def pretend():
 class Lowered:
     """What a step was lowered to; a backend of torch.compile that runs what it is given on fake tensors."""
 
-    def __init__(self, pairs, heads_d):
-        """pairs: of tokens whose score is computed; heads_d: channels of all heads."""
-        from torch._inductor import async_compile, compile_fx, config, graph
+    def __init__(self, attention_flops):
+        """attention_flops: of a layer's forward pass."""
+        from torch._functorch.aot_autograd import make_boxed_func
+        from torch._inductor import async_compile, compile_fx, config
 
-        self.compile_fx = compile_fx
+        self.compile_fx, self.boxed = compile_fx, make_boxed_func
         self.graphs = 0  # that Dynamo made
         self.traced = []  # torch.fx graphs, forward and backward
         self.scheduled = []  # (what a kernel belongs to, bytes, operations)
+
+        def count(kernels):
+            self.scheduled += [describe(kernel, attention_flops) for kernel in kernels]
+            return kernels
+
         config.fx_graph_cache = config.joint_graph_constant_folding = config.shape_padding = False  # they would compute
         config.compile_threads = 1
+        config._post_fusion_custom_pass = count
         torch._functorch.config.enable_autograd_cache = False
-        load = graph.GraphLowering._compile_to_module_lines
-
-        def load_and_count(lowering, code):
-            self.scheduled += [describe(node, pairs, heads_d) for node in lowering.scheduler.nodes]
-            return load(lowering, code)
-
-        graph.GraphLowering._compile_to_module_lines = load_and_count
         async_compile.AsyncCompile.triton = lambda *_, **__: None
 
     def __call__(self, graph_module, inputs):
@@ -130,14 +130,7 @@ class Lowered:
         traced = torch.fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
         self.traced.append(traced)
         self.compile_fx.compile_fx_inner(graph_module, inputs, **how)
-
-        def run(arguments):
-            out = traced(*arguments)
-            arguments.clear()
-            return out
-
-        run._boxed_call = True
-        return run
+        return self.boxed(traced)
 
 
 def lower_step(config, tokens):
@@ -148,8 +141,8 @@ def lower_step(config, tokens):
     shapes = [[(16, 16)] * (tokens // 261), mixed_shapes(tokens, 0), mixed_shapes(tokens, 1)]
     packs = [random_pack(some, tokens, spaces, seed) for seed, some in enumerate(shapes)]
     blocks = mask_blocks(packs[0].starts, tokens)
-    pairs = int(blocks["partial_count"].sum() + blocks["full_count"].sum()) * BLOCK**2
-    lowered = Lowered(pairs, config.heads * config.head_dim)
+    pairs = int(blocks["partial_count"].sum() + blocks["full_count"].sum()) * BLOCK**2  # whose score is computed
+    lowered = Lowered(4 * pairs * config.heads * config.head_dim)
     torch._functorch.config.backward_pass_autocast = "off"  # as train.compile_forward has it
     run = torch.compile(train.forward, backend=lowered, fullgraph=True)
     with mode:
@@ -190,7 +183,7 @@ def place(origin):
 
 
 def is_product(node):
-    return getattr(node.target, "_opname", "") in PRODUCTS
+    return getattr(getattr(node, "target", None), "_opname", "") in PRODUCTS
 
 
 def product_flops(node):
@@ -201,21 +194,21 @@ def product_flops(node):
     return 2 * math.prod(map(hint, left.shape)) * hint(right.shape[-1])
 
 
-def describe(node, pairs, heads_d):
-    """(group, bytes, operations) of one of the scheduler's kernels; pairs: of tokens whose score is computed."""
+def describe(node, attention_flops):
+    """(group, bytes, operations) of one of the scheduler's kernels."""
     parts = [part.node for part in node.get_nodes() if part.node is not None]
     origins, kernel, flops = {o for part in parts for o in part.origins}, "", 0
-    made = [o for o in (getattr(part, "origin_node", None) for part in parts) if o is not None]
+    products = [part.origin_node for part in parts if is_product(getattr(part, "origin_node", None))]
     if node.get_template_node():
-        backward = any("backward" in o.name for o in origins)  # which computes the scores once more
-        kernel, flops = "flex", (10 if backward else 4) * pairs * heads_d
-    elif made and is_product(made[0]):
-        kernel, flops, origins = made[0].target._opname, product_flops(made[0]), made[:1]
+        backward = any("backward" in o.name for o in origins)
+        kernel, flops = "flex", attention_flops * (2.5 if backward else 1)  # which computes the scores once more
+    elif products:
+        kernel, flops, origins = products[0].target._opname, product_flops(products[0]), products[:1]
     elif all(CAST.match(o.name) for o in origins):
         kernel = "cast"
-    groups = [next(g for g, what in GROUPS.items() if re.search(what, f"{kernel} {place(o)}")) for o in origins]
-    known = [group for group, o in zip(groups, origins, strict=True) if place(o).strip()]
-    group = collections.Counter(known or groups or [*GROUPS][-1:]).most_common(1)[0][0]
+    known = [o for o in origins if place(o).strip()] or origins
+    groups = [next(g for g, what in GROUPS.items() if re.search(what, f"{kernel} {place(o)}")) for o in known]
+    group = collections.Counter(groups or [*GROUPS][-1:]).most_common(1)[0][0]
     return group, node.get_read_write_buffers_sizes(), flops
 
 
@@ -275,16 +268,16 @@ def compile_own():
 # ---- the command ----
 
 
-def table(model, lowered, times):
-    """{group: {"gb", "tflop", "floor_ms"}}, clipping and AdamW added; the layers that were lowered count `times`."""
+def table(model, lowered, layers):
+    """{group: {"gb", "tflop", "floor_ms"}}, clipping and AdamW added; the layer that was lowered counts for all."""
     sizes = [0, 0]  # of parameters outside of layers, in them
     for name, p in model.named_parameters():
         sizes[name.startswith("layers.")] += p.numel() * p.requires_grad
     # The norm reads the gradient, clipping reads and writes it; AdamW reads four tensors and writes three, all float32.
-    update = ("clip and AdamW", 4 * (3 + 7) * (sizes[0] + times * sizes[1]), 0)
+    update = ("clip and AdamW", 4 * (3 + 7) * (sizes[0] + layers * sizes[1]), 0)
     rows = {group: {"gb": 0.0, "tflop": 0.0, "floor_ms": 0.0} for group in (*GROUPS, update[0], "sum")}
     for group, size, flops in [*lowered.scheduled, update]:
-        n = times if group in LAYER else 1
+        n = layers if group in LAYER else 1
         for row in (rows[group], rows["sum"]):
             row["gb"] += n * size / 1e9
             row["tflop"] += n * flops / 1e12
@@ -292,14 +285,14 @@ def table(model, lowered, times):
     return rows
 
 
-def lower_and_check(layers, tokens, out):
+def lower_and_check(tokens, out):
     """Print the table of amoe-0.3b's step, keep it in the folder `out`, and say what is not as it must be."""
     config = amoe.CONFIGS["amoe-0.3b"]
-    model, lowered = lower_step(replace(config, layers=layers), tokens)
+    model, lowered = lower_step(replace(config, layers=1), tokens)
     wrong = [f"{lowered.graphs} graphs where one would do"] if lowered.graphs > 1 else []
     wrong += [f"{name} gets no gradient" for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     wrong += [said for traced in lowered.traced for said in must_be_float32(traced)]
-    rows = table(model, lowered, config.layers / layers)
+    rows = table(model, lowered, config.layers)
     print(f"{'computed, not measured':<40}{'GB':>8}{'TFLOP':>8}{'floor, ms':>11}")
     for group, row in rows.items():
         print(f"{group:<40}{row['gb']:>8.2f}{row['tflop']:>8.2f}{row['floor_ms']:>11.2f}", flush=True)
@@ -310,7 +303,6 @@ def lower_and_check(layers, tokens, out):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--layers", type=int, default=1, help="to lower; all are counted, for they are alike")
     parser.add_argument("--tokens", type=int, default=16384, help="in the step's pack")
     parser.add_argument("--only", choices=("own", "table"), help="our own kernels, or the table and its checks alone")
     parser.add_argument("--out", type=Path, help="folder of lower.json, which keeps the table")
@@ -324,7 +316,7 @@ def main():
             sys.exit(run_with_stand_ins(sys.argv[1:]))
         pretend()
         torch.set_float32_matmul_precision("high")  # as common.process.setup has it on CUDA
-        wrong = lower_and_check(args.layers, args.tokens, args.out)
+        wrong = lower_and_check(args.tokens, args.out)
     if args.only != "table":
         pretend_driver()
         compile_own()
