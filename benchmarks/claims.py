@@ -93,48 +93,28 @@ OWN_BASE = "token budgets", "curation", "long curation", "default run", "larger 
 MEASURES = ("zeroshot", "knn", "miou", "distances", "cka", "neighbours", "patch_cosine")
 
 
-def flags_of(words):
-    """train.py's flags of an arm's words, of which NAME=NUMBER is one of its --sizes; a flag's last words win."""
-    sizes = [word for word in words if "=" in word]
-    return [word for word in words if "=" not in word] + (["--sizes", *sizes] if sizes else [])
-
-
 def words_of(arm):
     """(the flags of train.py of an arm, the toy whose cache it reads, how a part of it is chosen or "")."""
     short, words = [] if arm.startswith("long") else SHORT.split(), arm.removeprefix("long").split()
     world = words.pop(0) if words and words[0].startswith("toy-") else "toy"
     chosen = words.pop(0) if words and "/" in words[0] else ""
-    return flags_of(short + words), world, chosen
-
-
-def trained(out, cache, flags, ids=None):
-    """The student, to evaluation, of a run of train.py in the folder `out`: on a cache, or on these ids of it."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if ids is not None:
-        np.save(f"{out}.npy", ids)
-        flags = ["--subset", f"{out}.npy", *flags]
-    fixed = ["--cache", cache.path, "--out", out, "--threads", 1, "--no-evaluate"]
-    train.main([str(word) for word in (*fixed, *flags)])
-    return evaluate.of_student(amoe.load(out / "student"))
+    words = short + words  # a flag's last words win
+    flags, sizes = ([word for word in words if ("=" in word) == is_size] for is_size in (False, True))
+    return flags + (["--sizes", *sizes] if sizes else []), world, chosen
 
 
 def complete(path, jobs):
-    """Put what is missing into a JSON file, {group: {name: job()}} of jobs {(group, name): job}, one after another."""
+    """Put what is missing into a JSON file, {arm: {seed: job()}} of jobs {(arm, seed): job}, one after another.
+
+    Numbers have five digits, so that the file stays small.
+    """
     found = json.loads(path.read_text()) if path.exists() else {}
-    for (group, name), job in jobs.items():
-        if name not in found.setdefault(group, {}):
-            found[group][name] = rounded(job())
+    for (arm, seed), job in jobs.items():
+        if seed not in found.setdefault(arm, {}):
+            text = json.dumps(job())
+            found[arm][seed] = json.loads(text, parse_float=lambda digits: float(f"{float(digits):.5g}"))
             path.write_text(json.dumps(found, indent=1) + "\n")
             gc.collect()  # a run's cache, held by a cycle, has shards in memory
-
-
-def rounded(x):
-    """A JSON value whose numbers have five digits, so that the file stays small."""
-    if isinstance(x, dict):
-        return {k: rounded(v) for k, v in x.items()}
-    if isinstance(x, list):
-        return [rounded(v) for v in x]
-    return float(f"{x:.5g}") if isinstance(x, float) else x
 
 
 def ids_of(cache, entries):
@@ -256,10 +236,15 @@ def run(work, out, arm, seed, photos):
     """One run of train.py in the folder `out`, and what came of it. photos: Pictures, or None for the toy."""
     flags, name, part = words_of(arm)
     world, pictures = (None, photos) if photos else toy_pictures(work, name)
-    ids = choose(pictures, part, int(seed)) if part else None
+    flags += ["--cache", pictures.cache.path, "--out", out, "--seed", seed, "--threads", 1, "--save-every", 10**6]
+    if part:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        np.save(f"{out}.npy", choose(pictures, part, int(seed)))
+        flags += ["--subset", f"{out}.npy"]
     began = time.process_time()
-    model = trained(out, pictures.cache, ["--overwrite", "--save-every", 10**6, *flags, "--seed", seed], ids)
+    train.main([*map(str, flags), "--overwrite", "--no-evaluate"])
     seconds = time.process_time() - began
+    model = evaluate.of_student(amoe.load(out / "student"))
     scores = pictures.scores
     if not part and not photos:
         scores = lambda model, _: toy.scores(world, pictures.cache, {"student": model})["student"]  # noqa: E731
