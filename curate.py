@@ -496,7 +496,7 @@ def curate(x_ND, levels, keep, seed=0):
 def entropy(count_K):
     """Of a histogram, over the log of its number of bins: 1 is uniform."""
     p = count_K[count_K > 0] / count_K.sum()
-    return float(-(p * np.log(p)).sum() / np.log(len(count_K))) if len(count_K) > 1 else 1.0
+    return float((p * np.log(1 / p)).sum() / np.log(len(count_K))) if len(count_K) > 1 else 1.0
 
 
 def report(tree, kept, config):

@@ -448,7 +448,7 @@ def check_room(dataset, about, out, n_shards, progress):
     kinds = {"int8": values, "bf16": 2 * values, "float32": 4 * values, "summaries alone": 0}
     kind = about["dtype"] if about["patches"] else "summaries alone"
     parts = {"pixels": patches * ROW * about["pixels"], "patches": kinds[kind], "summaries": summaries}
-    total, gib = sum(parts.values()), lambda n: f"{n / 2**30:.1f} GiB" if n >= 2**30 else f"{n / 2**20:.0f} MiB"
+    total, gib = sum(parts.values()), lambda n: f"{n / 2**30:.1f} GiB" if n >= 2**30 else f"{n / 2**20:.1f} MiB"
     others = {k: total - kinds[kind] + n for k, n in kinds.items()}
     if progress:
         said = [", ".join(f"{k} {gib(n)}" for k, n in some.items()) for some in (parts, others)]

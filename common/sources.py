@@ -376,6 +376,8 @@ def walk(folder, folders, seen):
     seen.add((status.st_dev, status.st_ino))
     folders[folder] = status.st_mtime_ns
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.is_symlink() and not os.path.exists(entry):  # it leads nowhere, or to itself
+            continue
         if entry.is_dir():
             yield from walk(entry.path, folders, seen)
         elif entry.name.lower().endswith((*SUFFIXES, ".tar")) and entry.is_file():

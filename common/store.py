@@ -235,8 +235,9 @@ def write_atomically(path, write):
         folder = os.open(path.parent, os.O_RDONLY)  # the new name, too, must outlive a power cut
         os.fsync(folder)
         os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError
+    except (OSError, RuntimeError) as error:  # torch's writer hides a full disk behind a RuntimeError
         with contextlib.suppress(OSError):
             temporary.unlink()
-        said = one_line(error).removeprefix(f"{temporary}: ")
+        said = one_line(error.__context__ if isinstance(error.__context__, OSError) else error)
+        said = said.removeprefix(f"{temporary}: ")
         raise ValueError(f"cannot write {path}: {said}; what was there before is untouched") from error

@@ -389,7 +389,7 @@ def test_the_size_is_said_before_and_a_disk_without_room_is_an_error(world, orac
     """Catches a cache that fills the disk after a day, and an estimate that is off."""
     kind = {"max_tokens": 64, "shard_images": 20}
     data.cache(world.folder / "images", oracles, tmp_path / "c", **kind)
-    said = float(re.search(r"the whole cache: (\d+) MiB", capsys.readouterr().out)[1]) * 2**20
+    said = float(re.search(r"the whole cache: ([\d.]+) MiB", capsys.readouterr().out)[1]) * 2**20
     size = sum(p.stat().st_size for p in (tmp_path / "c").rglob("*") if p.is_file() and p.parent.name != "teachers")
     assert 0.7 < said / size < 1.1
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))

@@ -339,6 +339,9 @@ def test_several_folders_links_and_lists_of_folders(tmp_path):
     (a / "link").symlink_to(b)
     (b / "loop").symlink_to(b)
     (b / "up").symlink_to(a)
+    for name in ("self", "self.png"):  # links that no system call follows
+        (a / name).symlink_to(name)
+    (a / "nothing.png").symlink_to("nowhere")
     assert [s.name for s in sources_file.find_sources(a)] == ["0.png", "1.png", "link/deep/0.png", "link/deep/1.png"]
     both = sources_file.find_sources([a, b / "deep"])
     linked = ["a/link/deep/0.png", "a/link/deep/1.png"]

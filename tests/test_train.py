@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -455,8 +456,15 @@ def test_resume_with_other_flags_is_an_error(cache, tmp_path):
 
 
 def test_a_full_disk_leaves_earlier_checkpoints(cache, tmp_path, monkeypatch):
-    """Catches writing over the newest checkpoint, and a temporary file that stays."""
+    """Catches writing over the newest checkpoint, a temporary file that stays, and torch's words for a full disk."""
     train.save(tmp_path, {"step": 1, "x": torch.ones(3)}, keep=2)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, limits[1]))
+    try:
+        with pytest.raises(ValueError, match=r"cannot write .*step-000002.pt: File too large; what was there before"):
+            train.save(tmp_path, {"step": 2, "x": torch.ones(9000)}, keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     def full(*_):
         raise OSError(28, "No space left on device")
