@@ -168,7 +168,6 @@ GROUPS = {
     "embedding, heads, losses": "",
 }
 CAST = re.compile("convert_element|permute|cat|slice|split|view|clone|select|_grouped_mm|transpose")  # of weights alone
-LAYER = [*GROUPS][:-1]  # those of a layer
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm")
 FLOAT32 = "router", "pool", ":invert"  # places whose products have float32 operands, forward and backward
 
@@ -203,7 +202,9 @@ def describe(node, attention_flops):
         backward = any("backward" in o.name for o in origins)
         kernel, flops = "flex", attention_flops * (2.5 if backward else 1)  # which computes the scores once more
     elif products:
-        kernel, flops, origins = products[0].target._opname, product_flops(products[0]), products[:1]
+        made = products[0]
+        kernel, flops = made.target._opname, product_flops(made)
+        origins = [made if place(made).strip() else made.args[-2]]  # its left factor: Inductor joined it with a sum
     elif all(CAST.match(o.name) for o in origins):
         kernel = "cast"
     known = [o for o in origins if place(o).strip()] or origins
@@ -268,41 +269,39 @@ def compile_own():
 # ---- the command ----
 
 
-def table(model, lowered, layers):
-    """{group: {"gb", "tflop", "floor_ms"}}, clipping and AdamW added; the layer that was lowered counts for all."""
-    sizes = [0, 0]  # of parameters outside of layers, in them
-    for name, p in model.named_parameters():
-        sizes[name.startswith("layers.")] += p.numel() * p.requires_grad
+def table(model, lowered):
+    """{group: {"gb", "tflop", "floor_ms"}}, clipping and AdamW added."""
+    weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # The norm reads the gradient, clipping reads and writes it; AdamW reads four tensors and writes three, all float32.
-    update = ("clip and AdamW", 4 * (3 + 7) * (sizes[0] + layers * sizes[1]), 0)
+    update = ("clip and AdamW", 4 * (3 + 7) * weights, 0)
     rows = {group: {"gb": 0.0, "tflop": 0.0, "floor_ms": 0.0} for group in (*GROUPS, update[0], "sum")}
     for group, size, flops in [*lowered.scheduled, update]:
-        n = layers if group in LAYER else 1
         for row in (rows[group], rows["sum"]):
-            row["gb"] += n * size / 1e9
-            row["tflop"] += n * flops / 1e12
-            row["floor_ms"] += n * 1e3 * max(size / BYTES_PER_S, flops / FLOPS_PER_S)
+            row["gb"] += size / 1e9
+            row["tflop"] += flops / 1e12
+            row["floor_ms"] += 1e3 * max(size / BYTES_PER_S, flops / FLOPS_PER_S)
     return rows
 
 
-def lower_and_check(tokens, out):
+def lower_and_check(layers, tokens, out):
     """Print the table of amoe-0.3b's step, keep it in the folder `out`, and say what is not as it must be."""
-    config = amoe.CONFIGS["amoe-0.3b"]
-    model, lowered = lower_step(replace(config, layers=1), tokens)
+    model, lowered = lower_step(replace(amoe.CONFIGS["amoe-0.3b"], layers=layers), tokens)
     wrong = [f"{lowered.graphs} graphs where one would do"] if lowered.graphs > 1 else []
     wrong += [f"{name} gets no gradient" for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     wrong += [said for traced in lowered.traced for said in must_be_float32(traced)]
-    rows = table(model, lowered, config.layers)
+    rows = table(model, lowered)
     print(f"{'computed, not measured':<40}{'GB':>8}{'TFLOP':>8}{'floor, ms':>11}")
     for group, row in rows.items():
         print(f"{group:<40}{row['gb']:>8.2f}{row['tflop']:>8.2f}{row['floor_ms']:>11.2f}", flush=True)
-    record(out, "lower.json", f"amoe-0.3b, {tokens} tokens", {"torch": torch.__version__, "groups": rows})
+    name = f"amoe-0.3b, {layers} layers, {tokens} tokens"
+    record(out, "lower.json", name, {"torch": torch.__version__, "groups": rows})
     print(*(wrong or ["one graph, float32 where it must be, a gradient for every parameter"]), sep="\n", flush=True)
     return bool(wrong)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--layers", type=int, default=18, help="of the student; one takes a minute, 18 take four")
     parser.add_argument("--tokens", type=int, default=16384, help="in the step's pack")
     parser.add_argument("--only", choices=("own", "table"), help="our own kernels, or the table and its checks alone")
     parser.add_argument("--out", type=Path, help="folder of lower.json, which keeps the table")
@@ -316,7 +315,7 @@ def main():
             sys.exit(run_with_stand_ins(sys.argv[1:]))
         pretend()
         torch.set_float32_matmul_precision("high")  # as common.process.setup has it on CUDA
-        wrong = lower_and_check(args.tokens, args.out)
+        wrong = lower_and_check(args.layers, args.tokens, args.out)
     if args.only != "table":
         pretend_driver()
         compile_own()

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from statistics import mean, median, stdev
 
+import numpy as np
+
 from benchmarks.claims import BUDGETS, base_of, compared, measured, value
 from benchmarks.measure import ratios
 
@@ -105,7 +107,7 @@ def int8():
 
 
 def lower():
-    groups = load("lower")["amoe-0.3b, 16384 tokens"]["groups"]
+    groups = load("lower")["amoe-0.3b, 18 layers, 16384 tokens"]["groups"]
     rows = [(group, *(f"{r[key]:.1f}" for key in ("gb", "tflop", "floor_ms"))) for group, r in groups.items()]
     note = "Computed, not measured: `python -m benchmarks.lower --only table`, torch 2.11.0 for CUDA 13.0, no GPU."
     return table(("group", "GB", "TFLOP", "floor, ms"), rows, note)
@@ -202,6 +204,28 @@ def costs():
     return table(head, rows)
 
 
+def fewer_steps():
+    """Scores of each optimiser after fewer steps, and when it has those of the run as it is, between two of these."""
+    found, rows, measures = load("claims"), [], ("zeroshot", "knn", "miou")
+    goal = {m: mean(r[m] for r in found["as it is"].values()) for m in measures}
+    whole = {"AdamW": "as it is", "AdamW, WSD": "optimiser: WSD schedule"}
+    whole |= {"Muon": "optimiser: Muon for matrices", "Muon, lr 2e-2": "optimiser: Muon, lr 2e-2"}
+    for name, arm in whole.items():
+        runs = {n: found[f"fewer steps: {name}, {n}"].values() for n in (75, 100, 150, 200)} | {
+            300: found[arm].values()
+        }
+        second = {n: median(r["cpu_seconds"] for r in some) for n, some in runs.items()}
+        at = [{n: mean(r[m] for r in some) for n, some in runs.items()} for m in measures]
+        cells = [" / ".join(f"{score[n]:.2f}" for score in at) for n in runs]
+        for score, wanted in zip(at, goal.values(), strict=True):
+            steps = np.interp(wanted, [*score.values()], [*score])
+            reached = f"{steps:.0f}, {np.interp(steps, [*second], [*second.values()]):.0f} CPU-s"
+            cells.append(reached if score[300] >= wanted else "not reached")
+        rows.append((name, *cells))
+    head = ("optimiser", *(f"{n} steps" for n in runs), *(f"{m} of the run as it is after" for m in measures))
+    return table(head, rows)
+
+
 SCALE = {  # what benchmarks.scale measures: in words, and what it has to be with 2e8 images
     "open table": ("a rank's start, --images", "10 s, 2 GB"),
     "open cache": ("a rank's start, --cache", "10 s, 2 GB"),
@@ -255,7 +279,8 @@ def balance():
 
 
 MAKERS = toy, photos, evaluate, step, lower, int8, scale, kmeans
-MAKERS += evidence, evidence_cifar, default_run, curating, long_curating, larger_batch, budgets, shares, costs, balance
+MAKERS += evidence, evidence_cifar, default_run, curating, long_curating, larger_batch, budgets, shares, costs
+MAKERS += fewer_steps, balance
 TABLES = {make.__name__: make for make in MAKERS}
 
 
