@@ -18,11 +18,10 @@ from teachers import space_bytes
 import json
 import os
 import re
-import subprocess
-import sys
 import tempfile
-import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +85,7 @@ def plan(dataset, windows=25):
         packs, carried = order.plan(position)
         best = max(best, sum(map(len, packs)) / (time.process_time() - began))
         position = Position(0, min(window + 1, order.windows - 1), 0, carried)
-    return {"images_per_s": best}
+    return {"images/s": best}
 
 
 def first_batch(folder):
@@ -99,68 +98,65 @@ def subset(folder):
     return Order(open_table(folder), TOKENS, subset=read_subset(folder / "half.npy")).plan(Position())
 
 
-def own():
-    """MiB of this process's own pages."""
-    return int(re.search(r"Anonymous:\s+(\d+)", Path("/proc/self/smaps_rollup").read_text())[1]) / 2**10
+def mib(file, name):
+    """What the kernel says of this process's pages."""
+    return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self", file).read_text())[1]) / 2**10
 
 
 def cluster(folder):
-    """MiB that a tree of two levels takes at most, resampled once, beyond the features' file."""
-    x_ND, held, done = np.load(folder / "x.npy", mmap_mode="r"), [], threading.Event()
+    """MiB that a tree of two levels takes at most, resampled once, beyond the features of up to a million images."""
+    n = len(open_table(folder).sources)
+    if n > 10**6:
+        return {}
+    x_ND = np.random.default_rng(0).standard_normal((n, 16), dtype=np.float32)
     torch.set_num_threads(1)
-    curate.kmeans(x_ND[:20_000], k=32)  # libraries and their memory
-    before = own()
-
-    def watch():
-        while not done.wait(0.02):
-            held.append(own())
-
-    threading.Thread(target=watch).start()
+    curate.kmeans(x_ND[:10_000], k=32)  # libraries and their memory
+    before = mib("status", "VmHWM")
     curate.build_tree(curate.Points(x_ND), curate.Config(levels=(256, 16), iterations=1, resamplings=1))
-    done.set()
-    return {"mib": max(held, default=before) - before}
+    return {"MiB": mib("status", "VmHWM") - before}
 
 
-FIGURES = {
-    "open table": lambda folder: open_table(folder).shard(0),
-    "open cache": lambda folder: Order(data.Cache(folder / "cache"), TOKENS),
-    "first batch": first_batch,
-    "subset": subset,
-    "summaries": lambda folder: data.open_summaries(folder / "cache", "t")[1][: 8 * SHARD],
-    "plan cache": lambda folder: plan(data.Cache(folder / "cache")),
-    "plan table": lambda folder: plan(open_table(folder)),
-    "k-means": cluster,
+FIGURES = {  # what is measured, what it has to be with 2e8 images
+    "a rank's start, --images": ("10 s, 2 GB", lambda folder: open_table(folder).shard(0)),
+    "a rank's start, --cache": ("10 s, 2 GB", lambda folder: Order(data.Cache(folder / "cache"), TOKENS)),
+    "opening the cache, then the first batch": ("5 s", first_batch),
+    "start and first window with --subset of half of the images": ("10 s, 2 GB", subset),
+    "curating from a cache: ids and a block of summaries": (
+        "",
+        lambda folder: data.open_summaries(folder / "cache", "t")[1][: 8 * SHARD],
+    ),
+    "planning, --cache": ("15% of a core", lambda folder: plan(data.Cache(folder / "cache"))),
+    "planning, --images": ("15% of a core", lambda folder: plan(open_table(folder))),
+    "k-means, beyond the features": ("60 GB", cluster),
 }
 
 
 def measure(what, folder):
     """A figure of the folder, in this process: its own dict, or CPU seconds and MiB of the process's own."""
+    own = lambda: mib("smaps_rollup", "Anonymous")  # noqa: E731
     before, began = own(), time.process_time()
-    found = FIGURES[what](folder)
-    return found if isinstance(found, dict) else {"s": time.process_time() - began, "mib": own() - before}
+    found = FIGURES[what][1](folder)
+    return found if isinstance(found, dict) else {"s": time.process_time() - began, "MiB": own() - before}
 
 
 def main():
-    result = {"machine": f"{os.cpu_count()} cores, load {os.getloadavg()[1]:.0f}, numpy {np.__version__}"}
-    result |= {"sizes": SIZES, "figures": {}}
+    figures = {what: {"goal": goal, "measured": {}} for what, (goal, _) in FIGURES.items()}
+    alone = {"mp_context": get_context("spawn"), "max_tasks_per_child": 1}  # a process a figure
     for n in SIZES:
-        with tempfile.TemporaryDirectory() as name:
-            folder, clustered = Path(name), n <= 10**6
+        with tempfile.TemporaryDirectory() as name, ProcessPoolExecutor(1, **alone) as process:
+            folder = Path(name)
             ids = make_table(folder / "table", n)
             np.save(folder / "half.npy", np.sort(ids[::2]))
             make_cache(folder / "cache", n, ids)
-            if clustered:
-                np.save(folder / "x.npy", np.random.default_rng(0).standard_normal((n, 16), dtype=np.float32))
-            figures = result["figures"][str(n)] = {}
-            for what in [what for what in FIGURES if clustered or what != "k-means"]:
-                words = [sys.executable, "-m", "benchmarks.scale", what, name]
-                figures[what] = json.loads(subprocess.check_output(words, cwd=ROOT))
-                print(n, what, figures[what], flush=True)
+            for what in FIGURES:
+                found = process.submit(measure, what, folder).result()
+                print(n, what, found, flush=True)
+                for unit, value in found.items():
+                    figures[what]["measured"].setdefault(unit, []).append(value)
+    machine = f"{os.cpu_count()} cores, load {os.getloadavg()[1]:.0f}, numpy {np.__version__}"
+    result = {"machine": machine, "sizes": SIZES, "figures": figures}
     (ROOT / "benchmarks/scale.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        print(json.dumps(measure(sys.argv[1], Path(sys.argv[2]))))
-    else:
-        main()
+    main()

@@ -226,31 +226,17 @@ def fewer_steps():
     return table(head, rows)
 
 
-SCALE = {  # what benchmarks.scale measures: in words, and what it has to be with 2e8 images
-    "open table": ("a rank's start, --images", "10 s, 2 GB"),
-    "open cache": ("a rank's start, --cache", "10 s, 2 GB"),
-    "first batch": ("opening the cache, then the first batch", "5 s"),
-    "subset": ("start and first window with --subset of half of the images", "10 s, 2 GB"),
-    "summaries": ("curating from a cache: ids and a block of summaries", ""),
-    "plan cache": ("planning, --cache", "15% of a core"),
-    "plan table": ("planning, --images", "15% of a core"),
-    "k-means": ("k-means, beyond the features' file", "60 GB"),
-}
-
-
 def scale():
     """What grows with the number of images; at 2e8 by the line through the two largest sizes."""
-    found, rows, units = load("scale"), [], {"mib": "MiB", "images_per_s": "images/s"}
-    for what, (label, goal) in SCALE.items():
-        measured = {int(n): figures[what] for n, figures in found["figures"].items() if what in figures}
-        for unit in next(iter(measured.values())):
-            cells = [f"{measured[n][unit]:.3g}" if n in measured else "" for n in found["sizes"]]
-            (n0, y0), (n1, y1) = [(n, figure[unit]) for n, figure in measured.items()][-2:]
+    found, rows = load("scale"), []
+    for what, figure in found["figures"].items():
+        for i, (unit, values) in enumerate(figure["measured"].items()):
+            (n0, n1), (y0, y1) = found["sizes"][: len(values)][-2:], values[-2:]
             far = f"{y1 + max(0.0, y1 - y0) * (2e8 - n1) / (n1 - n0):.3g}"
-            if unit == "images_per_s":  # of 200k tokens/s a rank, in images of 261
+            if unit == "images/s":  # of 200k tokens/s a rank, in images of 261
                 far = f"{256 * 200_000 / 261 / y1:.0%} of a core at 256 ranks"
-            rows.append((label, units.get(unit, unit), *cells, far, goal))
-            label = goal = ""
+            cells = [f"{y:.3g}" for y in values] + [""] * (len(found["sizes"]) - len(values))
+            rows.append(("" if i else what, unit, *cells, far, "" if i else figure["goal"]))
     head = ("what", "", *(f"{n:.0e}" for n in found["sizes"]), "at 2e8", "goal")
     return table(head, rows, f"`python -m benchmarks.scale`, {found['machine']}.")
 
