@@ -117,10 +117,6 @@ def complete(path, jobs):
             gc.collect()  # a run's cache, held by a cycle, has shards in memory
 
 
-def ids_of(cache, entries):
-    return np.array([int(cache.shard(number).ids[i]) for number, i in entries])
-
-
 class Pictures:
     """A cache that runs are trained on, its images held out, their classes and what these are called."""
 
@@ -135,7 +131,7 @@ class Pictures:
             torch.tensor([names.index(name(entry)) for entry in part]) for part in (trained, self.bank, self.held)
         )
         pool = long_tail(labels) if balanced else np.arange(len(trained))
-        self.ids = ids_of(cache, trained)[pool]
+        self.ids = np.array([int(cache.shard(number).ids[i]) for number, i in trained])[pool]
         self.frequency = labels[pool].bincount(minlength=len(names)).double()
         self.text = torch.stack([F.normalize(text_of(n), dim=1).mean(0) for n in names])
 
