@@ -173,8 +173,7 @@ class Cache:
         for number in () if believed else range(self.n_shards):
             try:
                 shard = self.shard(number)
-                record, ids, shapes = shard.record, shard.ids, shard.shapes  # reads them: Damage where that fails
-                assert record["images"] == len(ids) == len(shapes)
+                assert shard.record["images"] == len(shard.ids) == len(shard.shapes)  # reads them, or Damage
             except Damage as error:
                 if on_corrupt == "stop":
                     raise error.at(self.path) from error
@@ -323,8 +322,7 @@ class Summaries:
 
     def __init__(self, cache, teacher, places=None):
         self.cache, self.name, self.places = cache, f"summary.{teacher}", places
-        n = cache.firsts[-1] if places is None else len(places)
-        self.shape = int(n), cache.about["teachers"][teacher]["dim"]
+        self.shape = int(cache.firsts[-1]) if places is None else len(places), cache.about["teachers"][teacher]["dim"]
         if self.shape[0]:
             cache.shard(int(np.argmax(cache.counts > 0))).array(self.name)  # which checks its zarr.json
             self.array = open_array(cache.store, self.name, cache.context).result()
@@ -351,6 +349,8 @@ def open_summaries(path, teacher):
     cache = Cache(path)
     if teacher not in cache.about["teachers"]:
         raise ValueError(f"{path} holds the teachers {', '.join(cache.about['teachers'])}, not '{teacher}'")
+    if (n := len(cache.numbers)) < cache.n_shards:
+        raise ValueError(f"{path} has {n} of its {cache.n_shards} shards: {RERUN}")
     ids = cache.all_ids()
     places = np.flatnonzero(np.diff(ids, prepend=-1)) if cache.about["views"] > 1 else None  # views lie side by side
     return ids if places is None else ids[places], Summaries(cache, teacher, places)

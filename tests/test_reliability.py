@@ -138,6 +138,9 @@ def test_a_missing_or_damaged_shard_is_not_passed_over_in_silence(cache, tmp_pat
     (path / "shards/00003/shard.json").write_bytes(b"{}")
     with pytest.raises(ValueError, match=r"shard 00001: missing.*data.py verify .*--on-corrupt skip"):
         data.Cache(path).drop_damaged()
+    with pytest.raises(ValueError, match="has 2 of its 4 shards: rerun"):  # for curate.py
+        shutil.rmtree(path / "index")
+        data.open_summaries(path, "dense")
     assert data.Cache(path).drop_damaged("skip").numbers == [0, 2]
     said = capsys.readouterr().err
     assert "shard 00001" in said and "shard 00003" in said
