@@ -7,7 +7,7 @@ measured if installed (`pip install faiss-cpu scikit-learn superkmeans`; nothing
 
 import curate
 import kernels.kmeans
-from benchmarks.measure import ROOT, cpu_s, in_turns, machine, ratios, record
+from benchmarks.measure import ROOT, in_turns, machine, ratios, record, timed
 
 # isort: split
 import argparse
@@ -72,13 +72,13 @@ def speed(n, d, k, kind, n_iter=10, repeats=3):
         f"{n} x {d}, K = {k}, {kind}; not installed, left out: {', '.join(WAYS.keys() - found) or 'none'}", flush=True
     )
     ways = {"product": lambda: x_ND @ c_KD.T} | {name: functools.partial(run, name) for name in found}
-    seconds = in_turns(ways, repeats, cpu_s)
+    seconds = in_turns(ways, repeats, time.process_time)
     product = seconds.pop("product")
     times = {name: [t / n_iter for t in ratios(taken, product)] for name, taken in seconds.items()}
     return {
         "data": f"{n // 1000}k x {d}, K = {k}, {kind}",
         "gemm_cpu_s": median(product),
-        "seeding_over_gemm": cpu_s(lambda: curate.kmeans(x, k=k, n_iter=0)) / median(product),
+        "seeding_over_gemm": timed(lambda: curate.kmeans(x, k=k, n_iter=0), time.process_time) / median(product),
         "ratio_to_gemm": {
             name: {"median": median(t), "all": t, "inertia": inertia(x, centroids[name])} for name, t in times.items()
         },

@@ -50,8 +50,7 @@ int cudaGetDevice(int *n) { *n = 0; return 0; }
 int cudaStreamIsCapturing(void *stream, int *n) { *n = 0; return 0; }
 """
 # These do nothing and answer 0, and so do the driver's functions that torch's library names.
-SILENT = {"cudaSetDevice", "cudaGetLastError", "cudaPeekAtLastError", "cudaDeviceGetStreamPriorityRange", "cuInit"}
-SILENT |= {"cuDriverGetVersion", "cuGetProcAddress", "cuGetProcAddress_v2", "cuDeviceGetCount"}
+SILENT = {"cudaSetDevice", "cudaGetLastError", "cudaPeekAtLastError", "cudaDeviceGetStreamPriorityRange"}
 H100 = dict(name="NVIDIA H100 80GB HBM3", major=9, minor=0, total_memory=80 << 30, multi_processor_count=132)
 H100 |= dict(max_threads_per_multi_processor=2048, regs_per_multiprocessor=65536, warp_size=32, L2_cache_size=50 << 20)
 H100 |= dict(shared_memory_per_block_optin=232448, max_threads_per_block=1024, gcnArchName="")
@@ -83,9 +82,8 @@ def pretend():
     """Let torch, Inductor and Triton find an H100, for fake tensors. Before any of torch's compilers is imported."""
     properties = types.SimpleNamespace(**H100)
     answers = dict(_lazy_init=None, is_available=True, device_count=1, current_device=0, set_device=None)
-    answers |= dict(get_device_properties=properties, get_device_capability=(9, 0), device=contextlib.nullcontext())
-    answers |= dict(_exchange_device=0, _maybe_exchange_device=0, get_rng_state=torch.get_rng_state())
-    answers |= dict(synchronize=None, get_device_name=H100["name"], is_current_stream_capturing=False)
+    answers |= dict(get_device_properties=properties, get_device_capability=(9, 0))
+    answers |= dict(device=contextlib.nullcontext(), get_rng_state=torch.get_rng_state())
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
     for name in ("getCurrentRawStream", "exchangeDevice", "maybeExchangeDevice", "setDevice"):

@@ -23,25 +23,18 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 
 
-def wall_s(way):
-    """Seconds of way(), until the GPU has done it."""
-    began = time.perf_counter()
+def timed(way, clock=time.perf_counter):
+    """Seconds of way(), until the GPU has done it; by time.process_time of all threads, where other processes count little."""
+    began = clock()
     way()
     if CUDA:
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return clock() - began
 
 
-def cpu_s(way):
-    """CPU seconds of way(), of all threads: other processes count little."""
-    began = time.process_time()
-    way()
-    return time.process_time() - began
-
-
-def in_turns(ways, repeats, measure=wall_s):
-    """{name: [measure(way) of each turn]} of ways {name: way}; a first turn, which finds its pages, is not counted."""
-    turns = [{name: measure(way) for name, way in ways.items()} for _ in range(1 + repeats)]
+def in_turns(ways, repeats, clock=time.perf_counter):
+    """{name: [seconds of each turn]} of ways {name: way}; a first turn, which finds its pages, is not counted."""
+    turns = [{name: timed(way, clock) for name, way in ways.items()} for _ in range(1 + repeats)]
     return {name: [turn[name] for turn in turns[1:]] for name in ways}
 
 

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 import amoe
 import data
 import train
-from benchmarks.measure import CUDA, in_turns, machine, peaks, ratios, record, wall_s
+from benchmarks.measure import CUDA, in_turns, machine, peaks, ratios, record, timed
 from common.order import Order, Position
 from kernels.attention import mask_blocks
 
@@ -216,7 +216,7 @@ def measure_step(words, repeats, save, blocks=False):
     result["mfu"] = flops * result["tokens_per_s"] / peak
     result |= time_padding(step, mixed, flags.tokens if compiled else None, repeats)
     save(result)
-    blocks_s = median(wall_s(lambda: mask_blocks(mixed[0].starts, flags.tokens)) for _ in range(20))
+    blocks_s = median(timed(lambda: mask_blocks(mixed[0].starts, flags.tokens)) for _ in range(20))
     result |= {"mask_blocks_share": 1e3 * blocks_s / result["step_ms"]}
     return result | {"parts_ms": kernel_times(step, mixed[0])}
 

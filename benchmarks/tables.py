@@ -185,9 +185,8 @@ def fewer_steps():
     whole = {"AdamW": "as it is", "AdamW, WSD": "optimiser: WSD schedule"}
     whole |= {"Muon": "optimiser: Muon for matrices", "Muon, lr 2e-2": "optimiser: Muon, lr 2e-2"}
     for name, arm in whole.items():
-        runs = {n: found[f"fewer steps: {name}, {n}"].values() for n in (75, 100, 150, 200)} | {
-            300: found[arm].values()
-        }
+        arms = {n: f"fewer steps: {name}, {n}" for n in (75, 100, 150, 200)} | {300: arm}
+        runs = {n: found[arm].values() for n, arm in arms.items()}
         second = {n: median(r["cpu_seconds"] for r in some) for n, some in runs.items()}
         at = [{n: mean(r[m] for r in some) for n, some in runs.items()} for m in measures]
         cells = [" / ".join(f"{score[n]:.2f}" for score in at) for n in runs]
