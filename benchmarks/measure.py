@@ -24,7 +24,7 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 
 
 def timed(way, clock=time.perf_counter):
-    """Seconds of way(), until the GPU has done it; by time.process_time of all threads, where other processes count little."""
+    """Seconds of way(), until the GPU has done it; time.process_time counts all threads, and other processes little."""
     began = clock()
     way()
     if CUDA:
