@@ -11,6 +11,8 @@ def stop_importing(*_):
     os._exit(130)
 
 
-if os.path.basename(sys.argv[0]) in ("train.py", "data.py", "curate.py", "evaluate.py"):
+HERE = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+COMMANDS = [os.path.join(HERE, name) for name in ("train.py", "data.py", "curate.py", "evaluate.py")]
+if sys.argv and os.path.realpath(sys.argv[0]) in COMMANDS:  # and not a train.py of the user's that imports amoe
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored, as under nohup
         signal.signal(signal.SIGINT, stop_importing)

@@ -465,13 +465,12 @@ def test_the_device_asked_for_is_the_current_one(asked, rank, gpu, monkeypatch):
         ),
         ("signal.signal(signal.SIGINT, signal.SIG_IGN)\nimport common\ninterrupt()", 0, ""),
         ("sys.argv = ['mine.py']\nimport common\ninterrupt()", -2, "KeyboardInterrupt"),
+        ("sys.argv = ['/mine/train.py']\nimport common\ninterrupt()", -2, "KeyboardInterrupt"),
     ],
 )
 def test_ctrl_c_is_one_line_even_while_modules_are_imported(program, code, said):
     """Catches a traceback from a library's depths, an ignored signal taken up again, and another's program ended so."""
-    begin = (
-        "import os, signal, sys\nsys.argv = ['x/train.py']\ninterrupt = lambda: os.kill(os.getpid(), signal.SIGINT)\n"
-    )
+    begin = "import os, signal, sys\nsys.argv = ['train.py']\ninterrupt = lambda: os.kill(os.getpid(), signal.SIGINT)\n"
     words, root = [sys.executable, "-c", begin + program], Path(__file__).parents[1]
     ended = subprocess.run(words, cwd=root, capture_output=True, text=True)
     assert ended.returncode == code and ended.stderr.strip().split("\n")[-1] == said
