@@ -75,22 +75,9 @@ def block_mask(blocks, image_T):
     def same_image(b, h, q, k):
         return image_T[q] == image_T[k]
 
-    count, index, full_count, full_index = (
-        blocks[name][None, None] for name in ("partial_count", "partial_index", "full_count", "full_index")
-    )
-    return BlockMask(
-        seq_lengths=(len(image_T), len(image_T)),
-        kv_num_blocks=count,
-        kv_indices=index,
-        full_kv_num_blocks=full_count,
-        full_kv_indices=full_index,
-        q_num_blocks=count,
-        q_indices=index,
-        full_q_num_blocks=full_count,
-        full_q_indices=full_index,
-        BLOCK_SIZE=(BLOCK, BLOCK),
-        mask_mod=same_image,
-    )
+    lists = [blocks[name][None, None] for name in ("partial_count", "partial_index", "full_count", "full_index")]
+    T = len(image_T)
+    return BlockMask((T, T), *lists, *lists, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=same_image)
 
 
 def mask_of(starts, n_tokens, device="cpu"):
