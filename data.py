@@ -503,6 +503,7 @@ def fit_or_read_spaces(store, file, about, out, dataset, teachers, calibrate, de
         before = read_about(store, out) if file == "cache.json" else unseal(raw)
         if before is None:
             raise ValueError(f"{out}/{file} is damaged: remove it, or choose another --out")
+        read_spaces(store, before, out)  # or one of them is damaged
         check_same(before, about, store, out, teachers, dataset, views, device)
         return before
     raws = calibrated(teachers, dataset, views, device)
@@ -550,8 +551,7 @@ def check_same(before, about, store, out, teachers, dataset, views, device):
         before = safetensors.torch.load(store.read(f"teachers/{name}.safetensors").result().value)["probe"]
         change = float((now - before).norm() / before.norm())
         if change > 0.1:  # rounding, also that of bfloat16 on another machine, stays under 0.02
-            difference = f"their summaries of {view.source.name} differ by {change:.0%}"
-            others = f"another teacher '{name}' than this one, or other images: {difference}"
+            others = f"another teacher '{name}' or other images: summaries of {view.source.name} differ by {change:.0%}"
             raise ValueError(f"{out} was made with {others}; give the same ones, or choose another --out")
 
 

@@ -539,7 +539,7 @@ def open_images(flags, process, compiled):
     skipped, quiet = out / "skipped.jsonl", process.rank > 0
     sources, path = find_sources(flags.images), " ".join(flags.images)
     dataset = Images(sources, path, **layout, seed=flags.seed, skipped=skipped, quiet=quiet)
-    store, about = open_store(out), {"sizes_hash": sources.about["sizes_hash"]}  # which --resume compares
+    store, about = open_store(out), {"images_hash": sources.about["sizes_hash"]}  # which --resume compares
     if process.rank == 0:
         print(f"running {', '.join(t.name for t in teachers)} at every step", flush=True)
         data.fit_or_read_spaces(store, "spaces.json", about, out, dataset, teachers, flags.calibrate, process.device)

@@ -195,8 +195,11 @@ def test_other_weights_under_the_same_name_are_an_error(plug_in, tmp_path):
         def __call__(self, batch):
             return {kind: 255 - value for kind, value in super().__call__(batch).items()}
 
-    with pytest.raises(ValueError, match="made with another teacher 't'"):
+    with pytest.raises(ValueError, match=r"made with another teacher 't' or other images: summaries of .* differ by"):
         data.cache(tmp_path, [Other()], tmp_path / "c", shard_images=4, progress=False)
+    (tmp_path / "c/teachers/t.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"t\.safetensors \(its PHI-S\) is missing or damaged"):
+        data.cache(tmp_path, teachers, tmp_path / "c", shard_images=4, progress=False)
 
 
 def test_a_shard_of_another_cache_is_not_taken_for_ones_own(cache, world, oracles, tmp_path):
