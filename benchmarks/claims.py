@@ -99,7 +99,8 @@ def words_of(arm):
     world = words.pop(0) if words and words[0].startswith("toy-") else "toy"
     chosen = words.pop(0) if words and "/" in words[0] else ""
     words = short + words  # a flag's last words win
-    flags, sizes = ([word for word in words if ("=" in word) == is_size] for is_size in (False, True))
+    flags = [word for word in words if "=" not in word]
+    sizes = [word for word in words if "=" in word]
     return flags + (["--sizes", *sizes] if sizes else []), world, chosen
 
 

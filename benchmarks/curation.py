@@ -97,7 +97,12 @@ def zipf(distance, seed, n=50_000, groups=50, d=64):
     return (centre[y] + rng.standard_normal((n, d))).astype(np.float32), y
 
 
-TREES = {"curate": ((1000, 100), 10), "no resampling": ((1000, 100), 0), "flat k-means, 1000 clusters": ((1000,), 0)}
+TREES = {  # levels, resamplings
+    "curate": ((1000, 100), 10),
+    "no resampling": ((1000, 100), 0),
+    "flat k-means, 1000 clusters": ((1000,), 0),
+    "random": None,
+}
 
 
 def keep(how, x, seed, n=2000):
@@ -110,11 +115,10 @@ def keep(how, x, seed, n=2000):
 
 def balance(distance):
     """Normalised entropy of 2000 kept points over the 50 true clusters, and CPU seconds, of five seeds."""
-    trees = TREES | {"random": None}
-    ways = {name: {"entropy": [], "cpu_s": []} for name in trees}
+    ways = {name: {"entropy": [], "cpu_s": []} for name in TREES}
     for seed in range(5):
         x, y = zipf(distance, seed)
-        for name, how in trees.items():
+        for name, how in TREES.items():
             began = time.process_time()
             kept = keep(how, x, seed)
             ways[name]["cpu_s"].append(time.process_time() - began)

@@ -15,6 +15,7 @@ from PIL import Image
 
 import curate
 import data
+from benchmarks.curation import zipf
 from common.commands import run_command
 from common.order import Order
 from kernels import kmeans as km
@@ -325,18 +326,9 @@ def test_curate_returns_sorted_unique_ids_and_is_deterministic():
     np.testing.assert_array_equal(curate.curate(x, [200, 20], len(x)), np.arange(len(x)))
 
 
-def zipf(distance, n=50_000, groups=50, d=64, seed=0):
-    """Gaussian clusters of unit variance whose sizes follow a power law."""
-    rng = np.random.default_rng(seed)
-    p = np.arange(1, groups + 1) ** -1.5
-    y = rng.choice(groups, n, p=p / p.sum())
-    centre = rng.standard_normal((groups, d)) * distance
-    return (centre[y] + rng.standard_normal((n, d))).astype(np.float32), y
-
-
 def test_balance_beats_random_and_needs_resampling():
     """Catches a resampling that changes nothing (its pool not the nearest r) and a sampling proportional to size."""
-    x, y = zipf(1.0, n=8000, groups=20, d=16)
+    x, y = zipf(1.0, seed=0, n=8000, groups=20, d=16)
     config = curate.Config(levels=[300, 40], keep=400)
     spread = [curate.entropy(np.bincount(y[curate.curate(x, [300, 40], 400)], minlength=20))]
     config.resamplings = 0
@@ -350,7 +342,7 @@ def test_balance_beats_random_and_needs_resampling():
 @pytest.mark.parametrize("distance, goal", [(1.0, 0.99), (0.5, 0.89)])
 def test_a_long_tailed_pool_is_balanced_to_its_goal(distance, goal):
     """Catches anything that costs balance: see `draw_seeds_greedily` for what one choice is worth."""
-    x, y = zipf(distance)
+    x, y = zipf(distance, seed=0)
     assert curate.entropy(np.bincount(y[curate.curate(x, [1000, 100], 2000)], minlength=50)) >= goal
 
 
