@@ -113,9 +113,8 @@ def stream(model, dataset, entries, n_tokens=4096, stored=False, progress=None, 
     with bar, ThreadPoolExecutor(1) as reader:
         ahead = [reader.submit(read, images) for images in packs[:1]]
         for n, part in enumerate(parts):
-            batch = ahead.pop().result()
             ahead += [reader.submit(read, images) for images in packs[n + 1 : n + 2]]
-            if batch is None:
+            if (batch := ahead.pop(0).result()) is None:
                 continue
             answer, kinds = model(batch), ("summary", "patch")
             features = {h: {kind: f[kind].float().cpu() for kind in kinds if kind in f} for h, f in answer.items()}
@@ -605,7 +604,8 @@ def measure_segment(args, model, budget):
 
     learn = functools.partial(seen, roots[0], bank, label="to learn from")
     largest = lambda mask: int(mask.where(mask != args.void, 0).max())  # noqa: E731
-    classes = 1 + max(largest(read_mask(roots[0], bank, entry)) for entry in trained)
+    both = (roots[0], bank, trained), (roots[1], test, held)  # a class that is only tested on scores 0
+    classes = 1 + max(largest(read_mask(root, of, entry)) for root, of, entries in both for entry in entries)
     if not args.published:
         n_patches = sum(int(bank.shard(number).shapes[i].prod()) for number, i in trained)
         return tested(fit_probes(args, learn(trained), classes, n_patches))
