@@ -329,13 +329,15 @@ def jobs(paths, places, folders):
         parent, alone = whole.rpartition("/")[0], len(paths) == 1 and not path.endswith((".txt", ".tar"))
         root = whole if alone else whole.rsplit("/", depth)[0]
         notes = read_notes(parent if path.endswith((".txt", ".tar")) else whole, root, folders)
-        names = (found.removeprefix(f"{root}/") for found in listed(path, parent, folders, seen))
+        names, said = (found.removeprefix(f"{root}/") for found in listed(path, parent, folders, seen)), len(notes)
         for in_tar, group in itertools.groupby(names, lambda name: name.lower().endswith(".tar")):
             while part := list(itertools.islice(group, 1 if in_tar else 1024)):
                 place = [join(root, part[0]) if in_tar else root, in_tar]
                 if in_tar or places[-1:] != [place]:
                     places.append(place)
-                yield len(places) - 1, *place, [(name, notes.get(name, b"")) for name in part]
+                yield len(places) - 1, *place, [(name, notes.pop(name, b"")) for name in part]
+        if notes and len(notes) == said:
+            print(f"captions.json speaks of no image of {path}: it names {next(iter(notes))}", file=sys.stderr)
 
 
 def listed(path, parent, folders, seen):
@@ -344,7 +346,7 @@ def listed(path, parent, folders, seen):
         raw = read_bytes(path)[0]
         note_time(path, folders)
         for line in filter(None, (line.strip() for line in os.fsdecode(raw).split("\n"))):
-            found = join(parent, line)
+            found = line if is_remote(line) else join(parent, os.path.normpath(line))  # `find .` writes ./a.png
             if not is_remote(found):
                 note_time(os.path.dirname(found), folders)
             yield from walk(found, folders, seen) if not is_remote(found) and os.path.isdir(found) else [found]
@@ -390,7 +392,8 @@ def read_notes(folder, root, folders):
     try:
         raw = read_bytes(path)[0]
         note_time(path, folders)
-        said = {below + entry["file"]: labels_of(entry) for entry in json.loads(raw.decode(errors="replace"))}
+        entries = json.loads(raw.decode(errors="replace"))
+        said = {os.path.normpath(below + entry["file"]): labels_of(entry) for entry in entries}
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:

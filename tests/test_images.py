@@ -152,8 +152,8 @@ def test_webp_is_read():
     assert images.load_image(encoded(Image.new("RGB", (32, 48), "red"), "WEBP", lossless=True))[0, 0, 0] == 255
 
 
-def test_sources_have_stable_ids_captions_and_categories(tmp_path):
-    """Catches Python's salted hash(), and ids of absolute paths."""
+def test_sources_have_stable_ids_captions_and_categories(tmp_path, capsys):
+    """Catches Python's salted hash(), ids of absolute paths or of other spellings, and captions that name no image."""
     (tmp_path / "a").mkdir()
     for name in ("a/x.png", "a/y.PNG", "b.jpg"):
         Image.new("RGB", (16, 16)).save(tmp_path / name)
@@ -163,8 +163,14 @@ def test_sources_have_stable_ids_captions_and_categories(tmp_path):
     assert [s.name for s in found] == ["a/x.png", "a/y.PNG", "b.jpg"]
     assert found[0].id == 888412437924757584 and all(0 <= s.id < 2**63 for s in found)
     assert (found[0].caption, found[0].category, found[1].caption, found[2].caption) == ("an x", "letters", None, "a b")
-    (tmp_path / "list.txt").write_text("b.jpg\na/x.png\n")
-    assert [s.id for s in sources_file.find_sources(tmp_path / "list.txt")] == [found[2].id, found[0].id]
+    for lines in ("b.jpg\na/x.png\n", "./b.jpg\r\n./a//x.png\r\n"):
+        (tmp_path / "list.txt").write_text(lines)
+        listed = sources_file.find_sources(tmp_path / "list.txt")
+        assert [(s.id, s.caption) for s in listed] == [(found[2].id, "a b"), (found[0].id, "an x")]
+    for name, silent in (("./a/x.png", True), ("x.png", False)):
+        (tmp_path / "captions.json").write_text(f'[{{"file": "{name}", "caption": "an x"}}]')
+        assert (sources_file.find_sources(tmp_path, anew=True)[0].caption == "an x") == silent
+        assert ("captions.json speaks of no image of" in capsys.readouterr().err) != silent
     with pytest.raises(ValueError, match="nowhere"):
         sources_file.find_sources(tmp_path / "nowhere")
     (tmp_path / "list.txt").write_text("b.jpg\nb.jpg\n")
