@@ -477,6 +477,15 @@ def test_ctrl_c_is_one_line_even_while_modules_are_imported(program, code, said)
     assert code == -2 or ended.stderr.count("\n") <= 1
 
 
+def test_a_command_that_has_ended_collects_no_garbage():
+    """Catches the seconds that the interpreter takes, after the last line, to look through all that torch made."""
+    cycle = "class Node:\n    def __del__(self): print('collected')\nnode = Node()\nnode.own, node = node, None\n"
+    program = f"import gc\nfrom common.commands import run_command\ngc.disable()\n{cycle}run_command('x', int, '')"
+    words = [sys.executable, "-c", program]
+    ended = subprocess.run(words, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
+    assert not ended.stdout and not ended.stderr
+
+
 def test_a_bug_is_a_traceback():
     """Catches a net so wide that it hides where a program is wrong."""
     with pytest.raises(ZeroDivisionError):
