@@ -542,7 +542,7 @@ def load_features(config):
     """(ids int64 [N], features [N, D], read_images of `contact_sheet` or None where there are no images)."""
     path = Path(config.features)
     if path.is_dir() and (path / "cache.json").exists():
-        about, images = data.Cache(path).about, config.images and [config.images]
+        about = data.Cache(path, images := config.images and [config.images]).about  # others: an error before the work
         ids, x_ND = data.open_summaries(path, config.teacher or next(iter(about["teachers"]), None))
         show = lambda rows: data.thumbnails(path, ids[rows], images)  # noqa: E731
         return ids, x_ND, show if about["pixels"] or images else None

@@ -625,7 +625,7 @@ def measure_pca(args, model, budget):
     path = Path(args.out).with_suffix(".png")
     if len(args.max_tokens) > 1:
         path = path.with_stem(f"{path.stem}-{budget}")
-    pca_sheet(batch.images(), batch.shapes.tolist(), columns).save(path)
+    write_atomically(path, lambda file: pca_sheet(batch.images(), batch.shapes.tolist(), columns).save(file, "PNG"))
     return {"all": {"images": batch.n_images, "sheet": str(path)}}
 
 

@@ -267,7 +267,13 @@ def find_sources(images, workers=0, anew=False):
         shutil.rmtree(home / key, ignore_errors=True)
         building, began = tempfile.mkdtemp(dir=home), time.time_ns()
         stack.callback(shutil.rmtree, building, ignore_errors=True)  # what is mapped stays readable
-        write_table(building, paths, workers)
+        try:
+            write_table(building, paths, workers)
+        except OSError as error:
+            if error.filename:  # a folder of images that cannot be read
+                raise
+            why = f"{home} cannot hold the table of sources: {error.strerror}"
+            raise ValueError(f"{why}; the variable AMOE_INDEX names another folder for it") from error
         table = Sources(building, unseal(Path(building, "about.json").read_bytes()))
         check_names(table, " ".join(paths))
         newest = max(table.about["folders"].values(), default=0)

@@ -507,6 +507,9 @@ def test_a_cache_without_pixels_has_pictures_where_images_are_given(world, oracl
     words = ["--features", str(lean.path), "--levels", "12", "4", "--keep", "30", "--out", str(tmp_path / "out")]
     curate.main(words)
     assert "no contact sheet" in capsys.readouterr().out and len(np.load(tmp_path / "out/kept.npy")) == 30
+    with pytest.raises(ValueError, match="was made of other images than"):  # before the work, not after it
+        curate.main([*words[:-1], str(tmp_path / "none"), "--images", str(world.folder)])
+    assert not (tmp_path / "none").exists()
     curate.main([*words, "--images", str(world.folder / "images")])
     assert (np.asarray(Image.open(tmp_path / "out/clusters.png")) != 255).any(2).mean() > 0.2
 

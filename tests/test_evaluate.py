@@ -348,6 +348,10 @@ def test_an_oracle_gets_everything_right_on_folders(colours, tmp_path, monkeypat
     assert score["iou_by_class"]["3"] == 0 and score["miou"] < 0.75 and 0.5 < score["pixel_accuracy"] < 0.9
     evaluate.main(["pca", "--images", "classes", "--count", "3", *model, *out])
     assert Image.open(scores_of("r.json")[0]["sheet"]).width > 200
+    Path("r.png").unlink()
+    Path("r.png").mkdir()
+    with pytest.raises(ValueError, match=r"cannot write r\.png"):
+        evaluate.main(["pca", "--images", "classes", "--count", "3", *model, *out])
 
 
 def test_a_student_is_measured_head_by_head_at_every_budget(cache, colours, tmp_path, monkeypatch, capsys):

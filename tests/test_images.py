@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import resource
 import struct
 import tarfile
 import threading
@@ -273,6 +274,20 @@ def test_a_table_is_made_once_and_again_when_images_change(tmp_path, monkeypatch
     assert sources_file.find_sources(folder)[2].row["width"] == 160 and len(scanned) == 3
     (folder / "3.txt").write_text("another caption")
     assert sources_file.find_sources(folder)[3].caption == "another caption" and len(scanned) == 4
+
+
+def test_a_folder_without_room_for_the_table_is_named(tmp_path, monkeypatch):
+    """Catches "No space left on device" that does not say which."""
+    folder = photos(tmp_path / "a")
+    monkeypatch.setenv("AMOE_INDEX", str(tmp_path / "index"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(ValueError, match=r"index cannot hold the table of sources: File too large; .* AMOE_INDEX"):
+            sources_file.find_sources(folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.suffix for path in (tmp_path / "index").iterdir()] == [".lock"]
 
 
 def test_an_image_changed_after_its_table_is_an_error(tmp_path, monkeypatch):
