@@ -373,10 +373,7 @@ def add_knn(result, dataset, models, bank, held, features):
 
 
 def print_table(result, first="untrained"):
-    """A row per measure: student, teacher, the student before training (column `first`), share of the teacher.
-
-    Columns without a value are left out.
-    """
+    """A row per measure: student, teacher, student before training (titled `first`), share of the teacher; if known."""
     titles = {"student": "student", "teacher": "teacher", "untrained": first}
     titles = {who: title for who, title in titles.items() if result.get(who)}
     width = max(map(len, result["student"])) + 2

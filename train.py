@@ -132,6 +132,9 @@ def parse(argv=None):
     flags = Flags(**{k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()})
     if (flags.cache and flags.teacher) or (not flags.cache and bool(flags.images) != bool(flags.teacher)):
         raise ValueError("give --cache, or --images with at least one --teacher, or neither for the toy world")
+    changed = (n for n in ("min_tokens", "max_tokens", "views", "calibrate") if getattr(flags, n) != getattr(Flags, n))
+    if not flags.teacher and (name := next(changed, "").replace("_", "-")):
+        raise ValueError(f"--{name} is of --images with --teacher: a cache was made with its own, as is the toy's")
     if flags.track and not importlib.util.find_spec(flags.track):
         raise ValueError(f"--track {flags.track}: the package is not installed; pip install {flags.track}")
     if flags.student and flags.checkpoint:
@@ -141,8 +144,7 @@ def parse(argv=None):
     if flags.fsdp and flags.ema:
         raise ValueError("--ema averages whole weights and --fsdp shards them: leave one of them out")
     if not flags.out:
-        source = flags.cache or (*flags.images, "")[0]
-        flags.out = "runs/" + (os.path.basename(os.path.abspath(source)) or "images" if source else "toy")
+        flags.out = f"runs/{os.path.basename(os.path.abspath(flags.cache or (*flags.images, 'toy')[0])) or 'images'}"
     return flags
 
 
@@ -690,7 +692,8 @@ def held_out_scores(run):
         return {}
     prefix = {"student": "held_out_", "teacher": "held_out_teacher_"}
     found = {prefix[who] + name: value for who, figures in scores.items() for name, value in figures.items()}
-    tqdm.write(f"step {run.step}: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()), file=sys.stderr)
+    if found:  # there are held-out images
+        tqdm.write(f"step {run.step}: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()), file=sys.stderr)
     return found
 
 

@@ -113,6 +113,8 @@ CASES += [
     ("train --teacher {plug}", "--images", 1),
     (TRAIN + " --images {images} --teacher {plug}", "--cache", 1),
     (TRAIN + " --fsdp --ema 0.9", "--ema", 1),
+    (TRAIN + " --max-tokens 64 256", "--max-tokens is of --images", 1),
+    ("train --views 2 --out {new}", "--views is of --images", 1),
     (ONLINE + " --min-tokens 300 --max-tokens 256", "300", 1),
     (CACHE + " --min-tokens 300 --max-tokens 256", "300", 1),
     (TRAIN + " --tokens 10", "--tokens 10", 1),

@@ -56,6 +56,9 @@ def test_a_checkpoint_logs_held_out_cosines(run, monkeypatch, capsys):
         f"step 6: held_out_text_summary_cosine {lines[4]['held_out_text_summary_cosine']:.3f}"
         in capsys.readouterr().err
     )
+    monkeypatch.setattr(evaluate, "imitation_scores", lambda *_, **how: {})  # as where nothing is held out
+    run("--steps", "4", "--save-every", "3", "--evaluate", out="none")
+    assert "step 3" not in capsys.readouterr().err
     monkeypatch.setattr(evaluate, "imitation_scores", lambda *_, **how: int("no number"))
     assert len(run("--steps", "8", "--save-every", "3", "--evaluate", out="again")) == len(lines)
     assert "not measured at step 6: invalid literal" in capsys.readouterr().err
