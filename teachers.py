@@ -594,7 +594,7 @@ def load_teachers(specs, images, device):
     for spec, teacher in zip(specs, loaded, strict=True):
         table = getattr(sys.modules[type(teacher).__module__], "text_table", None)
         if table and spec.endswith(":text_aligned") and captions.is_file() and not hasattr(teacher, "encode_text"):
-            entries, rows_NC = json.loads(captions.read_text()), table()
+            entries, rows_NC = json.loads(captions.read_bytes()), table()
             if len(entries) != len(rows_NC):
                 raise ValueError(f"{captions} has {len(entries)} entries, text_table() of {spec} {len(rows_NC)} rows")
             row = {entry["caption"]: i for i, entry in enumerate(entries)}

@@ -351,7 +351,7 @@ def listed(path, parent, folders, seen):
     if path.endswith(".txt"):
         raw = read_bytes(path)[0]
         note_time(path, folders)
-        for line in filter(None, (line.strip() for line in os.fsdecode(raw).split("\n"))):
+        for line in filter(None, (line.strip() for line in os.fsdecode(raw.removeprefix(b"\xef\xbb\xbf")).split("\n"))):
             found = line if is_remote(line) else join(parent, os.path.normpath(line))  # `find .` writes ./a.png
             if not is_remote(found):
                 note_time(os.path.dirname(found), folders)
@@ -367,7 +367,7 @@ def listed(path, parent, folders, seen):
     elif os.path.isdir(path):
         yield from walk(os.path.abspath(path), folders, seen)
     else:
-        raise ValueError(f"{path} is neither a folder of images or tars, nor a tar, nor a .txt list of them")
+        raise ValueError(f"{path} is neither a folder of images or tars, nor an uncompressed .tar, nor a .txt list")
 
 
 def note_time(path, folders):
@@ -398,9 +398,9 @@ def read_notes(folder, root, folders):
     try:
         raw = read_bytes(path)[0]
         note_time(path, folders)
-        entries = json.loads(raw.decode(errors="replace"))
+        entries = json.loads(raw.decode("utf-8-sig", errors="replace"))
         said = {os.path.normpath(below + entry["file"]): labels_of(entry) for entry in entries}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise ValueError(f'{path} is no list of {{"file", "caption", "category"}}: {one_line(error)}') from error

@@ -164,16 +164,18 @@ def test_sources_have_stable_ids_captions_and_categories(tmp_path, capsys):
     assert [s.name for s in found] == ["a/x.png", "a/y.PNG", "b.jpg"]
     assert found[0].id == 888412437924757584 and all(0 <= s.id < 2**63 for s in found)
     assert (found[0].caption, found[0].category, found[1].caption, found[2].caption) == ("an x", "letters", None, "a b")
-    for lines in ("b.jpg\na/x.png\n", "./b.jpg\r\n./a//x.png\r\n"):
+    for lines in ("b.jpg\na/x.png\n", "./b.jpg\r\n./a//x.png\r\n", "\ufeffb.jpg\na/x.png"):
         (tmp_path / "list.txt").write_text(lines)
         listed = sources_file.find_sources(tmp_path / "list.txt")
         assert [(s.id, s.caption) for s in listed] == [(found[2].id, "a b"), (found[0].id, "an x")]
     for name, silent in (("./a/x.png", True), ("x.png", False)):
-        (tmp_path / "captions.json").write_text(f'[{{"file": "{name}", "caption": "an x"}}]')
+        (tmp_path / "captions.json").write_text(f'\ufeff[{{"file": "{name}", "caption": "an x"}}]')
         assert (sources_file.find_sources(tmp_path, anew=True)[0].caption == "an x") == silent
         assert ("captions.json speaks of no image of" in capsys.readouterr().err) != silent
     with pytest.raises(ValueError, match="nowhere"):
         sources_file.find_sources(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"b\.jpg is neither a folder of images"):
+        sources_file.find_sources(tmp_path / "b.jpg")
     (tmp_path / "list.txt").write_text("b.jpg\nb.jpg\n")
     with pytest.raises(ValueError, match=r"b\.jpg twice"):
         sources_file.find_sources(tmp_path / "list.txt")
