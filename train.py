@@ -504,8 +504,8 @@ def clear_run_folder(folder, flags):
         return
     if files and not flags.overwrite:
         raise ValueError(f"{folder} holds a run: give --resume to go on, --overwrite to begin anew, or another --out")
-    if files and flags.cache:
-        data.Cache(flags.cache)  # no cache: an error before anything is deleted
+    if files and (flags.cache or flags.images):  # nothing there: an error before anything is deleted
+        data.Cache(flags.cache) if flags.cache else find_sources(flags.images)
     for path in [*files, folder / "spaces.json"]:  # PHI-S is fitted anew
         path.unlink(missing_ok=True)
     drawn = 0 if flags.cache or flags.images else len(list((folder / "toy/masks").glob("*.png")))

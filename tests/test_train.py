@@ -634,9 +634,10 @@ def test_what_a_run_was_prepared_for_is_not_taken_for_other_flags(world, plug_in
     assert calibrated(tmp_path / "run") == 16
     own("--calibrate", "32", "--overwrite")
     assert calibrated(tmp_path / "run") == 32
-    with pytest.raises(ValueError, match="nowhere"):  # and the run is still there
-        train.main(["--cache", str(tmp_path / "nowhere"), "--out", str(tmp_path / "run"), "--overwrite"])
-    assert (tmp_path / "run/step-000001.pt").exists()
+    for wrong in (["--cache"], ["--teacher", plug_in, "--images"]):
+        with pytest.raises(ValueError, match="nowhere"):  # and the run is still there
+            train.main([*wrong, str(tmp_path / "nowhere"), "--out", str(tmp_path / "run"), "--overwrite"])
+        assert (tmp_path / "run/step-000001.pt").exists()
     made = tmp_path / "cache"
     cached = lambda n: data.cache(world.folder / "images", teachers.load_teachers([plug_in], "", "cpu"), made, **n)  # noqa: E731
     cached({"calibrate": 16, "max_tokens": 64, "progress": False})
