@@ -426,7 +426,7 @@ class Assignment:
     def choose_fresh(self, label_B, near_B, far_BG):
         """How many centroids of every group, the fastest, to multiply anew: what costs least on a sample of points."""
         search, (n_groups, size) = self.search, self.search.group_GS.shape
-        label_B, near_B, far_BG = label_B[::8], near_B[::8], far_BG[::8]
+        label_B, near_B, far_BG = label_B[::32], near_B[::32], far_BG[::32]
         if label_B[0] < 0:
             return size
         open_BG, costs = far_BG - self.step_GS[:, 0] <= near_B[:, None], {}

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -174,6 +175,21 @@ def test_points_that_cannot_move_are_skipped(monkeypatch):
     monkeypatch.setattr(curate, "assign", counting)
     curate.lloyd(points, curate.seed_centroids(points, 30, 0), 6)
     assert read[0] == 1 and min(read) < 0.5
+
+
+@pytest.mark.parametrize("offset", [0, 100])
+def test_features_are_only_read(offset):
+    """Catches writing to rows that were read in place (no offset), and torch's warning of a read-only array."""
+    x, _ = blobs()
+    x += np.float32(offset)
+    kept = x.copy()
+    tree = curate.build_tree(curate.Points(x), curate.Config(levels=(60, 6), resamplings=1))
+    np.testing.assert_array_equal(x, kept)
+    x.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = curate.build_tree(curate.Points(x), curate.Config(levels=(60, 6), resamplings=1))
+    np.testing.assert_array_equal(again[0]["parent"], tree[0]["parent"])
 
 
 def test_empty_clusters_restart_in_the_largest():
