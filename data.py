@@ -316,9 +316,7 @@ def signal_to_noise(cache):
 
 class Summaries:
     """A teacher's summaries [N, C] float32 of a cache's images, or of those at `places`; rows are read when indexed.
-
-    They are one array, with a chunk per shard; unused places are passed over.
-    """
+    They are one array, with a chunk per shard; unused places are passed over."""
 
     def __init__(self, cache, teacher, places=None):
         self.cache, self.name, self.places = cache, f"summary.{teacher}", places
@@ -342,10 +340,7 @@ class Summaries:
 
 
 def open_summaries(path, teacher):
-    """A cached teacher's summaries: (ids int64 [N], features [N, C], read when sliced), in cache order.
-
-    Of an image in several views there is the first one's, which is of the whole image.
-    """
+    """A cached teacher's summaries (ids int64 [N], features [N, C], read when sliced): of an image its first view's."""
     cache = Cache(path)
     if teacher not in cache.about["teachers"]:
         raise ValueError(f"{path} holds the teachers {', '.join(cache.about['teachers'])}, not '{teacher}'")
