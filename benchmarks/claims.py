@@ -72,8 +72,6 @@ ARMS = {
     "larger batch: as it is": "--accumulate 4 --steps 150",
     "larger batch: no ARKD": "--accumulate 4 --steps 150 --arkd 0",
     "larger batch: ARKD at weight 2": "--accumulate 4 --steps 150 --arkd 2",
-    "load by step: with the bias": "",
-    "load by step: without": "--expert-bias-rate 0",
 }
 for steps in (75, 100, 150, 200):
     ARMS[f"fewer steps: AdamW, {steps}"] = f"--steps {steps}"
@@ -89,7 +87,7 @@ for part in (16, 8, 4):
 ARMS["curation to 1/8: by the dense teacher, one level"] = "1:90/8"
 ARMS["long curation to 1: the whole pool"] = "long random/1"
 # claims whose arms are compared with their own first one
-OWN_BASE = "token budgets", "curation", "long curation", "default run", "larger batch", "load by step", "fewer steps"
+OWN_BASE = "token budgets", "curation", "long curation", "default run", "larger batch", "fewer steps"
 MEASURES = ("zeroshot", "knn", "miou", "distances", "cka", "neighbours", "patch_cosine")
 
 
@@ -252,8 +250,7 @@ def run(work, out, arm, seed, photos):
     terms = "_patch", "_summary", "_registers", "_arkd"
     result["losses"] = {key: value for key, value in log[-1].items() if key.endswith(terms)}
     spread = [line["expert_load_max"] - line["expert_load_min"] for line in log]
-    result |= {"load_spread": float(np.mean(spread[-5:])), "load_spread_by_step": spread}
-    return result | {"cpu_seconds": seconds, "loss": [line["loss"] for line in log]}
+    return result | {"load_spread_by_step": spread, "cpu_seconds": seconds, "loss": [line["loss"] for line in log]}
 
 
 def base_of(arm):

@@ -161,42 +161,36 @@ def shares():
 
 
 def costs():
-    """CPU seconds of a run, when it reaches the loss of the run as it is, and how evenly its experts are loaded."""
+    """CPU seconds of a run, and how evenly its experts are loaded over its last 100 steps."""
     found, rows = load("claims"), []
-    base = median(r["loss"][-1] for r in found["as it is"].values())
     for arm, runs in found.items():
-        if base_of(arm) != "as it is" or not arm.startswith(("as it is", "MoE", "bias", "optimiser")):
-            continue
-        seconds, load_spread = ([r[key] for r in runs.values()] for key in ("cpu_seconds", "load_spread"))
-        curve = [median(losses) for losses in zip(*(r["loss"] for r in runs.values() if "loss" in r), strict=True)]
-        at = next((20 * (i + 1) for i, loss in enumerate(curve) if loss <= base), None)
-        reached = f"step {at}, {median(seconds) * at / (20 * len(curve)):.0f} CPU-s" if at else "not reached"
-        reached = reached if curve else "not recorded"
-        name = "the run as it is" if arm == "as it is" else arm
-        rows.append((name, len(runs), f"{median(seconds):.0f}", reached, f"{mean(load_spread):.2f}"))
-    head = ("arm", "n", "CPU-s", "loss of the run as it is reached at", "expert load, most less least")
-    return table(head, rows)
+        if base_of(arm) == "as it is" and arm.startswith(("as it is", "MoE", "bias", "optimiser")):
+            seconds = median(r["cpu_seconds"] for r in runs.values())
+            load_spread = mean(mean(r["load_spread_by_step"][-5:]) for r in runs.values())
+            name = "the run as it is" if arm == "as it is" else arm
+            rows.append((name, len(runs), f"{seconds:.0f}", f"{load_spread:.2f}"))
+    return table(("arm", "n", "CPU-s", "expert load, most less least"), rows)
 
 
 def fewer_steps():
     """Scores of each optimiser after fewer steps, and when it has those of the run as it is, between two of these."""
-    found, rows, measures = load("claims"), [], ("zeroshot", "knn", "miou")
-    goal = {m: mean(r[m] for r in found["as it is"].values()) for m in measures}
+    found, rows = load("claims"), []
+    measures = {m: lambda r, m=m: r[m] for m in ("zeroshot", "knn", "miou")} | {"loss": lambda r: -r["loss"][-1]}
+    goal = {m: mean(map(of, found["as it is"].values())) for m, of in measures.items()}
     whole = {"AdamW": "as it is", "AdamW, WSD": "optimiser: WSD schedule"}
     whole |= {"Muon": "optimiser: Muon for matrices", "Muon, lr 2e-2": "optimiser: Muon, lr 2e-2"}
     for name, arm in whole.items():
         arms = {n: f"fewer steps: {name}, {n}" for n in (75, 100, 150, 200)} | {300: arm}
         runs = {n: found[arm].values() for n, arm in arms.items()}
-        second = {n: median(r["cpu_seconds"] for r in some) for n, some in runs.items()}
-        at = [{n: mean(r[m] for r in some) for n, some in runs.items()} for m in measures]
-        cells = [" / ".join(f"{score[n]:.2f}" for score in at) for n in runs]
-        for score, wanted in zip(at, goal.values(), strict=True):
-            steps = np.interp(wanted, [*score.values()], [*score])
-            reached = f"{steps:.0f}, {np.interp(steps, [*second], [*second.values()]):.0f} CPU-s"
-            cells.append(reached if score[300] >= wanted else "not reached")
+        second = [median(r["cpu_seconds"] for r in some) for some in runs.values()]
+        at = {m: [mean(map(of, some)) for some in runs.values()] for m, of in measures.items()}
+        cells = [" / ".join(f"{at[m][i]:.2f}" for m in measures if m != "loss") for i in range(len(runs))]
+        for m, scores in at.items():
+            steps = np.interp(goal[m], scores, [*runs])
+            reached = f"{steps:.0f}, {np.interp(steps, [*runs], second):.0f} CPU-s"
+            cells.append(reached if scores[-1] >= goal[m] else "not reached")
         rows.append((name, *cells))
-    head = ("optimiser", *(f"{n} steps" for n in runs), *(f"{m} of the run as it is after" for m in measures))
-    return table(head, rows)
+    return table(("optimiser", *(f"{n} steps" for n in runs), *measures), rows)
 
 
 def scale():

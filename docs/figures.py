@@ -237,7 +237,7 @@ def optimisers(_):
     title = "loss, the mean of 20 steps"
     axes = Axes(page, (50, 40, 430, 270), (20, 300), (1.8, 12), ticks, (2, 3, 4, 6, 8, 10), title, "step", log=True)
     axes.curves(steps, lines_of("loss", arms), 310, 60)
-    arms = {"with the expert bias": (GREEN, "load by step: with the bias"), "without": (GREY, "load by step: without")}
+    arms = {"with the expert bias": (GREEN, "as it is"), "without": (GREY, "bias balancing: none")}
     title = "load of experts, most less least, mean load 1"
     axes = Axes(page, (560, 40, 940, 270), (20, 300), (0, 3.5), ticks, range(4), title, "step")
     axes.curves(steps, lines_of("load_spread_by_step", arms), 580, 222)
