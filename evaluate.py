@@ -246,7 +246,7 @@ def linear_probe(x_NC, share_NK, iterations=40, decay=1e-4):
 
     Full-batch L-BFGS from zero on features with each channel standardised: nothing to tune, nothing random.
     """
-    mean, std = require_finite(x_NC).mean(0), x_NC.std(0, correction=0).clamp(min=1e-6)
+    mean, std = require_finite(x_NC).mean(0), x_NC.std(0, correction=min(1, len(x_NC) - 1)).clamp(min=1e-6)
     x, total_N1 = (x_NC - mean) / std, share_NK.sum(1, keepdim=True)
     weight, bias = torch.zeros(share_NK.shape[1], x.shape[1]), torch.zeros(share_NK.shape[1])
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=iterations, history_size=10, line_search_fn="strong_wolfe")
