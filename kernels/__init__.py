@@ -7,7 +7,7 @@ import os
 # (docs/measured.md). torch reads these variables when it is loaded, so they are set here; values of yours win.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 try:
     import triton
