@@ -440,7 +440,8 @@ def check_room(dataset, about, out, n_shards, progress):
     patches = images * float(np.concatenate(sample).astype(np.int64).prod(1).mean())
     values = patches * sum(t["dim"] for t in about["teachers"].values())
     summaries = images * sum(4 * t["dim"] * (1 + t["registers"]) for t in about["teachers"].values())
-    kinds = {"int8": values, "bf16": 2 * values, "float32": 4 * values, "summaries alone": 0}
+    kinds = {name: values * np.dtype(stored).itemsize for name, (stored, _) in FEATURE_TYPES.items()}
+    kinds |= {"summaries alone": 0}
     kind = about["dtype"] if about["patches"] else "summaries alone"
     parts = {"pixels": patches * ROW * about["pixels"], "patches": kinds[kind], "summaries": summaries}
     total, gib = sum(parts.values()), lambda n: f"{n / 2**30:.1f} GiB" if n >= 2**30 else f"{n / 2**20:.1f} MiB"

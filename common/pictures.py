@@ -108,10 +108,10 @@ def curves(log, width=640, height=150):
         "most and least loaded expert, over the mean": ["expert_load_max", "expert_load_min"],
     }
     page = Image.new("RGB", (2 * (width + 340), 2 * len(panels) * (height + 40)), "white")  # reduced: smooth lines
-    pen, last = ImageDraw.Draw(page), max((line["step"] for line in lines), default=1)
+    pen, font, last = ImageDraw.Draw(page), letters(22), max((line["step"] for line in lines), default=1)
 
     def write(x, y, words, fill="#555555"):
-        pen.text((2 * x, 2 * y), words, fill, letters(22))
+        pen.text((2 * x, 2 * y), words, fill, font)
 
     for n, (title, names) in enumerate(panels.items()):
         top, least = n * (height + 40) + 20, -math.inf if n else 0  # a logarithm is of positive numbers
