@@ -15,255 +15,245 @@ from common import pictures
 
 # isort: split
 import argparse
+import copy
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-INK, GREY, FAINT = (40, 44, 52), (125, 130, 140), (226, 229, 234)
+INK, GREY, FAINT, PINK = (40, 44, 52), (125, 130, 140), (226, 229, 234), (252, 236, 232)
 BLUE, ORANGE, GREEN, RED, PURPLE = (52, 110, 180), (222, 132, 24), (56, 146, 92), (200, 60, 60), (128, 84, 168)
 SCALE = 4  # of what is drawn, over what is shown; the file has half of it
 
 
 class Page:
-    """A white page of logical pixels, drawn four times as large and reduced to twice: smooth lines and letters."""
+    """A white page, drawn four times as large as it is shown and reduced to twice: smooth lines and letters.
+
+    Points are logical pixels, or on a `part` of the page values.
+    """
 
     def __init__(self, width, height):
         self.picture = Image.new("RGB", (width * SCALE, height * SCALE), "white")
         self.draw = ImageDraw.Draw(self.picture)
+        self.box, self.xs, self.ys, self.log = (0, 0, width, height), (0, width), (height, 0), False
 
-    def text(self, x, y, words, size=15, colour=INK, anchor="lm"):
-        """Anchors are Pillow's: l, m or r of the words at x, then t, m or s of them at y."""
-        font = ImageFont.load_default(size=size * SCALE)
-        for i, line in enumerate(words.split("\n")):
-            self.draw.text((x * SCALE, (y + i * size * 1.35) * SCALE), line, fill=colour, font=font, anchor=anchor)
-
-    def box(self, x0, y0, x1, y1, fill=None, edge=None):
-        self.draw.rectangle([round(v * SCALE) for v in (x0, y0, x1, y1)], fill, edge, SCALE)
-
-    def line(self, points, colour=INK, width=1.0):
-        self.draw.line([(x * SCALE, y * SCALE) for x, y in points], colour, int(width * SCALE), "curve")
-
-    def polygon(self, points, colour):
-        self.draw.polygon([(x * SCALE, y * SCALE) for x, y in points], colour)
-
-    def image(self, x, y, array, width, height, how=Image.Resampling.NEAREST):
-        x, y, width, height = (round(v * SCALE) for v in (x, y, width, height))
-        self.picture.paste(Image.fromarray(np.asarray(array)).resize((width, height), how), (x, y))
-
-    def save(self, name, colours=128):
-        write(name, self.picture.reduce(SCALE // 2), colours)
-
-
-def write(name, picture, colours):
-    """docs/NAME.png of a picture, in so many colours."""
-    path = Path(__file__).with_name(f"{name}.png")
-    picture.quantize(colours, dither=Image.Dither.NONE).save(path, optimize=True)
-    print(f"docs/{path.name}: {picture.width} x {picture.height}, {path.stat().st_size / 1000:.0f} kB")
-
-
-class Axes:
-    """A chart's frame on a page: `at` takes values to the page."""
-
-    def __init__(self, page, box, xs, ys, x_ticks=(), y_ticks=(), title="", x_name="", log=False):
-        self.page, self.box, self.xs, self.ys, self.log = page, box, xs, ys, log
-        x0, y0, x1, y1 = box
-        for tick in y_ticks:
-            _, y = self.at(xs[0], tick)
-            page.line([(x0, y), (x1, y)], FAINT)
-            page.text(x0 - 6, y, f"{tick:g}", 12, GREY, "rm")
-        for tick in x_ticks:
-            page.text(self.at(tick, ys[0])[0], y1 + 12, f"{tick:g}", 12, GREY, "mm")
-        page.line([(x0, y0), (x0, y1), (x1, y1)], GREY)
-        page.text((x0 + x1) / 2, y1 + 30, x_name, 13, GREY, "mm")
-        page.text(x0, y0 - 16, title, 15, INK, "ls")
+    def part(self, box, xs, ys, log=False):
+        """The same page, on which points are values: xs from a box's left to its right, ys from its bottom up."""
+        part = copy.copy(self)
+        part.box, part.xs, part.ys, part.log = box, xs, ys, log
+        return part
 
     def at(self, x, y):
-        x0, y0, x1, y1 = self.box
-        low, high, y = (np.log(v) for v in (*self.ys, max(y, 1e-9))) if self.log else (*self.ys, y)
-        return x0 + (x1 - x0) * (x - self.xs[0]) / (self.xs[1] - self.xs[0]), y1 - (y1 - y0) * (y - low) / (high - low)
+        left, top, right, bottom = self.box
+        low, high, y = np.log([*self.ys, max(y, self.ys[0])]) if self.log else (*self.ys, y)
+        across, up = (x - self.xs[0]) / (self.xs[1] - self.xs[0]), (y - low) / (high - low)
+        return round(SCALE * (left + (right - left) * across)), round(SCALE * (bottom - (bottom - top) * up))
 
-    def curves(self, xs, lines, left, top):
+    def text(self, x, y, words, size=15, colour=INK, anchor="lm", shift=(0, 0)):
+        """Anchors are Pillow's: l, m or r of the words at x, then t, m or s of them at y. shift: pixels from there."""
+        (x, y), (right, down) = self.at(x, y), shift
+        place, font = (x + right * SCALE, y + down * SCALE), pictures.letters(size * SCALE)
+        self.draw.text(place, words, colour, font, anchor, spacing=size * SCALE // 2)
+
+    def rectangle(self, x0, y0, x1, y1, fill=None, edge=None):
+        self.draw.rectangle([self.at(x0, y0), self.at(x1, y1)], fill, edge, SCALE)
+
+    def line(self, points, colour=INK, width=1.0):
+        self.draw.line([self.at(*point) for point in points], colour, int(width * SCALE), "curve")
+
+    def polygon(self, points, colour):
+        self.draw.polygon([self.at(*point) for point in points], colour)
+
+    def dot(self, x, y, colour, radius):
+        self.draw.circle(self.at(x, y), radius * SCALE, colour)
+
+    def image(self, x, y, array, width, height, how=Image.Resampling.NEAREST):
+        """width, height: in pixels."""
+        size = round(width * SCALE), round(height * SCALE)
+        self.picture.paste(Image.fromarray(np.asarray(array)).resize(size, how), self.at(x, y))
+
+    def frame(self, title, x_name=""):
+        """A chart's lines, ticks and words; there are ticks below where x_name says what they are of."""
+        (left, right), (low, high) = self.xs, self.ys
+        for tick in pictures.ticks(low, high, self.log):
+            self.line([(left, tick), (right, tick)], FAINT)
+            self.text(left, tick, f"{tick:g}", 12, GREY, "rm", shift=(-6, 0))
+        for tick in pictures.ticks(left, right) if x_name else ():
+            self.text(tick, low, f"{tick:g}", 12, GREY, "mm", shift=(0, 12))
+        self.line([(left, high), (left, low), (right, low)], GREY)
+        self.text((left + right) / 2, low, x_name, 13, GREY, "mm", shift=(0, 30))
+        self.text(left, high, title, 15, INK, "ls", shift=(0, -16))
+
+    def curves(self, xs, lines, right, down):
         """{words: (colour, rows of values at xs)}: means, bands of a standard deviation to either side, the words."""
         for colour, rows in lines.values():
             middle, spread = np.mean(rows, 0), np.std(rows, 0, ddof=1)
             edge = [*zip(xs, middle - spread, strict=True), *reversed([*zip(xs, middle + spread, strict=True)])]
-            self.page.polygon([self.at(*point) for point in edge], tuple(255 - (255 - c) // 4 for c in colour))
+            self.polygon(edge, tuple(255 - (255 - c) // 4 for c in colour))
         for i, (words, (colour, rows)) in enumerate(lines.items()):
-            self.page.line([self.at(*point) for point in zip(xs, np.mean(rows, 0), strict=True)], colour, 2)
-            self.page.text(left, top + 24 * i, words, 15, colour)
+            self.line([*zip(xs, np.mean(rows, 0), strict=True)], colour, 2)
+            self.text(self.xs[0], self.ys[1], words, 15, colour, shift=(right, down + 24 * i))
 
     def bars(self, heights, colour, first=0):
         for x, height in enumerate(heights, first):
-            (left, y), (right, _) = self.at(x, height), self.at(x + 0.8, height)
-            self.page.box(left, min(y, self.box[3]), right, self.box[3], fill=colour)
+            self.rectangle(x, max(height, self.ys[0]), x + 0.8, self.ys[0], colour)
 
 
-# ---- the pictures ----
-
-
-def pack(run):
+def pack(_):
     """Three images, the strip of tokens that they become, and who attends to whom."""
-    colours, T = (BLUE, ORANGE, GREEN), 64
+    colours, T, page = (BLUE, ORANGE, GREEN), 64, Page(900, 625)
     with tempfile.TemporaryDirectory() as folder:
         place = toy.World(folder, 60).write()
         files = [place / toy.World.name(i) for i in (24, 36, 50)]
         rows, shapes = zip(*(amoe.to_rows(images.load_image(file, max_tokens=16)) for file in files), strict=True)
-    batch = amoe.pack(rows, shapes, T)
-    page, step, left, strip, starts = Page(900, 625), 13.4, 21, 236, batch.starts.tolist()
-    for i, ((h, w), colour) in enumerate(zip(shapes, colours, strict=True)):
-        first, end = (left + step * starts[i + n] for n in (0, 1))
+    starts = amoe.pack(rows, shapes, T).starts.tolist()
+    strip, square = page.part((21, 236, 879, 266), (0, T), (1, 0)), page.part((87, 380, 317, 610), (0, T), (T, 0))
+    square.text(T / 2, 0, "keys", 13, GREY, "mm", shift=(0, -10))
+    square.text(0, T / 2, "queries", 13, GREY, "rm", shift=(-8, 0))
+    for i, ((h, w), colour, first, end) in enumerate(zip(shapes, colours, starts, starts[1:], strict=False)):
         middle = (first + end) / 2
-        page.text(middle, 24, f"image {i}: {h} x {w} patches", 15, colour, "mm")
-        page.line([(middle, 200), (middle, strip - 11)], colour, 1.4)
-        page.polygon([(middle, strip - 6), (middle - 4, strip - 15), (middle + 4, strip - 15)], colour)
+        centre = 21 + 858 * middle / T
+        page.text(centre, 24, f"image {i}: {h} x {w} patches", 15, colour, "mm")
+        page.polygon([(centre - 4, 200), (centre + 4, 200), (centre, 230)], colour)
         for n, row in enumerate(rows[i]):
             patch = row.reshape(16, 16, 3)
-            page.image(middle + (n % w - w / 2) * 30, 118 + (n // w - h / 2) * 30, patch, 28, 28)
-            page.image(left + step * (starts[i] + 5 + n), strip, patch, step - 1, 30)
+            page.image(centre + (n % w - w / 2) * 30, 118 + (n // w - h / 2) * 30, patch, 28, 28)
+            strip.image(first + 5 + n, 0, patch, 12.4, 30)
         for n in range(5):
-            page.box(first + step * n, strip, first + step * (n + 1) - 1, strip + 30, "white" if n else colour, colour)
-        page.box(first, strip + 34, end - 1, strip + 39, colour)
-        page.text(first, strip + 52, f"{starts[i]}", 13, colour)
-    page.box(left + step * starts[-1], strip, left + step * T - 1, strip + 30, FAINT)
-    page.text(left + step * T, strip + 52, f"{starts[-1]}: padding", 13, GREY, "rm")
+            strip.rectangle(first + n, 0, first + n + 0.92, 1, "white" if n else colour, colour)
+        strip.rectangle(first, 1.13, end - 0.08, 1.3, colour)
+        strip.text(first, 1.7, f"{first}", 13, colour)
+        square.rectangle(first, first, end, end, colour)
+        square.text(middle, middle, f"image {i}", 13, "white", "mm")
+    square.rectangle(0, 0, T, T, edge=FAINT)
+    square.rectangle(starts[-1], starts[-1], T, T, FAINT)
+    strip.rectangle(starts[-1], 0, T, 1, FAINT)
+    strip.text(T, 1.7, f"{starts[-1]}: padding", 13, GREY, "rm")
     says = f"One pack of T = {T} tokens. A filled square is an image's CLS, four open ones are its\nregisters,"
-    page.text(left, strip + 82, f"{says} then come its patches in row-major order. No padding between images.")
-    same_TT1, x0, y0, side = (batch.image[:, None] == batch.image)[..., None], left + 66, 380, 230
-    page.image(x0, y0, np.where(same_TT1, np.uint8([*colours, FAINT])[batch.image], np.uint8(255)), side, side)
-    page.box(x0, y0, x0 + side, y0 + side, edge=FAINT)
-    for i in range(3):
-        middle = side / T * (starts[i] + starts[i + 1]) / 2
-        page.text(x0 + middle, y0 + middle, f"image {i}", 13, "white", "mm")
-    page.text(x0 + side / 2, y0 - 10, "keys", 13, GREY, "mm")
-    page.text(x0 - 8, y0 + side / 2, "queries", 13, GREY, "rm")
+    page.text(21, 328, f"{says} then come its patches in row-major order. No padding between images.")
     says = "Who attends to whom: every token of an image to\nevery token of that image, and to no other. So packing\n"
     says += "changes no result, and images of any shape share\none batch.\n\nThe blocks follow from `starts` ="
-    page.text(x0 + side + 60, y0 + 40, f"{says} {starts}\nalone: nothing of T x T is ever evaluated.", 16)
-    page.save("pack")
+    page.text(377, 485, f"{says} {starts}\nalone: nothing of T x T is ever evaluated.", 16)
+    return page.picture.reduce(SCALE // 2)
 
 
 def phi_s(run):
     """Channel variances of both oracles, before PHI-S and after."""
     cache, page = data.Cache(run / "toy" / "cache"), Page(900, 320)
     for n, when in enumerate(("before", "after")):
-        box, title = (60 + 440 * n, 60, 440 + 440 * n, 270), f"variance of every channel, {when} PHI-S"
-        ticks, total, first = (0.001, 0.01, 0.1, 1, 10), sum(space.dim for space in cache.spaces), 0
-        axes = Axes(page, box, (0, total), (0.001, 20), (), ticks, title, log=True)
+        total, first = sum(space.dim for space in cache.spaces), 0
+        axes = page.part((60 + 440 * n, 60, 440 + 440 * n, 270), (0, total), (0.001, 20), log=True)
+        axes.frame(f"variance of every channel, {when} PHI-S")
         for space, colour in zip(cache.spaces, (PURPLE, GREEN), strict=True):
             stored = (data.as_tensor(shard.all(f"patch.{space.name}")) for shard in cache.shards)
             y_NC = torch.cat([amoe.dequantise(y) for y in stored])
             v = (y_NC if n else space.phi_s.invert(y_NC)).double().var(0).sort(descending=True).values
             axes.bars(v.tolist(), colour, first)
-            mean, x = f"'{space.name}', mean {v.mean():.2g}", axes.at(first + space.dim / 2, 1)[0]
-            page.text(x, 290, mean, 14, colour, "mm")
+            mean = f"'{space.name}', mean {v.mean():.2g}"
+            axes.text(first + space.dim / 2, 0.001, mean, 14, colour, "mm", shift=(0, 20))
             first += space.dim
-    page.save("phi_s", 64)
+    return page.picture.reduce(SCALE // 2)
 
 
-def answers(run, choose):
-    """The run's cache, the held-out images that `choose` takes, and their features, {"teacher", "student"}."""
-    cache, student = data.Cache(run / "toy" / "cache"), amoe.load(run)
-    chosen = choose(cache, evaluate.split(cache)[1])
-    models = {"teacher": evaluate.of_targets(cache.spaces), "student": evaluate.of_student(student)}
-    streams = {who: evaluate.stream(model, cache, chosen, stored=who == "teacher") for who, model in models.items()}
-    return cache, chosen, {who: evaluate.gather(stream) for who, stream in streams.items()}
+def of_run(run):
+    """A run's cache, its held-out images, and the teachers and the student as models."""
+    cache, student = data.Cache(run / "toy" / "cache"), evaluate.of_student(amoe.load(run))
+    return cache, evaluate.split(cache)[1], {"teacher": evaluate.of_targets(cache.spaces), "student": student}
 
 
 def arkd(run):
     """Pairs of held-out images, student against teacher: which of them the relational loss pulls at."""
-    page, most, (_, _, said) = Page(900, 490), 1.8, answers(run, lambda cache, held: held[::7])
+    page, most, (cache, held, models) = Page(900, 490), 1.8, of_run(run)
     page.text(450, 22, "A dot is a pair of held-out images: red ones are penalised, grey ones left alone.", anchor="mm")
-    for n, head in enumerate(said["teacher"]):
-        teacher, student = (torch.nn.functional.pdist(features[head]["summary"]) for features in said.values())
-        teacher, student = teacher / teacher.mean(), student / student.mean()
-        median, box, ticks = teacher.median(), (70 + 440 * n, 82, 430 + 440 * n, 430), (0, 0.5, 1, 1.5)
-        axes = Axes(page, box, (0, most), (0, most), ticks, ticks, "", f"distance in teacher '{head}', over its mean")
-        (x0, y0), (x1, y1), (xm, ym) = axes.at(0, 0), axes.at(most, most), axes.at(median, median)
-        for corners in ([(x0, y0), (xm, ym), (xm, y1), (x0, y1)], [(xm, ym), (x1, y1), (x1, y0), (xm, y0)]):
-            page.polygon(corners, (252, 236, 232))
-        page.line([(xm, y0), (xm, y1)], GREY)
-        page.line([(x0, y0), (x1, y1)], INK)
-        page.text(xm, y1 - 8, "median", 13, GREY, "mm")
-        page.text(x0, 56, "distance in the student, over its mean", 13, GREY)
-        for t, s in zip(teacher.tolist(), student.tolist(), strict=True):
-            if max(t, s) < most:
-                colour = RED if (s > t) == (t < median) else (150, 158, 170)
-                page.draw.circle([v * SCALE for v in axes.at(t, s)], 1.4 * SCALE, colour)
-        page.text(x0 + 10, y1 + 16, "close in the teacher,\nfurther apart in the student", 13, RED)
-        page.text(x1 - 8, y0 - 32, "far in the teacher,\ncloser in the student", 13, RED, "rm")
-    page.save("arkd", 64)
-
-
-def curves(run):
-    """What every run draws of its own log."""
-    write("curves", pictures.curves(run / "log.jsonl"), 64)
+    for n, head in enumerate(("text", "dense")):
+        axes = page.part((70 + 440 * n, 82, 430 + 440 * n, 430), (0, most), (0, most))
+        axes.frame("", f"distance in teacher '{head}', over its mean")
+        axes.text(0, most, "distance in the student, over its mean", 13, GREY, shift=(0, -26))
+        pairs = []
+        for model in models.values():
+            summaries, _ = evaluate.summaries_by_head(model, cache, held[::7], [head], stored=True)
+            distances = torch.nn.functional.pdist(summaries[head])
+            pairs.append(distances / distances.mean())
+        m = float(pairs[0].median())
+        axes.polygon([(0, 0), (m, m), (m, most), (0, most)], PINK)
+        axes.polygon([(m, m), (most, most), (most, 0), (m, 0)], PINK)
+        axes.line([(m, 0), (m, most)], GREY)
+        axes.line([(0, 0), (most, most)])
+        axes.text(m, most, "median", 13, GREY, "mm", shift=(0, -8))
+        for teacher, student in torch.stack(pairs, 1).tolist():
+            if max(teacher, student) < most:
+                penalised = (student > teacher) == (teacher < m)
+                axes.dot(teacher, student, RED if penalised else (150, 158, 170), 1.4)
+        axes.text(0.05, 1.67, "close in the teacher,\nfurther apart in the student", 13, RED)
+        axes.text(1.76, 0.11, "far in the teacher,\ncloser in the student", 13, RED, "rm")
+    return page.picture.reduce(SCALE // 2)
 
 
 def evidence(_):
     """Differences from the run as it is, and their 95% intervals, from benchmarks/claims.json."""
-    arms, measures = claims.compared(tables.load("claims")), ("zeroshot", "knn", "miou", "neighbours")
-    arms = {arm: measured for arm, measured in arms.items() if claims.base_of(arm) == "as it is"}
-    page, below = Page(980, 58 + 19 * len(arms)), len(arms)
-    for n, measure in enumerate(measures):
-        span = max(abs(mean) + half for mean, half, _ in (arms[arm][measure] for arm in arms))
-        box, title = (270 + 178 * n, 40, 440 + 178 * n, 46 + 19 * below), f"{measure} (axis: ± {span:.2f})"
-        axes = Axes(page, box, (-span, span), (below, 0), title=title)
-        page.line([axes.at(0, 0), axes.at(0, below)], FAINT, 2)
-        for i, arm in enumerate(arms):
-            mean, half, p = arms[arm][measure]
+    arms = {arm: of for arm, of in claims.compared(tables.load("claims")).items() if claims.base_of(arm) == "as it is"}
+    page = Page(980, 96 + 19 * len(arms))
+    for i, arm in enumerate(arms):
+        page.text(8, 50 + 19 * i, arm, 12)
+    for n, measure in enumerate(("zeroshot", "knn", "miou", "neighbours")):
+        span = max(abs(mean) + half for mean, half, _ in (of[measure] for of in arms.values()))
+        axes = page.part((270 + 178 * n, 40, 440 + 178 * n, 40 + 19 * len(arms)), (-span, span), (len(arms), 0))
+        axes.frame(measure, "difference")
+        axes.line([(0, 0), (0, len(arms))], FAINT, 2)
+        for i, of in enumerate(arms.values()):
+            mean, half, p = of[measure]
             colour = GREY if p >= 0.05 else RED if mean < 0 else GREEN
-            page.line([axes.at(mean - half, i + 0.5), axes.at(mean + half, i + 0.5)], colour, 1.5)
-            x, y = axes.at(mean, i + 0.5)
-            page.box(x - 3, y - 3, x + 3, y + 3, fill=colour)
-            page.text(8, y, arm if n == 0 else "", 12)
-    page.save("evidence", 32)
+            axes.line([(mean - half, i + 0.5), (mean + half, i + 0.5)], colour, 1.5)
+            axes.dot(mean, i + 0.5, colour, 3)
+    return page.picture.reduce(SCALE // 2)
+
+
+def of_arm(arm, key):
+    """What each run of an arm of benchmarks/claims.json has under a key."""
+    return [result[key] for result in tables.load("claims")[arm].values()]
 
 
 def optimisers(_):
     """The loss by step under each optimiser, and how unevenly experts are loaded with their bias and without."""
-    found, page, steps, ticks = tables.load("claims"), Page(980, 330), range(20, 301, 20), (20, 100, 200, 300)
-    lines_of = lambda key, arms: {  # noqa: E731
-        words: (colour, [r[key] for r in found[arm].values()]) for words, (colour, arm) in arms.items()
+    page, steps = Page(980, 330), range(20, 301, 20)
+    axes = page.part((50, 40, 430, 270), (20, 300), (1.75, 11.7), log=True)
+    axes.frame("loss, the mean of 20 steps", "step")
+    lines = {
+        "AdamW, lr 6e-3": (GREY, of_arm("as it is", "loss")),
+        "AdamW, lr 2e-2": (ORANGE, of_arm("optimiser: AdamW, lr 2e-2", "loss")),
+        "Muon, lr 6e-3": (BLUE, of_arm("optimiser: Muon for matrices", "loss")),
+        "Muon, lr 2e-2": (GREEN, of_arm("optimiser: Muon, lr 2e-2", "loss")),
     }
-    arms = {
-        "AdamW, lr 6e-3": (GREY, "as it is"),
-        "AdamW, lr 2e-2": (ORANGE, "optimiser: AdamW, lr 2e-2"),
-        "Muon, lr 6e-3": (BLUE, "optimiser: Muon for matrices"),
-        "Muon, lr 2e-2": (GREEN, "optimiser: Muon, lr 2e-2"),
+    axes.curves(steps, lines, 260, 20)
+    axes = page.part((560, 40, 940, 270), (20, 300), (0, 3.5))
+    axes.frame("load of experts, most less least, mean load 1", "step")
+    lines = {
+        "with the expert bias": (GREEN, of_arm("as it is", "load_spread_by_step")),
+        "without": (GREY, of_arm("bias balancing: none", "load_spread_by_step")),
     }
-    title = "loss, the mean of 20 steps"
-    axes = Axes(page, (50, 40, 430, 270), (20, 300), (1.8, 12), ticks, (2, 3, 4, 6, 8, 10), title, "step", log=True)
-    axes.curves(steps, lines_of("loss", arms), 310, 60)
-    arms = {"with the expert bias": (GREEN, "as it is"), "without": (GREY, "bias balancing: none")}
-    title = "load of experts, most less least, mean load 1"
-    axes = Axes(page, (560, 40, 940, 270), (20, 300), (0, 3.5), ticks, range(4), title, "step")
-    axes.curves(steps, lines_of("load_spread_by_step", arms), 580, 222)
-    page.save("optimisers", 64)
+    axes.curves(steps, lines, 20, 182)
+    return page.picture.reduce(SCALE // 2)
 
 
 def subsets(_):
     """Scores with all classes alike of students of a part of the toy's long-tailed pool, against its size."""
-    page, found = Page(900, 330), tables.load("claims")
-    scores = lambda arm: np.array([r["knn_balanced"] for r in found[arm].values()])  # noqa: E731
+    page, whole = Page(900, 330), np.mean(of_arm("long curation to 1: the whole pool", "knn_balanced"))
     colours = {"random": GREY, "by the text teacher": PURPLE, "by the dense teacher": GREEN}
-    runs_of = ("", "short runs", (0.3, 0.4, 0.5, 0.6)), ("long ", "the default run", (0.5, 0.6, 0.7, 0.8, 0.9, 1.0))
-    for n, (kind, title, ticks) in enumerate(runs_of):
-        box = left, _, right, bottom = (60 + 440 * n, 60, 430 + 440 * n, 280)
-        axes = Axes(page, box, (-0.2, 2.2), (ticks[0], ticks[-1]), (), ticks, f"{title}: kNN, mean over classes")
-        arms = {how: [f"{kind}curation to 1/{part}: {how}" for part in (16, 8, 4)] for how in colours}
-        arms = {how: names for how, names in arms.items() if all(name in found for name in names)}
-        lines = {how: (colours[how], np.stack([*map(scores, names)], 1)) for how, names in arms.items()}
-        axes.curves(range(3), lines, right - 150, bottom - 24 * len(lines))
+    for left, kind, title, low, high in ((60, "", "short runs", 0.3, 0.61), (500, "long ", "default run", 0.5, 1.0)):
+        axes, lines = page.part((left, 60, left + 370, 280), (-0.2, 2.2), (low, high)), {}
+        axes.frame(f"{title}: kNN, mean over classes")
         for i, part in enumerate(("a 16th of the pool", "an 8th", "a 4th")):
-            page.text(axes.at(i, ticks[0])[0], bottom + 14, part, 12, GREY, "mm")
-        if kind:
-            y = axes.at(0, scores("long curation to 1: the whole pool").mean())[1]
-            page.line([(left, y), (right, y)], GREY)
-            page.text(left + 8, y - 10, "the whole pool", 12, GREY)
-    page.save("subsets", 64)
+            axes.text(i, low, part, 12, GREY, "mm", shift=(0, 14))
+        for how, colour in colours.items():
+            arms = [f"{kind}curation to 1/{part}: {how}" for part in (16, 8, 4)]
+            if arms[0] in claims.ARMS:
+                lines[how] = colour, np.transpose([of_arm(arm, "knn_balanced") for arm in arms])
+        axes.curves(range(3), lines, 220, 148)
+    axes.line([(-0.2, whole), (2.2, whole)], GREY)
+    axes.text(-0.2, whole, "the whole pool", 12, GREY, shift=(8, -10))
+    return page.picture.reduce(SCALE // 2)
 
 
 def curation(run):
@@ -272,62 +262,50 @@ def curation(run):
     with tempfile.TemporaryDirectory() as folder:
         words = "--features", str(cache.path), "--teacher", "dense", "--levels", "500", "50", "--keep", "1000", "--out"
         curate.main([*words, folder])
-        kept = set(np.load(Path(folder) / "kept.npy").tolist())
-        sheet = np.asarray(Image.open(Path(folder) / "clusters.png").convert("RGB"))
-    counts = np.zeros((2, len(toy.CLASSES)))
-    for i in (int(i) for shard in cache.shards for i in shard.ids):
-        counts[:, world.scenes[world.index[i]].label] += 1, i in kept
-    counts = counts[:, np.argsort(-counts[0])]
-    for n, (count, colour) in enumerate(zip(counts, (GREY, GREEN), strict=True)):
-        title = ("the pool", "curated")[n] + f": {count.sum():.0f} images, entropy {curate.entropy(count):.3f}"
-        box, x_name = (44, 84 + 290 * n, 340, 264 + 290 * n), f"the {len(count)} concepts, most frequent first"
-        Axes(page, box, (0, 48), (0, 18), (), (0, 5, 10, 15), title, x_name).bars(100 * count / count.sum(), colour)
-        page.text(box[0], box[1] - 42, "% of images", 13, GREY)
-    page.image(372, 10, sheet, 520, 520 * sheet.shape[0] / sheet.shape[1], Image.Resampling.LANCZOS)
-    page.save("curation", 96)
+        kept = np.load(Path(folder) / "kept.npy")
+        sheet = Image.open(Path(folder) / "clusters.png").convert("RGB")
+    page.image(372, 10, sheet, 520, 520 * sheet.height / sheet.width, Image.Resampling.LANCZOS)
+    pool, subset = (
+        np.bincount([world.scenes[world.index[i]].label for i in ids.tolist()], minlength=len(toy.CLASSES))
+        for ids in (cache.all_ids(), kept)
+    )
+    for top, title, count, colour in ((84, "the pool", pool, GREY), (374, "curated", subset, GREEN)):
+        axes = page.part((44, top, 340, top + 180), (0, len(count)), (0, 18))
+        title = f"{title}: {count.sum()} images, entropy {curate.entropy(count):.3f}"
+        axes.frame(title, f"the {len(count)} concepts, most frequent first")
+        axes.bars(100 * count[np.argsort(-pool)] / count.sum(), colour)
+        page.text(44, top - 42, "% of images", 13, GREY)
+    return page.picture.reduce(SCALE // 2)
 
 
 def maps(run):
-    """PCA maps of the largest held-out toy images, each teacher beside the student in the teacher's own colours."""
-
-    def largest(cache, held):
-        return sorted(held, key=lambda entry: cache.shard(entry[0]).shapes[entry[1]].prod())[-4:]
-
-    cache, shown, said = answers(run, largest)
-    page, batch, cell, x = Page(900, 640), cache.read(shown, with_targets=False), 128, 20
-    columns = [("image", ""), *((who, head) for head in ("text", "dense") for who in said), ("student", "amoe")]
-    for title, head in columns:
-        if head and (title == "teacher" or head == "amoe"):  # what is to the right of it has its colours
-            x, basis = x + 20, pictures.pca_basis(torch.cat(said[title][head]["patch"]))
-            wide = 2 * cell + 6 if title == "teacher" else cell
-            page.line([(x, 44), (x, 38), (x + wide, 38), (x + wide, 44)], GREY, 1.4)
-            page.text(x + wide / 2, 32, f"'{head}'" if title == "teacher" else "trunk", 15, INK, "ms")
-        page.text(x + cell / 2, 58, title, 15, INK, "mm")
-        for row, picture in enumerate(batch.images()):
-            shape = batch.shapes[row].tolist()
-            if head:
-                picture = pictures.pca_map(said[title][head]["patch"][row], shape, basis)
-            h, w = (n * cell / max(shape) for n in shape)
-            page.image(x + (cell - w) / 2, 76 + row * (cell + 10) + (cell - h) / 2, picture, w, h)
-        x += cell + 6
-    page.save("toy", 256)
+    """What every run draws of its student's patch features, here of the four largest held-out images."""
+    cache, held, models = of_run(run)
+    held.sort(key=lambda entry: cache.shard(entry[0]).shapes[entry[1]].prod())
+    return evaluate.run_sheet(cache, held[-4:], models)
 
 
-FIGURES = {f.__name__: f for f in (pack, phi_s, arkd, curves, curation, evidence, optimisers, subsets)} | {"toy": maps}
+FIGURES = {f.__name__: f for f in (pack, phi_s, arkd, curation, evidence, optimisers, subsets)} | {
+    "curves": lambda run: pictures.curves(run / "log.jsonl"),
+    "toy": maps,
+}
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="docs.figures", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("name", nargs="*", help="of " + ", ".join(FIGURES) + "; all of them by default")
-    parser.add_argument("--run", default="runs/toy", help="the folder that `python train.py` left")
+    parser.add_argument("--run", type=Path, default="runs/toy", help="the folder that `python train.py` left")
     args = parser.parse_args(argv)
-    names, run = args.name or list(FIGURES), Path(args.run)
+    names = args.name or list(FIGURES)
     if unknown := set(names) - set(FIGURES):
         parser.error(f"no picture is called '{min(unknown)}': choose of {', '.join(FIGURES)}")
-    if set(names) - {"pack", "evidence", "optimisers", "subsets"} and not (run / "student" / "config.json").is_file():
-        parser.error(f"{run} holds no run: `python train.py` makes one, or --run names another")
+    if set(names) - {"pack", "evidence", "optimisers", "subsets"} and not (args.run / "student/config.json").is_file():
+        parser.error(f"{args.run} holds no run: `python train.py` makes one, or --run names another")
     for name in names:
-        FIGURES[name](run)
+        path = Path(__file__).with_name(f"{name}.png")
+        picture = FIGURES[name](args.run).quantize(256, dither=Image.Dither.NONE)
+        picture.save(path, optimize=True)
+        print(f"docs/{path.name}: {picture.width} x {picture.height}, {path.stat().st_size / 1000:.0f} kB")
 
 
 if __name__ == "__main__":
