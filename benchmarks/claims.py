@@ -33,11 +33,10 @@ import train
 from teachers import embed_text, load_teachers
 
 HERE = Path(__file__).resolve().parent
-SHORT = "--optimizer adamw --schedule cosine --lr 6e-3 --weight-decay 0.02 --steps 300 --tokens 1024 layers=2"
+SHORT = "--optimizer adamw --schedule cosine --lr 6e-3 --weight-decay 0.02 --steps 300 --tokens 1024 --sizes layers=2"
 BUDGETS = 16, 32, 64
-# {arm, "CLAIM: NAME": its words}: flags of train.py; NAME=NUMBER is one of its --sizes. A first word toy-... names a
-# cache of the toy in another dtype or with other token budgets; one with a slash says how images are chosen (`choose`);
-# long is a run as train.py has it by default, in the place of SHORT.
+# {arm, "CLAIM: NAME": its words}: flags of train.py, after SHORT, or after "long" in the place of SHORT. A word toy-...
+# names a cache of the toy in another dtype or with other budgets; one with a slash how images are chosen (`choose`).
 ARMS = {
     "as it is": "",
     "ARKD: none": "--arkd 0",
@@ -49,10 +48,10 @@ ARMS = {
     "PHI-S: one scalar": "--standardise global",
     "PHI-S: none": "--standardise none",
     "token balance: mean over all patches of a pack": "--loss-per patch",
-    "MoE: dense, same active width": "dense_layers=2 dense_hidden=256",
-    "MoE: first layer dense": "dense_layers=1 dense_hidden=256",
-    "MoE: top-1 of 8": "top_k=1",
-    "MoE: top-4 of 8": "top_k=4",
+    "MoE: dense, same active width": "--sizes layers=2 dense_layers=2 dense_hidden=256",
+    "MoE: first layer dense": "--sizes layers=2 dense_layers=1 dense_hidden=256",
+    "MoE: top-1 of 8": "--sizes layers=2 top_k=1",
+    "MoE: top-4 of 8": "--sizes layers=2 top_k=4",
     "bias balancing: none": "--expert-bias-rate 0",
     "optimiser: WSD schedule": "--schedule wsd",
     "optimiser: AdamW, lr 2e-2": "--lr 2e-2",
@@ -67,7 +66,7 @@ ARMS = {
     "default run: as it is": "long",
     "default run: no ARKD": "long --arkd 0",
     "default run: features as they are": "long --standardise none",
-    "default run: dense, same active width": "long dense_layers=3 dense_hidden=256",
+    "default run: dense, same active width": "long --sizes dense_layers=3 dense_hidden=256",
     "default run: cosine": "long --schedule cosine",
     "larger batch: as it is": "--accumulate 4 --steps 150",
     "larger batch: no ARKD": "--accumulate 4 --steps 150 --arkd 0",
@@ -93,27 +92,10 @@ MEASURES = ("zeroshot", "knn", "miou", "distances", "cka", "neighbours", "patch_
 
 def words_of(arm):
     """(the flags of train.py of an arm, the toy whose cache it reads, how a part of it is chosen or "")."""
-    short, words = [] if arm.startswith("long") else SHORT.split(), arm.removeprefix("long").split()
-    world = words.pop(0) if words and words[0].startswith("toy-") else "toy"
-    chosen = words.pop(0) if words and "/" in words[0] else ""
-    words = short + words  # a flag's last words win
-    flags = [word for word in words if "=" not in word]
-    sizes = [word for word in words if "=" in word]
-    return flags + (["--sizes", *sizes] if sizes else []), world, chosen
-
-
-def complete(path, jobs):
-    """Put what is missing into a JSON file, {arm: {seed: job()}} of jobs {(arm, seed): job}, one after another.
-
-    Numbers have five digits, so that the file stays small.
-    """
-    found = json.loads(path.read_text()) if path.exists() else {}
-    for (arm, seed), job in jobs.items():
-        if seed not in found.setdefault(arm, {}):
-            text = json.dumps(job())
-            found[arm][seed] = json.loads(text, parse_float=lambda digits: float(f"{float(digits):.5g}"))
-            path.write_text(json.dumps(found, indent=1) + "\n")
-            gc.collect()  # a run's cache, held by a cycle, has shards in memory
+    words = arm.split()[1:] if arm.startswith("long") else [*SHORT.split(), *arm.split()]  # a flag's last words win
+    world = next((word for word in words if word.startswith("toy-")), "toy")
+    chosen = next((word for word in words if "/" in word), "")
+    return [word for word in words if word not in (world, chosen)], world, chosen
 
 
 class Pictures:
@@ -123,33 +105,33 @@ class Pictures:
         """text_of: a class's name to embeddings [n, C], in the space of the first teacher. balanced: classes are alike
         frequent, so that curation is asked of a long-tailed part of them."""
         self.cache, (trained, self.held) = cache, evaluate.split(cache)
-        name = functools.partial(evaluate.category, cache)
-        names = sorted({name(entry) for entry in [*trained, *self.held]})
         self.bank = trained[:: max(1, len(trained) // 2000)]
-        labels, self.labels, self.truth = (
-            torch.tensor([names.index(name(entry)) for entry in part]) for part in (trained, self.bank, self.held)
-        )
-        pool = long_tail(labels) if balanced else np.arange(len(trained))
+        parts = ((cache, part) for part in (trained, self.bank, self.held))
+        labels, self.labels, self.truth = evaluate.class_numbers(*parts)
+        pool = long_tail(labels) if balanced else slice(None)
         self.ids = np.array([int(cache.shard(number).ids[i]) for number, i in trained])[pool]
+        names = sorted({evaluate.category(cache, entry) for entry in [*trained, *self.held]})
         self.frequency = labels[pool].bincount(minlength=len(names)).double()
-        self.text = torch.stack([F.normalize(text_of(n), dim=1).mean(0) for n in names])
+        self.text = torch.stack([F.normalize(text_of(name), dim=1).mean(0) for name in names])
 
-    def scores(self, model, said):
-        """kNN in the dense teacher's space and zero-shot; with classes alike, and as frequent as in the pool."""
+    def scores(self, model, summaries):
+        """kNN in the dense teacher's space and zero-shot; with classes alike, and as frequent as in the pool.
+
+        summaries: the model's, of the images held out, by head.
+        """
         text, dense = (space.name for space in self.cache.spaces)
         known, _ = evaluate.summaries_by_head(model, self.cache, self.bank, [dense])
-        queries, images, truth = said[dense]["summary"], said[text]["summary"], self.truth
-        right = {
-            "knn": lambda some: evaluate.knn(known[dense], self.labels, queries[some], truth[some]),
-            "zeroshot": lambda some: evaluate.zeroshot(images[some], self.text, truth[some]),
+        share = {"knn": [], "zeroshot": []}  # of each class
+        classes, count = self.truth.unique(return_counts=True)
+        for some, truth in ((self.truth == k, self.truth[self.truth == k]) for k in classes):
+            share["knn"].append(evaluate.knn(known[dense], self.labels, summaries[dense][some], truth))
+            share["zeroshot"].append(evaluate.zeroshot(summaries[text][some], self.text, truth))
+        weights = {"": count, "_balanced": torch.ones(len(classes)), "_long_tail": self.frequency[classes]}
+        return {
+            measure + name: float(np.average(of_class, weights=weight.numpy()))
+            for measure, of_class in share.items()
+            for name, weight in weights.items()
         }
-        found, classes = {}, self.truth.unique()
-        weight = self.frequency[classes] / self.frequency[classes].sum()
-        for measure, share in right.items():
-            each = torch.tensor([share(self.truth == k) for k in classes], dtype=torch.float64)
-            found[measure], found[f"{measure}_balanced"] = share(slice(None)), float(each.mean())
-            found[f"{measure}_long_tail"] = float(each @ weight)
-        return found
 
 
 def long_tail(label_N, least=0.01):
@@ -170,9 +152,9 @@ def choose(pictures, how, seed):
         return np.sort(np.random.default_rng(seed).choice(pictures.ids, n, replace=False))
     teacher, levels = how.split(":")
     ids, x_NC = data.open_summaries(pictures.cache.path, pictures.cache.spaces[int(teacher)].name)
-    at = np.argsort(ids)[np.searchsorted(np.sort(ids), pictures.ids)]
-    levels = [len(at) // int(size) for size in levels.split(",")]
-    return np.sort(pictures.ids[curate.curate(x_NC[:][at], levels, n, seed)])
+    levels = [len(pictures.ids) // int(size) for size in levels.split(",")]
+    in_pool = np.isin(ids, pictures.ids)  # both are in the cache's order
+    return np.sort(pictures.ids[curate.curate(x_NC[:][in_pool], levels, n, seed)])
 
 
 @functools.cache
@@ -192,45 +174,34 @@ def geometry(student_NC, teacher_NC):
     Spearman's rho over all pairs; CKA is arXiv 1905.00414; neighbours: the part of a teacher's 10 nearest, by distance,
     that are among the student's 10.
     """
-    pairs = torch.triu_indices(len(student_NC), len(student_NC), 1)
-    distances = [torch.cdist(x.double(), x.double()) for x in (student_NC, teacher_NC)]
-    rho = scipy.stats.spearmanr(*(d[pairs[0], pairs[1]].numpy() for d in distances)).statistic
     a, b = (x.double() - x.double().mean(0) for x in (student_NC, teacher_NC))
+    rho = scipy.stats.spearmanr(F.pdist(a), F.pdist(b)).statistic
     cka = (a.T @ b).square().sum() / ((a.T @ a).norm() * (b.T @ b).norm())
-    near = [d.fill_diagonal_(torch.inf).topk(10, largest=False).indices for d in distances]
+    near = [torch.cdist(x, x).fill_diagonal_(torch.inf).topk(10, largest=False).indices for x in (a, b)]
     shared = (near[0][:, :, None] == near[1][:, None, :]).any(2).double().mean()
     return {"distances": float(rho), "cka": float(cka), "neighbours": float(shared)}
 
 
-def measure(model, pictures, scores):
-    """All that is compared of a student, as plain numbers. scores(model, held-out summaries): more of them."""
-    cache, held = pictures.cache, pictures.held
-    said = evaluate.gather(evaluate.stream(model, cache, held))
-    told = evaluate.gather(evaluate.stream(evaluate.of_targets(cache.spaces), cache, held, stored=True))
-    result = scores(model, said)
-    for space in cache.spaces:
-        got, want = said[space.name], told[space.name]
-        kept = geometry(got["summary"], want["summary"])
-        kept["summary_cosine"] = evaluate.cosine(got["summary"], want["summary"], space.summary_mean)
-        kept["patch_cosine"] = evaluate.cosine(torch.cat(got["patch"]), torch.cat(want["patch"]), space.phi_s.mean)
-        result |= {f"{space.name}_{name}": value for name, value in kept.items()}
+def imitation(model, pictures, summaries):
+    """How a student is like each teacher on the images held out: its cosines, and the geometry of its summaries."""
+    cache, teacher = pictures.cache, evaluate.of_targets(pictures.cache.spaces)
+    models, no_text = {"student": model, "teacher": teacher}, lambda *_: None
+    scores = evaluate.imitation_scores(cache, cache.spaces, models, no_text, neighbours=False, progress=False)
+    told, result = evaluate.summaries_by_head(teacher, cache, pictures.held, None, stored=True)[0], scores["student"]
+    for head, summary_NC in told.items():
+        result |= {f"{head}_{name}": value for name, value in geometry(summaries[head], summary_NC).items()}
     return result
 
 
-def at_budgets(work, model):
-    """The toy's scores of a student that is shown images at each of BUDGETS."""
-    found = {}
-    for budget in BUDGETS:
-        world, pictures = toy_pictures(work, f"toy-{budget}")
-        scores = toy.scores(world, pictures.cache, {"student": model})["student"]
-        found |= {f"{name}_at_{budget}": score for name, score in scores.items()}
-    return found
+def toy_scores(work, name, model):
+    world, pictures = toy_pictures(work, name)
+    return toy.scores(world, pictures.cache, {"student": model})["student"]
 
 
 def run(work, out, arm, seed, photos):
     """One run of train.py in the folder `out`, and what came of it. photos: Pictures, or None for the toy."""
     flags, name, part = words_of(arm)
-    world, pictures = (None, photos) if photos else toy_pictures(work, name)
+    pictures = photos or toy_pictures(work, name)[1]
     flags += ["--cache", pictures.cache.path, "--out", out, "--seed", seed, "--threads", 1, "--save-every", 10**6]
     if part:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -240,12 +211,11 @@ def run(work, out, arm, seed, photos):
     train.main([*map(str, flags), "--overwrite", "--no-evaluate"])
     seconds = time.process_time() - began
     model = evaluate.of_student(amoe.load(out / "student"))
-    scores = pictures.scores
-    if not part and not photos:
-        scores = lambda model, _: toy.scores(world, pictures.cache, {"student": model})["student"]  # noqa: E731
-    result = measure(model, pictures, scores)
-    if name[-1].isdigit():
-        result |= at_budgets(work, model)
+    summaries, _ = evaluate.summaries_by_head(model, pictures.cache, pictures.held, None)
+    result = pictures.scores(model, summaries) if part or photos else toy_scores(work, name, model)
+    result |= imitation(model, pictures, summaries)
+    for n in BUDGETS if name[-1].isdigit() else ():
+        result |= {f"{measure}_at_{n}": score for measure, score in toy_scores(work, f"toy-{n}", model).items()}
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()][1:]
     terms = "_patch", "_summary", "_registers", "_arkd"
     result["losses"] = {key: value for key, value in log[-1].items() if key.endswith(terms)}
@@ -260,11 +230,11 @@ def base_of(arm):
     return next(arm for arm in ARMS if arm.startswith(f"{claim}: ")) if own else "as it is"
 
 
-def compared(found, measures=None):
+def compared(found, measures=MEASURES):
     """{arm: {measure: (mean difference from its base, half of its 95% interval, p of the paired t-test)}}.
 
-    found: claims.json. Seeds are paired; arms of fewer than two seeds in common are left out. measures: by default the
-    MEASURES that these images have. One that every teacher has is their mean.
+    found: claims.json. Seeds are paired; arms of fewer than two seeds in common are left out, and measures that an arm
+    has not. One that every teacher has is their mean.
     """
     result = {}
     for arm, runs in found.items():
@@ -273,19 +243,13 @@ def compared(found, measures=None):
         if arm == base_of(arm) or len(seeds) < 2:
             continue
         result[arm] = {"n": len(seeds)}
-        for measure in measures or measured(found):
+        for measure in measures:
             a, b = (np.array([value(part[seed], measure) for seed in seeds], float) for part in (runs, base))
-            if np.isnan(a).any():  # what was not measured of this arm
-                continue
-            test = scipy.stats.ttest_rel(a, b)
-            low, high = test.confidence_interval(0.95)
-            result[arm][measure] = float((a - b).mean()), float(high - low) / 2, float(test.pvalue)
+            if not np.isnan(a).any():
+                test = scipy.stats.ttest_rel(a, b)
+                low, high = test.confidence_interval(0.95)
+                result[arm][measure] = float((a - b).mean()), float(high - low) / 2, float(test.pvalue)
     return result
-
-
-def measured(found):
-    """The names of MEASURES that claims.json has."""
-    return [m for m in MEASURES if value(next(iter(found["as it is"].values())), m) is not None]
 
 
 def value(result, measure):
@@ -306,16 +270,20 @@ def main():
     args = parser.parse_args()
     if bool(args.cache) != bool(args.teacher):
         parser.error("--cache and --teacher go together")
-    photos, jobs = None, {}
+    photos = None
     if args.cache:
         teacher = load_teachers([args.teacher], args.work, torch.device("cpu"))[0]
         text_of = lambda name: embed_text(teacher, [t.format(name) for t in evaluate.TEMPLATES])  # noqa: E731
         photos = Pictures(data.Cache(args.cache), text_of, balanced=True)
+    found = json.loads(args.out.read_text()) if args.out.exists() else {}
     for seed, (arm, words) in itertools.product(args.seeds, ARMS.items()):
         asked = not args.only or {arm, arm.split(": ")[0]} & set(args.only)
-        if asked and not (photos and words.startswith("toy-")):
-            jobs[arm, seed] = functools.partial(run, args.work, args.work / f"run-{os.getpid()}", words, seed, photos)
-    complete(args.out, jobs)
+        if asked and not (photos and words.startswith("toy-")) and seed not in found.setdefault(arm, {}):
+            text = json.dumps(run(args.work, args.work / f"run-{os.getpid()}", words, seed, photos))
+            # Five digits: the file stays small
+            found[arm][seed] = json.loads(text, parse_float=lambda digits: float(f"{float(digits):.5g}"))
+            args.out.write_text(json.dumps(found, indent=1) + "\n")
+            gc.collect()  # a run's cache, held by a cycle, has shards in memory
 
 
 if __name__ == "__main__":

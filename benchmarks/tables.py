@@ -12,10 +12,11 @@ from statistics import mean, median, stdev
 
 import numpy as np
 
-from benchmarks.claims import BUDGETS, base_of, compared, measured, value
+from benchmarks.claims import BUDGETS, MEASURES, base_of, compared, value
 from benchmarks.measure import ratios
 
-HERE, KINDS = Path(__file__).resolve().parent, ("summary", "patch")
+HERE = Path(__file__).resolve().parent
+SCORES = MEASURES[:3]
 
 
 def load(name):
@@ -28,9 +29,9 @@ def table(head, rows, *notes):
     return lines + [line for note in notes for line in ("", note)]
 
 
-def spread(values, digits=3, sign=""):
+def spread(values):
     """The mean, with the standard deviation of more than one."""
-    return f"{mean(values):{sign}.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
 def scores(results, *notes, longer=()):
@@ -38,7 +39,7 @@ def scores(results, *notes, longer=()):
 
     longer: results of longer runs, for a column beside.
     """
-    rows = []
+    rows, more = [], [f"after {r['steps']} steps" for r in longer[:1]]
     for measure in results[0]["student"]:
         student, *others = (
             [r[who][measure] for r in results if measure in r[who]] for who in ("student", "teacher", "untrained")
@@ -46,7 +47,6 @@ def scores(results, *notes, longer=()):
         cells = [spread([r["student"][measure] for r in longer])] if longer else []
         share = f"{mean(ratios(student, others[0])):.0%}" if others[0] else ""
         rows.append((measure, spread(student), *cells, *(f"{mean(v):.3f}" if v else "" for v in others), share))
-    more = [f"after {longer[0]['steps']} steps"] if longer else []
     return table(("measure", "student", *more, "teacher", "untrained", "share of the teacher"), rows, *notes)
 
 
@@ -66,7 +66,7 @@ def evaluate():
     found = {}
     for path in HERE.glob("evaluate_*.json"):
         who = "student, `{}`" if path.stem.endswith("student") else "teacher `{}`"
-        for s in json.loads(path.read_text())["scores"]:
+        for s in load(path.stem)["scores"]:
             for figure in {"knn", "text_recall_at_10", "image_recall_at_10"} & s.keys():
                 key = figure != "knn", f"{figure} ({s['images']} images)", who.format(s["head"])
                 found.setdefault(key, {})[s["max_tokens"]] = f"{s[figure]:.3f}"
@@ -76,30 +76,22 @@ def evaluate():
 
 
 def step():
-    lines = {
-        "tokens in a pack": "{tokens:.0f}",
-        "steps": "{steps:.0f}",
-        "step, median": "{step_ms:.0f} ms",
-        "of it, until the host had handed out the work": "{host_ms:.0f} ms",
-        "tokens/s": "{tokens_per_s:.0f}",
-        "of the rate of a large matrix product in the same run": "{mfu:.0%}",
-        "time waiting for data": "{data_wait_share:.1%}",
-        "memory": "{peak_gib:.1f} GiB",
-        "fill of the packs": "{fill:.1%}",
-        "tokens/s, images of the same pack padded to the longest": "{padded_tokens_per_s:.0f}",
-        "packed over padded": "{packed_over_padded:.2f}x",
-    }
+    lines = (
+        ("tokens in a pack", "tokens", "{:.0f}"),
+        ("steps", "steps", "{:.0f}"),
+        ("step, median", "step_ms", "{:.0f} ms"),
+        ("of it, until the host had handed out the work", "host_ms", "{:.0f} ms"),
+        ("tokens/s", "tokens_per_s", "{:.0f}"),
+        ("of the rate of a large matrix product in the same run", "mfu", "{:.0%}"),
+        ("time waiting for data", "data_wait_share", "{:.1%}"),
+        ("memory", "peak_gib", "{:.1f} GiB"),
+        ("fill of the packs", "fill", "{:.1%}"),
+        ("tokens/s, images of the same pack padded to the longest", "padded_tokens_per_s", "{:.0f}"),
+        ("packed over padded", "packed_over_padded", "{:.2f}x"),
+    )
     runs = load("step").values()  # one that was cut short has its first figures only
-    has = lambda r, cell: cell[1:].split(":")[0] in r  # noqa: E731
-    rows = [(text, *(cell.format(**r) if has(r, cell) else "" for r in runs)) for text, cell in lines.items()]
+    rows = [(text, *(form.format(r[key]) if key in r else "" for r in runs)) for text, key, form in lines]
     return table(("`python -m benchmarks.speed`", *(r["name"] for r in runs)), [r for r in rows if any(r[1:])])
-
-
-def int8():
-    """A cache in int8, as it is, and in bfloat16."""
-    measures = ("zeroshot", "knn", "miou", "patch_cosine", "loss", "dense_registers")
-    names = (*measures[:3], "patch cosine", "loss at the end", "of it, the dense teacher's registers")
-    return against_base("claims", ("as it is", "int8"), measures, names, "")
 
 
 def lower():
@@ -107,90 +99,6 @@ def lower():
     rows = [(group, *(f"{r[key]:.1f}" for key in ("gb", "tflop", "floor_ms"))) for group, r in groups.items()]
     note = "Computed, not measured: `python -m benchmarks.lower --only table`, torch 2.11.0 for CUDA 13.0, no GPU."
     return table(("group", "GB", "TFLOP", "floor, ms"), rows, note)
-
-
-def against_base(name, arms=None, measures=None, names=None, first="arm"):
-    """A line an arm: a base's mean and standard deviation, of others the mean difference and its 95% interval.
-
-    arms: how their names begin; by default those that are compared with the run as it is.
-    """
-    found = load(name)
-    measures = measures or measured(found)
-    differences, rows = compared(found, measures), []
-    for arm, runs in found.items():
-        if arm.startswith(arms) if arms else base_of(arm) == "as it is":
-            cells = [spread([value(r, m) for r in runs.values()]) for m in measures]
-            if arm in differences:
-                said = [(f"{mean:+.3f} ± {half:.3f}", p) for mean, half, p in (differences[arm][m] for m in measures)]
-                cells = [f"**{x}**" if p < 0.05 else x for x, p in said]
-            if arm in differences or arm == base_of(arm):
-                rows.append(("the run as it is" if arm == "as it is" else arm, len(runs), *cells))
-    return table((first, "n", *(names or (m.replace("_", " ") for m in measures))), rows)
-
-
-def curating(arms="curation"):
-    """Students of a part of a long-tailed pool: chosen at random, or curated, at three sizes."""
-    measures = [f"{m}_{test}" for test in ("balanced", "long_tail") for m in ("zeroshot", "knn")]
-    names = [m.replace("_", ", ", 1).replace("_", " ") for m in measures]
-    toy, cifar = (
-        against_base(name, arms, measures, names, title)
-        for name, title in (("claims", "toy"), ("claims_cifar", "CIFAR-10"))
-    )
-    return [*toy, "", *cifar]
-
-
-def budgets():
-    measures = [f"{m}_at_{n}" for m in ("zeroshot", "knn", "miou") for n in BUDGETS]
-    return against_base("claims", "token budgets", measures, [m.replace("_at_", ", ") for m in measures], "trained at")
-
-
-def shares():
-    """What each teacher has of the loss and of the student, under each standardisation."""
-    rows = []
-    for name, title in (("claims", "toy"), ("claims_cifar", "CIFAR-10")):
-        found = load(name)
-        for arm in ("as it is", *(arm for arm in found if arm.startswith("PHI-S"))):
-            runs, (text, dense) = [*found[arm].values()], ("text", "dense") if name == "claims" else ("eff", "vit")
-            part = [
-                sum(v for k, v in r["losses"].items() if k.startswith(text)) / sum(r["losses"].values()) for r in runs
-            ]
-            cosines = (spread([r[f"{who}_{kind}_cosine"] for r in runs]) for who in (text, dense) for kind in KINDS)
-            rows.append((title, "PHI-S" if arm == "as it is" else arm.split(": ")[1], f"{mean(part):.0%}", *cosines))
-    head = ("", "standardised by", "text teacher's share of the loss")
-    return table((*head, *(f"{who} teacher, {kind} cosine" for who in ("text", "dense") for kind in KINDS)), rows)
-
-
-def costs():
-    """CPU seconds of a run, and how evenly its experts are loaded over its last 100 steps."""
-    found, rows = load("claims"), []
-    for arm, runs in found.items():
-        if base_of(arm) == "as it is" and arm.startswith(("as it is", "MoE", "bias", "optimiser")):
-            seconds = median(r["cpu_seconds"] for r in runs.values())
-            load_spread = mean(mean(r["load_spread_by_step"][-5:]) for r in runs.values())
-            name = "the run as it is" if arm == "as it is" else arm
-            rows.append((name, len(runs), f"{seconds:.0f}", f"{load_spread:.2f}"))
-    return table(("arm", "n", "CPU-s", "expert load, most less least"), rows)
-
-
-def fewer_steps():
-    """Scores of each optimiser after fewer steps, and when it has those of the run as it is, between two of these."""
-    found, rows = load("claims"), []
-    measures = {m: lambda r, m=m: r[m] for m in ("zeroshot", "knn", "miou")} | {"loss": lambda r: -r["loss"][-1]}
-    goal = {m: mean(map(of, found["as it is"].values())) for m, of in measures.items()}
-    whole = {"AdamW": "as it is", "AdamW, WSD": "optimiser: WSD schedule"}
-    whole |= {"Muon": "optimiser: Muon for matrices", "Muon, lr 2e-2": "optimiser: Muon, lr 2e-2"}
-    for name, arm in whole.items():
-        arms = {n: f"fewer steps: {name}, {n}" for n in (75, 100, 150, 200)} | {300: arm}
-        runs = {n: found[arm].values() for n, arm in arms.items()}
-        second = [median(r["cpu_seconds"] for r in some) for some in runs.values()]
-        at = {m: [mean(map(of, some)) for some in runs.values()] for m, of in measures.items()}
-        cells = [" / ".join(f"{at[m][i]:.2f}" for m in measures if m != "loss") for i in range(len(runs))]
-        for m, scores in at.items():
-            steps = np.interp(goal[m], scores, [*runs])
-            reached = f"{steps:.0f}, {np.interp(steps, [*runs], second):.0f} CPU-s"
-            cells.append(reached if scores[-1] >= goal[m] else "not reached")
-        rows.append((name, *cells))
-    return table(("optimiser", *(f"{n} steps" for n in runs), *measures), rows)
 
 
 def scale():
@@ -223,22 +131,103 @@ def kmeans():
 
 
 def balance():
-    parts, rows = [load("curation")[f"balance {distance}"]["ways"] for distance in (1.0, 0.5)], []
-    for way in parts[0]:
-        found = [(part[way]["entropy"], part[way]["cpu_s"]) for part in parts]
-        cells = [(f"{spread(entropy)} (least {min(entropy):.3f})", f"{median(cpu_s):.1f}") for entropy, cpu_s in found]
-        rows.append((way, *cells[0], *cells[1]))
+    found, rows = load("curation"), []
+    for way in found["balance 1.0"]["ways"]:
+        cells = []
+        for r in (found[part]["ways"][way] for part in ("balance 1.0", "balance 0.5")):
+            cells += f"{spread(r['entropy'])} (least {min(r['entropy']):.3f})", f"{median(r['cpu_s']):.1f}"
+        rows.append((way, *cells))
     return table(("", "centres 1.0 apart: entropy", "CPU-s", "0.5 apart: entropy", "CPU-s"), rows)
 
 
-MAKERS = toy, evaluate, step, lower, int8, scale, kmeans, curating, budgets, shares, costs, fewer_steps, balance
+def arms(name, which=None, measures=MEASURES, first="arm"):
+    """A line an arm: a base's mean and standard deviation, of others the mean difference and its 95% interval.
+
+    which: how their names begin; by default those that are compared with the run as it is.
+    """
+    found, rows = load(name), []
+    chosen = [arm for arm in found if (arm.startswith(which) if which else base_of(arm) == "as it is")]
+    measures = [m for m in measures if value(next(iter(found[chosen[0]].values())), m) is not None]
+    differences = compared(found, measures)
+    for arm in chosen:
+        if arm == base_of(arm):
+            cells = [spread([value(r, m) for r in found[arm].values()]) for m in measures]
+        elif arm in differences:
+            said = [(f"{mean:+.3f} ± {half:.3f}", p) for mean, half, p in (differences[arm][m] for m in measures)]
+            cells = [f"**{text}**" if p < 0.05 else text for text, p in said]
+        else:  # of one seed so far
+            continue
+        rows.append((arm, len(found[arm]), *cells))
+    return table((first, "n", *(m.replace("_", " ") for m in measures)), rows)
+
+
+def toy_and_cifar(which):
+    """Students of a part of a long-tailed pool: chosen at random, or curated."""
+    measures = "zeroshot_balanced", "knn_balanced", "zeroshot_long_tail", "knn_long_tail"
+    return [*arms("claims", which, measures, "toy"), "", *arms("claims_cifar", which, measures, "CIFAR-10")]
+
+
+def shares():
+    """What each teacher has of the loss and of the student, under each standardisation."""
+    rows, cosines = [], ("summary_cosine", "patch_cosine")
+    for name, title, teachers in (("claims", "toy", ("text", "dense")), ("claims_cifar", "CIFAR-10", ("eff", "vit"))):
+        for arm, runs in load(name).items():
+            if arm.startswith(("as it is", "PHI-S")):
+                runs = list(runs.values())
+                text = [sum(v for k, v in r["losses"].items() if k.startswith(teachers[0])) for r in runs]
+                share = mean(ratios(text, [value(r, "loss") for r in runs]))
+                cells = [spread([r[f"{who}_{cosine}"] for r in runs]) for who in teachers for cosine in cosines]
+                rows.append((title, "PHI-S" if arm == "as it is" else arm.split(": ")[1], f"{share:.0%}", *cells))
+    head = [f"{who} teacher, {cosine.replace('_', ' ')}" for who in ("text", "dense") for cosine in cosines]
+    return table(("", "standardised by", "text teacher's share of the loss", *head), rows)
+
+
+def costs():
+    """CPU seconds of a run, and how evenly its experts are loaded over its last 100 steps."""
+    rows = []
+    for arm, runs in load("claims").items():
+        if arm.startswith(("as it is", "MoE", "bias", "optimiser")):
+            seconds = median(r["cpu_seconds"] for r in runs.values())
+            uneven = mean(mean(r["load_spread_by_step"][-5:]) for r in runs.values())
+            rows.append((arm, len(runs), f"{seconds:.0f}", f"{uneven:.2f}"))
+    return table(("arm", "n", "CPU-s", "expert load, most less least"), rows)
+
+
+def fewer_steps():
+    """Scores of each optimiser after fewer steps, and when it has those of the run as it is, between two of these."""
+    found, rows = load("claims"), []
+
+    def means(arm):
+        runs = found[arm].values()
+        result = {m: mean(r[m] for r in runs) for m in SCORES} | {"loss": -mean(r["loss"][-1] for r in runs)}
+        return result | {"seconds": median(r["cpu_seconds"] for r in runs)}
+
+    goal = means("as it is")
+    whole = {"AdamW": "as it is", "AdamW, WSD": "optimiser: WSD schedule"}
+    whole |= {"Muon": "optimiser: Muon for matrices", "Muon, lr 2e-2": "optimiser: Muon, lr 2e-2"}
+    for name, arm in whole.items():
+        at = {n: means(f"fewer steps: {name}, {n}") for n in (75, 100, 150, 200)} | {300: means(arm)}
+        cells = [" / ".join(f"{some[m]:.2f}" for m in SCORES) for some in at.values()]
+        for m in (*SCORES, "loss"):
+            steps = np.interp(goal[m], [some[m] for some in at.values()], [*at])
+            seconds = np.interp(steps, [*at], [some["seconds"] for some in at.values()])
+            cells.append(f"{steps:.0f}, {seconds:.0f} CPU-s" if at[300][m] >= goal[m] else "not reached")
+        rows.append((name, *cells))
+    return table(("optimiser", *(f"{n} steps" for n in at), *SCORES, "loss"), rows)
+
+
+AT_BUDGETS = [f"{measure}_at_{n}" for measure in SCORES for n in BUDGETS]
+MAKERS = toy, evaluate, step, lower, scale, kmeans, balance, shares, costs, fewer_steps
 TABLES = {make.__name__: make for make in MAKERS} | {
     "photos": lambda: scores([load("photos")]),
-    "evidence": lambda: against_base("claims"),
-    "evidence_cifar": lambda: against_base("claims_cifar"),
-    "default_run": lambda: against_base("claims", "default run"),
-    "larger_batch": lambda: against_base("claims", "larger batch"),
-    "long_curating": lambda: curating("long curation"),
+    "evidence": lambda: arms("claims"),
+    "evidence_cifar": lambda: arms("claims_cifar"),
+    "default_run": lambda: arms("claims", "default run"),
+    "larger_batch": lambda: arms("claims", "larger batch"),
+    "int8": lambda: arms("claims", ("as it is", "int8"), (*SCORES, "patch_cosine", "loss", "dense_registers")),
+    "budgets": lambda: arms("claims", "token budgets", AT_BUDGETS),
+    "curating": lambda: toy_and_cifar("curation"),
+    "long_curating": lambda: toy_and_cifar("long curation"),
 }
 
 
