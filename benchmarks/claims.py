@@ -35,8 +35,9 @@ from teachers import embed_text, load_teachers
 HERE = Path(__file__).resolve().parent
 SHORT = "--optimizer adamw --schedule cosine --lr 6e-3 --weight-decay 0.02 --steps 300 --tokens 1024 --sizes layers=2"
 BUDGETS = 16, 32, 64
-# {arm, "CLAIM: NAME": its words}: flags of train.py, after SHORT, or after "long" in the place of SHORT. A word toy-...
-# names a cache of the toy in another dtype or with other budgets; one with a slash how images are chosen (`choose`).
+# {arm, "CLAIM: NAME": its words}: flags of train.py that follow SHORT, or "long" and those that follow nothing (--sizes
+# add up). A word toy-... names a cache of the toy in another dtype or with other token budgets; one with a slash says
+# how images are chosen (`choose`).
 ARMS = {
     "as it is": "",
     "ARKD: none": "--arkd 0",
@@ -48,10 +49,10 @@ ARMS = {
     "PHI-S: one scalar": "--standardise global",
     "PHI-S: none": "--standardise none",
     "token balance: mean over all patches of a pack": "--loss-per patch",
-    "MoE: dense, same active width": "--sizes layers=2 dense_layers=2 dense_hidden=256",
-    "MoE: first layer dense": "--sizes layers=2 dense_layers=1 dense_hidden=256",
-    "MoE: top-1 of 8": "--sizes layers=2 top_k=1",
-    "MoE: top-4 of 8": "--sizes layers=2 top_k=4",
+    "MoE: dense, same active width": "--sizes dense_layers=2 dense_hidden=256",
+    "MoE: first layer dense": "--sizes dense_layers=1 dense_hidden=256",
+    "MoE: top-1 of 8": "--sizes top_k=1",
+    "MoE: top-4 of 8": "--sizes top_k=4",
     "bias balancing: none": "--expert-bias-rate 0",
     "optimiser: WSD schedule": "--schedule wsd",
     "optimiser: AdamW, lr 2e-2": "--lr 2e-2",
@@ -92,7 +93,7 @@ MEASURES = ("zeroshot", "knn", "miou", "distances", "cka", "neighbours", "patch_
 
 def words_of(arm):
     """(the flags of train.py of an arm, the toy whose cache it reads, how a part of it is chosen or "")."""
-    words = arm.split()[1:] if arm.startswith("long") else [*SHORT.split(), *arm.split()]  # a flag's last words win
+    words = arm.split()[1:] if arm.startswith("long") else [*SHORT.split(), *arm.split()]  # of a flag the last counts
     world = next((word for word in words if word.startswith("toy-")), "toy")
     chosen = next((word for word in words if "/" in word), "")
     return [word for word in words if word not in (world, chosen)], world, chosen
