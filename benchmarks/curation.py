@@ -20,11 +20,23 @@ from unittest import mock
 import numpy as np
 import torch
 
-# ---- speed ----
+
+def clusters(n, d, groups, power, distance, seed):
+    """Gaussian clusters [n, d] of unit variance, centres ~ N(0, distance^2), sizes ~ rank^-power; a point's cluster."""
+    rng = np.random.default_rng(seed)
+    p = np.arange(1, groups + 1) ** -power
+    label = rng.choice(groups, n, p=p / p.sum())
+    centre = rng.standard_normal((groups, d)) * distance
+    return (centre[label] + rng.standard_normal((n, d))).astype(np.float32), label
 
 
 WAYS = {"curate.kmeans": "curate", "curate.kmeans, float32 products only": "curate", "faiss-cpu": "faiss"}
 WAYS |= {"scikit-learn": "sklearn.cluster", "SuperKMeans": "superkmeans"}  # each beside the module it needs
+KINDS = {  # of data: groups, power, distance
+    "Gaussian": (1, 0.0, 0.0),
+    "mixture": (50, 0.0, 1.0),
+    "Zipf": (2000, 1.0, 1.0),
+}
 
 
 def centroids_by(name, x, init, n_iter):
@@ -52,27 +64,15 @@ def inertia(x, c):
     return float(((x.astype(np.float64) - c[label]) ** 2).sum(1).mean())
 
 
-def speed(n, d, k, kind, n_iter=10, repeats=3):
+def speed(n, d, k, kind, n_iter=10, repeats=2):
     """CPU seconds of n_iter iterations over those of n_iter bare products x @ c.T; inertia from one start."""
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((n, d), dtype=np.float32)
-    if kind == "mixture":
-        x += rng.standard_normal((50, d), dtype=np.float32)[rng.integers(0, 50, n)]
-    if kind == "Zipf":
-        p = 1 / np.arange(1, 2001)
-        x += rng.standard_normal((2000, d), dtype=np.float32)[rng.choice(2000, n, p=p / p.sum())]
-    init, centroids = x[rng.choice(n, k, replace=False)], {}
+    x, _ = clusters(n, d, *KINDS[kind], seed=0)
+    init = x[np.random.default_rng(0).choice(n, k, replace=False)]
     x_ND, c_KD = torch.from_numpy(x), torch.from_numpy(init)
-
-    def run(name):
-        centroids[name] = centroids_by(name, x, init, n_iter)
-
     found = [name for name in WAYS if importlib.util.find_spec(WAYS[name].split(".")[0])]
-    print(
-        f"{n} x {d}, K = {k}, {kind}; not installed, left out: {', '.join(WAYS.keys() - found) or 'none'}", flush=True
-    )
-    ways = {"product": lambda: x_ND @ c_KD.T} | {name: functools.partial(run, name) for name in found}
-    seconds = in_turns(ways, repeats, time.process_time)
+    print(f"{n} x {d}, K = {k}, {kind}; measured: {', '.join(found)}", flush=True)
+    ways = {name: functools.partial(centroids_by, name, x, init, n_iter) for name in found}
+    seconds = in_turns({"product": lambda: x_ND @ c_KD.T} | ways, repeats, time.process_time)
     product = seconds.pop("product")
     times = {name: [t / n_iter for t in ratios(taken, product)] for name, taken in seconds.items()}
     return {
@@ -80,21 +80,9 @@ def speed(n, d, k, kind, n_iter=10, repeats=3):
         "gemm_cpu_s": median(product),
         "seeding_over_gemm": timed(lambda: curate.kmeans(x, k=k, n_iter=0), time.process_time) / median(product),
         "ratio_to_gemm": {
-            name: {"median": median(t), "all": t, "inertia": inertia(x, centroids[name])} for name, t in times.items()
+            name: {"median": median(t), "all": t, "inertia": inertia(x, ways[name]())} for name, t in times.items()
         },
     }
-
-
-# ---- balance ----
-
-
-def zipf(distance, seed, n=50_000, groups=50, d=64):
-    """Gaussian clusters of unit variance, centres ~ N(0, distance^2), sizes ~ rank^-1.5."""
-    rng = np.random.default_rng(seed)
-    p = np.arange(1, groups + 1) ** -1.5
-    y = rng.choice(groups, n, p=p / p.sum())
-    centre = rng.standard_normal((groups, d)) * distance
-    return (centre[y] + rng.standard_normal((n, d))).astype(np.float32), y
 
 
 TREES = {  # levels, resamplings
@@ -105,37 +93,28 @@ TREES = {  # levels, resamplings
 }
 
 
-def keep(how, x, seed, n=2000):
-    """Indices of n points, by a tree of these (levels, resamplings), or random ones."""
-    if how is None:
-        return np.random.default_rng(seed).choice(len(x), n, replace=False)
-    config = curate.Config(levels=how[0], resamplings=how[1], seed=seed)
-    return curate.sample(curate.build_tree(curate.Points(x), config), n, seed)
-
-
 def balance(distance):
     """Normalised entropy of 2000 kept points over the 50 true clusters, and CPU seconds, of five seeds."""
     ways = {name: {"entropy": [], "cpu_s": []} for name in TREES}
     for seed in range(5):
-        x, y = zipf(distance, seed)
+        x, label = clusters(50_000, 64, 50, 1.5, distance, seed)
         for name, how in TREES.items():
-            began = time.process_time()
-            kept = keep(how, x, seed)
+            began, kept = time.process_time(), slice(2000)  # points are in no order
+            if how is not None:
+                config = curate.Config(levels=how[0], resamplings=how[1], seed=seed)
+                kept = curate.sample(curate.build_tree(curate.Points(x), config), 2000, seed)
             ways[name]["cpu_s"].append(time.process_time() - began)
-            ways[name]["entropy"].append(curate.entropy(np.bincount(y[kept], minlength=50)))
+            ways[name]["entropy"].append(curate.entropy(np.bincount(label[kept], minlength=50)))
     return {"ways": ways}
 
 
-# ---- command line ----
-
-
 PARTS = {
-    "speed, K = 1000, Gaussian": lambda: speed(100_000, 384, 1000, "Gaussian"),
-    "speed, K = 1000, mixture": lambda: speed(100_000, 384, 1000, "mixture"),
-    "speed, K = 4096, Gaussian": lambda: speed(200_000, 256, 4096, "Gaussian", repeats=2),
-    "speed, K = 4096, mixture": lambda: speed(200_000, 256, 4096, "mixture", repeats=2),
-    "speed, K = 1000, Zipf": lambda: speed(100_000, 384, 1000, "Zipf", repeats=2),
-    "speed, K = 4096, Zipf": lambda: speed(100_000, 384, 4096, "Zipf", repeats=2),
+    "speed, K = 1000, Gaussian": lambda: speed(100_000, 384, 1000, "Gaussian", repeats=3),
+    "speed, K = 1000, mixture": lambda: speed(100_000, 384, 1000, "mixture", repeats=3),
+    "speed, K = 4096, Gaussian": lambda: speed(200_000, 256, 4096, "Gaussian"),
+    "speed, K = 4096, mixture": lambda: speed(200_000, 256, 4096, "mixture"),
+    "speed, K = 1000, Zipf": lambda: speed(100_000, 384, 1000, "Zipf"),
+    "speed, K = 4096, Zipf": lambda: speed(100_000, 384, 4096, "Zipf"),
     "balance 1.0": lambda: balance(1.0),
     "balance 0.5": lambda: balance(0.5),
 }

@@ -16,7 +16,7 @@ from PIL import Image
 
 import curate
 import data
-from benchmarks.curation import zipf
+from benchmarks.curation import clusters
 from common.commands import run_command
 from common.order import Order
 from kernels import kmeans as km
@@ -344,7 +344,7 @@ def test_curate_returns_sorted_unique_ids_and_is_deterministic():
 
 def test_balance_beats_random_and_needs_resampling():
     """Catches a resampling that changes nothing (its pool not the nearest r) and a sampling proportional to size."""
-    x, y = zipf(1.0, seed=0, n=8000, groups=20, d=16)
+    x, y = clusters(8000, 16, groups=20, power=1.5, distance=1.0, seed=0)
     config = curate.Config(levels=[300, 40], keep=400)
     spread = [curate.entropy(np.bincount(y[curate.curate(x, [300, 40], 400)], minlength=20))]
     config.resamplings = 0
@@ -358,7 +358,7 @@ def test_balance_beats_random_and_needs_resampling():
 @pytest.mark.parametrize("distance, goal", [(1.0, 0.99), (0.5, 0.89)])
 def test_a_long_tailed_pool_is_balanced_to_its_goal(distance, goal):
     """Catches anything that costs balance: see `draw_seeds_greedily` for what one choice is worth."""
-    x, y = zipf(distance, seed=0)
+    x, y = clusters(50_000, 64, groups=50, power=1.5, distance=distance, seed=0)
     assert curate.entropy(np.bincount(y[curate.curate(x, [1000, 100], 2000)], minlength=50)) >= goal
 
 
