@@ -5,19 +5,19 @@ docs/scale.md says what is measured; `python -m benchmarks.tables` makes its tab
 
 import curate
 import data
-from amoe import PhiS, Space
+import toy
 from benchmarks.measure import ROOT
 from common.order import WINDOW, Order, Position, read_subset
-from common.shards import FORMAT, INDEX, read_record, write_shard
+from common.shards import INDEX, read_record, write_shard
 from common.sources import ROW_TYPE, Sources
-from common.store import digest, name_hash, open_store, seal, unseal
+from common.store import name_hash, seal, unseal
 from images import Images
-from teachers import space_bytes
 
 # isort: split
 import json
 import os
 import re
+import shutil
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-SIZES, SHARD, TOKENS, DIM = (10**4, 10**5, 10**6, 10**7), 512, 16384, 8
+SIZES, SHARD, TOKENS = (10**4, 10**5, 10**6, 10**7), 512, 16384
 
 
 def make_table(folder, n):
@@ -35,7 +35,7 @@ def make_table(folder, n):
     random, i = np.random.default_rng(0), np.arange(n)
     rows, names = np.zeros(n, ROW_TYPE), b"".join(b"tars/%06d.tar/%09d.jpg\n" % (k // 1000, k) for k in range(n))
     rows["name"], rows["id"] = len(names) // n * (i + 1) - 1, random.permutation(2**62 // n * i + 1)
-    rows["place"], rows["first"], rows["size"] = i // 1000, i % 1000 * 200, 90_000
+    rows["place"], rows["size"] = i // 1000, 90_000
     rows["height"], rows["width"] = random.integers(300, 2000, (2, n))
     folder.mkdir()
     rows.tofile(folder / "rows")
@@ -47,27 +47,23 @@ def make_table(folder, n):
 
 
 def make_cache(folder, n, ids):
-    """A cache of n images with an index, of which the first shards alone have their arrays, for the first batch."""
-    store, phi_s = open_store(folder), PhiS.fit(torch.from_numpy(np.random.default_rng(0).normal(size=(64, DIM))))
-    space = Space("t", DIM, 0, phi_s=phi_s, summary_mean=phi_s.mean.float(), summary_variance=1.0)
-    raw = space_bytes(space, space.summary_mean.clone())
-    store.write("teachers/t.safetensors", raw).result()
-    about = {"format": FORMAT, "dtype": "int8", "pixels": True, "patches": True, "shard_images": SHARD, "seed": 0}
-    about |= {"teachers": {"t": {"dim": DIM, "registers": 0}}, "min_tokens": 1, "max_tokens": 256, "sources": n}
-    about |= {"views": 1, "sources_hash": "0", "teachers_hash": {"t": digest(raw)}}
-    store.write("cache.json", seal(about)).result()
-    cache = data.Cache(folder)
-    counts = np.minimum(SHARD, n - SHARD * np.arange(cache.n_shards))
-    shards = np.stack([counts, np.zeros(cache.n_shards, np.int64)], 1)
-    record = {"cache": cache.about["hash"], "images": n, "rows": 0, "skipped": [], "power": {}, "content": ""}
-    for number, m in enumerate(counts[:WINDOW].tolist()):
-        arrays = {"pixels": np.zeros((256 * m, 768), np.uint8), "patch.t": np.ones((256 * m, DIM), np.int8)}
-        arrays |= {"ids": ids[number * SHARD :][:m], "shapes": np.full((m, 2), 16, np.int32)}
-        arrays |= {"summary.t": np.ones((m, DIM), np.float32)}
-        write_shard(cache, number, arrays, record | {"images": m, "rows": 256 * m})
-        shards[number, 1] = name_hash(read_record(store, number, cache.about["hash"])["hash"])
-    images = np.stack([ids, np.full(n, 16 << 16 | 16)], 1).ravel()
-    write_shard(cache, INDEX, {"images": images, "shards": shards}, record)
+    """A cache of n images with an index; its first shards alone have arrays, all those of a small cache's only one."""
+    world = toy.World(folder / "toy", SHARD)
+    made = data.cache(world.write(), [toy.TextOracle(world)], folder / "small", min_tokens=256, progress=False)
+    small, about = made.shard(0), {key: value for key, value in made.about.items() if key != "hash"}
+    shutil.copytree(folder / "small/teachers", folder / "cache/teachers")
+    (folder / "cache/cache.json").write_bytes(seal(about | {"sources": n}))
+    cache, arrays = data.Cache(folder / "cache"), {name: small.all(name) for name in small.names}
+    shards = np.zeros((cache.n_shards, 2), np.int64)
+    shards[:, 0] = np.diff([*range(0, n, SHARD), n])
+    record = {key: small.record[key] for key in ("images", "rows", "skipped", "power", "content")}
+    record["cache"] = cache.about["hash"]
+    for number in range(WINDOW):
+        write_shard(cache, number, arrays | {"ids": ids[number * SHARD :][:SHARD]}, record)
+        shards[number, 1] = name_hash(read_record(cache.store, number, record["cache"])["hash"])
+    h, w = np.resize(small.shapes, (n, 2)).T
+    images = np.stack([ids, h << 16 | w], 1).ravel()
+    write_shard(cache, INDEX, {"images": images, "shards": shards}, record | {"images": n})
 
 
 # ---- figures, each of a folder and in a process of its own ----
@@ -123,7 +119,7 @@ FIGURES = {  # what is measured, what it has to be with 2e8 images
     "start and first window with --subset of half of the images": ("10 s, 2 GB", subset),
     "curating from a cache: ids and a block of summaries": (
         "",
-        lambda folder: data.open_summaries(folder / "cache", "t")[1][: 8 * SHARD],
+        lambda folder: data.open_summaries(folder / "cache", "text")[1][: 8 * SHARD],
     ),
     "planning, --cache": ("15% of a core", lambda folder: plan(data.Cache(folder / "cache"))),
     "planning, --images": ("15% of a core", lambda folder: plan(open_table(folder))),
@@ -147,7 +143,7 @@ def main():
             folder = Path(name)
             ids = make_table(folder / "table", n)
             np.save(folder / "half.npy", np.sort(ids[::2]))
-            make_cache(folder / "cache", n, ids)
+            make_cache(folder, n, ids)
             for what in FIGURES:
                 found = process.submit(measure, what, folder).result()
                 print(n, what, found, flush=True)
