@@ -293,12 +293,10 @@ FIGURES = {f.__name__: f for f in (pack, phi_s, arkd, curation, evidence, optimi
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="docs.figures", description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("name", nargs="*", help="of " + ", ".join(FIGURES) + "; all of them by default")
+    parser.add_argument("name", nargs="*", choices=["all", *FIGURES], default="all", help="all of them by default")
     parser.add_argument("--run", type=Path, default="runs/toy", help="the folder that `python train.py` left")
     args = parser.parse_args(argv)
-    names = args.name or list(FIGURES)
-    if unknown := set(names) - set(FIGURES):
-        parser.error(f"no picture is called '{min(unknown)}': choose of {', '.join(FIGURES)}")
+    names = FIGURES if "all" in args.name else args.name
     if set(names) - {"pack", "evidence", "optimisers", "subsets"} and not (args.run / "student/config.json").is_file():
         parser.error(f"{args.run} holds no run: `python train.py` makes one, or --run names another")
     for name in names:
