@@ -309,9 +309,9 @@ def verify(cache):
 
 def signal_to_noise(cache):
     """{teacher: dB}: power of its patch features over that of their rounding errors, summed when written."""
-    records = read_records(cache.store, cache.numbers, cache.about["hash"])
-    power = sum(np.array(list(record["power"].values())).reshape(-1, 2) for record in records if record)
-    return {s.name: 10 * float(np.log10(p[0] / max(p[1], 1e-30))) for s, p in zip(cache.spaces, power, strict=True)}
+    records, names = read_records(cache.store, cache.numbers, cache.about["hash"]), list(cache.about["teachers"])
+    power = sum(np.array([record["power"][name] for name in names]) for record in records if record)
+    return {name: 10 * float(np.log10(p[0] / max(p[1], 1e-30))) for name, p in zip(names, power, strict=True)}
 
 
 class Summaries:

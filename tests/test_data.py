@@ -120,6 +120,15 @@ def test_signal_to_noise_counts_clipping_and_rounding(cache, oracles):
     assert 30 < said["dense"] < 50
 
 
+def test_signal_to_noise_is_each_teacher_s_own_however_they_are_listed(world, oracles, tmp_path):
+    """Catches a rerun that lists the teachers in another order, whose shards counted for the other teacher."""
+    how = {"max_tokens": 64, "shard_images": 40, "dtype": "bf16", "progress": False}
+    said = data.signal_to_noise(data.cache(world.folder / "images", oracles, tmp_path, **how))
+    shutil.rmtree(tmp_path / "shards" / "00001")
+    again = data.signal_to_noise(data.cache(world.folder / "images", oracles[::-1], tmp_path, **how))
+    assert again == said and abs(said["text"] - said["dense"]) > 1e-3
+
+
 def test_tensorstore_alone_opens_a_shard(cache):
     """Catches a format that needs this repository to be read."""
     import tensorstore
