@@ -131,8 +131,10 @@ class Source:
         except (ValueError, RecursionError):
             entry = {}
         entry = entry if isinstance(entry, dict) else {}
-        found = {key: entry.get(key) or self.text(s) for key, s in (("caption", ".txt"), ("category", ".cls"))}
-        return labels_of(found)
+        for key, suffix in (("caption", ".txt"), ("category", ".cls")):
+            if entry.get(key) in (None, ""):  # a category may be the number 0
+                entry[key] = self.text(suffix)
+        return labels_of(entry)
 
     def text(self, suffix):
         """What the file of that suffix beside the image says, or None."""

@@ -181,6 +181,15 @@ def test_sources_have_stable_ids_captions_and_categories(tmp_path, capsys):
         sources_file.find_sources(tmp_path / "list.txt")
 
 
+def test_a_category_may_be_the_number_0(tmp_path):
+    """Catches `or`, for which 0 is nothing: the first class got the name of its folder."""
+    Image.new("RGB", (16, 16)).save(tmp_path / "x.png")
+    (tmp_path / "x.json").write_text('{"category": 0, "caption": ""}')
+    (tmp_path / "x.txt").write_text("an x")
+    (tmp_path / "x.cls").write_text("7")
+    assert sources_file.find_sources(tmp_path)[0].labels == ("an x", "0")
+
+
 def make_tar(path, members):
     with tarfile.open(path, "w") as tar:
         for name, raw in members.items():
