@@ -402,10 +402,15 @@ def read_notes(folder, root, folders):
         note_time(path, folders)
         entries = json.loads(raw.decode("utf-8-sig", errors="replace"))
         said = {os.path.normpath(below + entry["file"]): labels_of(entry) for entry in entries}
+        no_string = sum(not isinstance(entry.get("caption") or "", str) for entry in entries)
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise ValueError(f'{path} is no list of {{"file", "caption", "category"}}: {one_line(error)}') from error
+    if again := len(entries) - len(said):
+        print(f"{path}: {again} of {len(entries)} entries name an image again, whose last one counts", file=sys.stderr)
+    if no_string:
+        print(f"{path}: {no_string} captions are no strings and are left out", file=sys.stderr)
     keys = "caption", "category"
     return {name: json.dumps(dict(zip(keys, both, strict=True))).encode() for name, both in said.items()}
 

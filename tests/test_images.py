@@ -181,6 +181,20 @@ def test_sources_have_stable_ids_captions_and_categories(tmp_path, capsys):
         sources_file.find_sources(tmp_path / "list.txt")
 
 
+def test_captions_that_do_not_count_are_said(tmp_path, capsys):
+    """Catches all but the last of an image's captions, and lists of them, left out in silence."""
+    Image.new("RGB", (16, 16)).save(tmp_path / "x.png")
+    Image.new("RGB", (16, 16)).save(tmp_path / "y.png")
+    entries = [{"file": "x.png", "caption": "an x"}, {"file": "./x.png", "caption": "the x"}]
+    for more, silent in ((["a y", "the y"], False), ("a y", True), (None, True)):
+        (tmp_path / "captions.json").write_text(json.dumps([*entries, {"file": "y.png", "caption": more}]))
+        found, said = sources_file.find_sources(tmp_path, anew=True), capsys.readouterr().err
+        assert [s.caption for s in found] == ["the x", more if silent else None]
+        assert "1 of 3 entries name an image again" in said and ("1 captions are no strings" in said) != silent
+    (tmp_path / "captions.json").write_text(json.dumps(entries[:1]))
+    assert sources_file.find_sources(tmp_path)[0].caption == "an x" and not capsys.readouterr().err
+
+
 def test_a_category_may_be_the_number_0(tmp_path):
     """Catches `or`, for which 0 is nothing: the first class got the name of its folder."""
     Image.new("RGB", (16, 16)).save(tmp_path / "x.png")
