@@ -150,13 +150,14 @@ def pack(rows, shapes, n_tokens=None, registers=4, ids=None):
     """Concatenate images into one Batch of exactly n_tokens (by default as many as the images need).
 
     rows: tensors [n_i, 768] with n_i = h w of `shapes`. ids: int64 image ids, by default 0, 1, 2, ...
-    ValueError where a shape does not fit its rows or the images do not fit n_tokens.
+    ValueError where a shape does not fit its rows, images do not fit n_tokens, or some are pixels and others floats.
     """
     if len(rows) != len(shapes) or not rows:
         raise ValueError(f"pack takes a shape an image, at least one: got {len(rows)} images, {len(shapes)} shapes")
     for i, (r, (h, w)) in enumerate(zip(rows, shapes, strict=True)):
-        if r.shape != (h * w, ROW):
-            raise ValueError(f"image {i} of shape {(h, w)} needs rows [{h * w}, {ROW}] and has {list(r.shape)}")
+        if r.shape != (h * w, ROW) or r.dtype != rows[0].dtype:  # a pack is of pixels, or of normalised floats
+            needed = f"rows [{h * w}, {ROW}] of {rows[0].dtype}"
+            raise ValueError(f"image {i} of shape {(h, w)} needs {needed} and has {list(r.shape)} of {r.dtype}")
     special = 1 + registers
     starts = np.cumsum([0, *(special + len(r) for r in rows)])
     T = int(starts[-1]) if n_tokens is None else n_tokens
@@ -574,7 +575,8 @@ class Head(Float32Buffers):
             if self.pool is None:
                 summary = self.to_own_space(z_TC[first_M].float())
             else:
-                summary = self.pool(self.to_own_space(z_TC.float()), batch.image, batch.n_images)
+                own_TC = self.to_own_space(z_TC.float()).to(self.pool.probe.dtype)
+                summary = self.pool(own_TC, batch.image, batch.n_images)
             out = {"patch": z_TC, "summary": summary}
             if self.registers:
                 registers = z_TC[first_M[:, None] + 1 + torch.arange(self.registers, device=h_TD.device)]
@@ -696,7 +698,7 @@ class AMoE(Student):
         # A one-hot product: its gradient is a small GEMM, where that of indexing would be a scatter onto five rows.
         special_TS = (offset_T[:, None] == torch.arange(n_special, device=offset_T.device)) & real_T[:, None]
         special_SD = torch.cat([self.cls_token[0], self.storage_tokens[0]])
-        x_TD = self.img_projector(normalise(batch.rows)) * batch.is_patch[:, None]
+        x_TD = self.img_projector(normalise(batch.rows).to(special_SD.dtype)) * batch.is_patch[:, None]
         x_TD = x_TD + special_TS.to(x_TD.dtype) @ special_SD.to(x_TD.dtype)
         rotation = rotations(batch.yx, self.freqs_cis_golden)
         loads = []
@@ -734,8 +736,8 @@ class PlugIn(Student):
 
 
 def normalise(rows):
-    """uint8 pixels to [-1, 1]; floats are taken as already normalised."""
-    return rows.float().div_(127.5).sub_(1) if rows.dtype == torch.uint8 else rows
+    """Pixels, integers from 0 to 255, to [-1, 1]; floats are taken as already normalised."""
+    return rows if rows.is_floating_point() else rows.float().div_(127.5).sub_(1)
 
 
 # ---- checkpoints ----

@@ -495,7 +495,6 @@ def read_words(args):
 def measure_zeroshot(args, model, budget):
     """Images against their class's name, a folder a class"""
     dataset, entries = open_images(args.images, args, budget)
-    heads = args.head or [args.text_head]
     spoken, templates = read_words(args)
     names = sorted({category(dataset, e) for e in entries})
     text = []
@@ -503,7 +502,7 @@ def measure_zeroshot(args, model, budget):
         words = spoken.get(name, name.replace("_", " "))
         words = words.lower() if args.published else words
         text.append(unit(args.encode_text([t.format(words) for t in templates]), args.published).mean(0))
-    images, kept = summaries_by_head(model, dataset, entries, heads, f"{budget}: images")
+    images, kept = summaries_by_head(model, dataset, entries, args.head or [args.text_head], f"{budget}: images")
     check_widths(images, text[0], args.text_head)
     truth, text = torch.tensor([names.index(category(dataset, e)) for e in kept]), torch.stack(text)
     return {h: {"zeroshot": zeroshot(x, text, truth, args.published), "images": len(kept)} for h, x in images.items()}

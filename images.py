@@ -73,8 +73,7 @@ def load_image(file, min_tokens=1, max_tokens=256, box=(0.0, 0.0, 1.0, 1.0), fli
     """
 
     def pixels(image):
-        h, w, orientation = target_grid(image, min_tokens, max_tokens, box)
-        return torch.from_numpy(resized(image, h, w, orientation, box, flip, draft))
+        return torch.from_numpy(resized(image, *target_grid(image, min_tokens, max_tokens, box), box, flip, draft))
 
     return with_image(file, pixels)
 

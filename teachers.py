@@ -236,7 +236,7 @@ class DINOv3(Teacher):
         special = 1 + self.registers
         layout, mask = self.lay_out(batch, special)
         rows_PC = batch.rows.to(self.patch.weight.device)[layout.batch_P]
-        if rows_PC.dtype == torch.uint8:  # floats are taken as already normalised
+        if not rows_PC.is_floating_point():  # floats are taken as already normalised
             rows_PC = (rows_PC.float() / 255 - self.pixel[0]) / self.pixel[1]
         x_SD = layout.to_sequence(self.embed(rows_PC))
         special_MS = layout.starts[:-1, None].to(x_SD.device) + torch.arange(special, device=x_SD.device)

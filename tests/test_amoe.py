@@ -1,5 +1,6 @@
 """The student: attention, routing, PHI-S, heads and losses against plain float64 definitions and reference outputs."""
 
+import itertools
 import json
 import math
 import re
@@ -228,6 +229,20 @@ def test_half_precision_keeps_positions_and_routing_biases():
     assert model.freqs_cis_golden.dtype == torch.float32 and model.layers[0].moe.expert_bias.dtype == torch.float32
     assert model.norm.weight.dtype == torch.bfloat16
     assert torch.equal(model.freqs_cis_golden, amoe.golden_frequencies(2, 16))
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 0.02), (torch.float16, 0.002)])
+def test_a_student_encodes_in_half_precision(random_images, dtype, error):
+    """Catches float32 pixels for rounded weights, and float32 features for a rounded pooling head."""
+    pool = amoe.MapPool(32, 48, 4, 1e-6).requires_grad_(False)
+    for p in pool.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    spaces = amoe.Space("a", 24, registers=2), amoe.Space("b", 32, pool=pool.state_dict(), pool_heads=4)
+    model = small(spaces, top_k=4)  # rounding chooses no other experts
+    whole, half = model.encode(*random_images), model.to(dtype).encode(*random_images)
+    for want, got in zip(whole, half, strict=True):
+        for kind, name in itertools.product(("patch", "summary"), ("a", "b", "amoe")):
+            assert (got[kind][name] - want[kind][name]).norm() < error * want[kind][name].norm()
 
 
 # ---- packing ----

@@ -57,6 +57,8 @@ def test_what_does_not_fit_a_pack_is_an_error(random_images):
         data.pack(rows, shapes, n_tokens=90)
     with pytest.raises(ValueError, match="image 1"):
         data.pack(rows, [shapes[0], (9, 9), *shapes[2:]])
+    with pytest.raises(ValueError, match=r"image 1 .* of torch\.uint8 and has .* of torch\.float32"):
+        data.pack([rows[0], amoe.normalise(rows[1]), *rows[2:]], shapes)
     with pytest.raises(ValueError, match="at least one"):
         data.pack([], [])
 
