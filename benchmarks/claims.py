@@ -32,7 +32,6 @@ import toy
 import train
 from teachers import embed_text, load_teachers
 
-HERE = Path(__file__).resolve().parent
 SHORT = "--optimizer adamw --schedule cosine --lr 6e-3 --weight-decay 0.02 --steps 300 --tokens 1024 --sizes layers=2"
 BUDGETS = 16, 32, 64
 # {arm, "CLAIM: NAME": its words}: flags of train.py that follow SHORT, or "long" and those that follow nothing (--sizes
@@ -185,10 +184,10 @@ def geometry(student_NC, teacher_NC):
 
 def imitation(model, pictures, summaries):
     """How a student is like each teacher on the images held out: its cosines, and the geometry of its summaries."""
-    cache, teacher = pictures.cache, evaluate.of_targets(pictures.cache.spaces)
+    cache, held, teacher = pictures.cache, pictures.held, evaluate.of_targets(pictures.cache.spaces)
     models, no_text = {"student": model, "teacher": teacher}, lambda *_: None
-    scores = evaluate.imitation_scores(cache, cache.spaces, models, no_text, neighbours=False, progress=False)
-    told, result = evaluate.summaries_by_head(teacher, cache, pictures.held, None, stored=True)[0], scores["student"]
+    scores = evaluate.imitation_scores(cache, cache.spaces, models, no_text, neighbours=False, entries=held)
+    told, result = evaluate.summaries_by_head(teacher, cache, held, None, stored=True)[0], scores["student"]
     for head, summary_NC in told.items():
         result |= {f"{head}_{name}": value for name, value in geometry(summaries[head], summary_NC).items()}
     return result
@@ -265,7 +264,9 @@ def main():
     parser.add_argument("--work", required=True, type=Path, help="folder for the toy and the runs")
     parser.add_argument("--seeds", nargs="+", default=list("01234"))
     parser.add_argument("--only", nargs="+", help="claims, or arms as claims.json names them; all by default")
-    parser.add_argument("--out", type=Path, default=HERE / "claims.json", help="one a process, where several run")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).with_suffix(".json"), help="one a process, where several run"
+    )
     parser.add_argument("--cache", help="features to train on in the place of the toy's")
     parser.add_argument("--teacher", help="NAME=SPEC of the cache's teacher that embeds the names of classes")
     args = parser.parse_args()

@@ -35,7 +35,7 @@ def make_table(folder, n):
     random, i = np.random.default_rng(0), np.arange(n)
     rows, names = np.zeros(n, ROW_TYPE), b"".join(b"tars/%06d.tar/%09d.jpg\n" % (k // 1000, k) for k in range(n))
     rows["name"], rows["id"] = len(names) // n * (i + 1) - 1, random.permutation(2**62 // n * i + 1)
-    rows["place"], rows["size"] = i // 1000, 90_000
+    rows["place"] = i // 1000
     rows["height"], rows["width"] = random.integers(300, 2000, (2, n))
     folder.mkdir()
     rows.tofile(folder / "rows")
