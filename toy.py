@@ -211,7 +211,6 @@ class World:
         images, masks = self.folder / "images", self.folder / "masks"
         images.mkdir(parents=True, exist_ok=True)
         masks.mkdir(parents=True, exist_ok=True)
-
         drawn = set(os.listdir(masks))  # a mask is written after its image
         for i, scene in enumerate(self.scenes):  # threads would take longer: numpy holds the interpreter's lock
             if self.name(i) not in drawn:

@@ -615,13 +615,13 @@ def build(flags, spaces, device, quiet=False):
 
 
 def make_optimizer(model, flags):
-    """AdamW, fused; decay on matrices only, and not on the CLS and register tokens. Muon takes those of the layers."""
+    """AdamW, fused; matrices decay, but not CLS and register tokens. Muon takes the layers' matrices and experts."""
     groups = {"muon": [], "decayed": [], "not decayed": []}
     for name, p in model.named_parameters():
         matrix = p.ndim >= 2 and not name.endswith("_tokens") and "cls_token" not in name
-        muon = matrix and flags.optimizer == "muon" and "layers." in name and "gate" not in name
+        muon = matrix and "layers." in name and "gate" not in name and (p.ndim == 2 or ".experts." in name)
         if p.requires_grad:
-            groups["muon" if muon else "decayed" if matrix else "not decayed"].append(p)
+            groups["muon" if muon and flags.optimizer == "muon" else "decayed" if matrix else "not decayed"].append(p)
     decay = {"muon": flags.weight_decay, "decayed": flags.weight_decay, "not decayed": 0.0}
     groups = [{"params": p, "weight_decay": decay[name], "muon": name == "muon"} for name, p in groups.items() if p]
     kind = Muon if flags.optimizer == "muon" else torch.optim.AdamW

@@ -121,6 +121,18 @@ def test_muon_learns_matrices_leaves_the_rest_to_adamw_and_skips_what_is_not_fin
         assert torch.equal(matrix, before) if spoilt else 0.5 < step / (0.01 * 0.2 * 8**0.5) < 1.5
 
 
+def test_muon_takes_matrices_and_experts_of_layers_and_no_convolution(cache):
+    """Catches kernels of a convolution in a trunk of one's own, each made orthogonal by itself."""
+    model = train.build(train.parse(words(cache, "x")), cache.spaces, CPU)
+    model.layers.append(torch.nn.ModuleDict({"mix": torch.nn.Conv2d(6, 8, 3), "row": torch.nn.Conv1d(6, 8, 3)}))
+    names = {p: name for name, p in model.named_parameters()}
+    first, decayed, _ = train.make_optimizer(model, train.parse(words(cache, "x"))).param_groups
+    assert first["muon"] and not decayed["muon"]
+    stepped, others = ({names[p] for p in group["params"]} for group in (first, decayed))
+    assert {"layers.0.attention.wq.weight", "layers.0.moe.experts.w2"} <= stepped and len(stepped) == 3 * 7
+    assert {"layers.0.moe.router.gate.weight", "layers.3.mix.weight", "layers.3.row.weight"} <= others
+
+
 def test_a_run_with_muon_resumes_bit_for_bit(cache, tmp_path):
     """Catches a momentum that a checkpoint does not hold."""
     more = "--optimizer", "muon", "--steps", "6", "--save-every", "3"
