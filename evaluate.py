@@ -19,7 +19,7 @@ from common.order import held_out
 from common.pictures import pca_sheet, require_finite
 from common.sources import find_sources, upright, with_image
 from common.store import write_atomically
-from images import Images, resized
+from images import Images, or_reason, resized
 from teachers import embed_text, load_teachers, make_targets, run_teachers
 
 # isort: split
@@ -411,10 +411,7 @@ class PublishedImages(Images):
             height, width, orientation = upright(image)
             return torch.from_numpy(resized(image, *self.sizes(height, width), orientation, (0, 0, 1, 1), False, False))
 
-        try:
-            return to_rows(with_image(view.source, use))
-        except ValueError as error:
-            return str(error)
+        return or_reason(lambda: to_rows(with_image(view.source, use)))
 
 
 def open_images(paths, args, budget, part=None):
@@ -525,8 +522,11 @@ def measure_retrieval(args, model, budget):
 
 def read_mask(root, dataset, entry, side=None):
     """An image's class indices [H, W] int64 from root/masks, or the nearest ones in a square of `side` pixels."""
-    path = (root / "masks" / dataset.meta(entry)["source"]).with_suffix(".png")
+    source = dataset.view(entry).source
+    path = (root / "masks" / source.name).with_suffix(".png")
     with one_line_errors(path), Image.open(path) as image:
+        if (image.width - image.height) * (int(source.row["width"]) - int(source.row["height"])) < 0:
+            raise ValueError("it lies across its image, which EXIF may turn: store it as the image is seen")
         array = np.array(image.resize((side, side), Image.Resampling.NEAREST) if side else image)
         if array.ndim != 2:
             raise ValueError(f"no map of class indices: it has {array.shape[2]} channels")
@@ -614,10 +614,9 @@ def measure_pca(args, model, budget):
     """A sheet of the patches' principal components"""
     dataset, entries = open_images(args.images, args, budget)
     entries = entries[:: max(1, len(entries) // args.count)][: args.count]
-    features = gather(stream(model, dataset, entries))
+    features = gather(stream(model, dataset, entries)).items()
     batch = dataset.read(entries)
-    heads = [head for head in features if not args.head or head.split(": ")[-1] in args.head]
-    columns = [(head, features[head]["patch"], features[head]["patch"]) for head in heads]
+    columns = [(h, f["patch"], f["patch"]) for h, f in features if not args.head or h.split(": ")[-1] in args.head]
     path = Path(args.out).with_suffix(".png")
     if len(args.max_tokens) > 1:
         path = path.with_stem(f"{path.stem}-{budget}")

@@ -130,6 +130,14 @@ def resized(image, h, w, orientation, box, flip, draft):
 # ---- files as a dataset ----
 
 
+def or_reason(read):
+    """read(), or the words of its ValueError."""
+    try:
+        return read()
+    except ValueError as error:
+        return str(error)
+
+
 class View(NamedTuple):
     """One view of one image."""
 
@@ -206,10 +214,7 @@ class Images:
     def decode(self, view):
         """(rows [h * w, 768] uint8, (h, w)) of a view, or a str: why it cannot be used."""
         box, flip = choose_view(self.seed, view.source.id, view.number)
-        try:
-            return to_rows(load_image(view.source, *self.limits(view), box, flip, self.draft))
-        except ValueError as error:
-            return str(error)
+        return or_reason(lambda: to_rows(load_image(view.source, *self.limits(view), box, flip, self.draft)))
 
     def decode_all(self, views):
         """An iterator over `decode` of each view, in order; threads decode ahead."""
@@ -218,10 +223,7 @@ class Images:
     def shape(self, view):
         """(h, w) of a view from the file's header, or a str: why it cannot be used."""
         box, _ = choose_view(self.seed, view.source.id, view.number)
-        try:
-            return image_shape(view.source, *self.limits(view), box)
-        except ValueError as error:
-            return str(error)
+        return or_reason(lambda: image_shape(view.source, *self.limits(view), box))
 
     def headers(self, number):
         """The Headers of a shard, from the table of sources: only files that cannot be used are opened."""

@@ -1,6 +1,7 @@
 """Measures against brute force, and an oracle that gets everything right."""
 
 import argparse
+import contextlib
 import json
 import math
 import shutil
@@ -352,6 +353,20 @@ def test_an_oracle_gets_everything_right_on_folders(colours, tmp_path, monkeypat
     Path("r.png").mkdir()
     with pytest.raises(ValueError, match=r"cannot write r\.png"):
         evaluate.main(["pca", "--images", "classes", "--count", "3", *model, *out])
+
+
+def test_a_mask_that_lies_across_its_image_is_refused(colours, tmp_path, monkeypatch):
+    """Catches the mask of an image that EXIF turns, stretched over it: scores of other pixels, in silence."""
+    monkeypatch.chdir(tmp_path)
+    turned, name = Image.Exif(), "red/0"
+    turned[0x0112] = 6
+    Image.new("RGB", (96, 64)).save(f"scenes/images/{name}.png", exif=turned)
+    words = ["segment", "--train", "scenes", "--test", "scenes", "--model", f"oracle={colours}/oracle.py:make"]
+    for size, right in (((48, 32), False), ((40, 40), True), ((32, 48), True)):
+        Image.new("L", size).save(f"scenes/masks/{name}.png")
+        for protocol in ("strict", "published"):
+            with contextlib.nullcontext() if right else pytest.raises(ValueError, match=r"red/0\.png: it lies across"):
+                evaluate.main([*words, "--out", "r.json", "--max-tokens", "4", "--protocol", protocol])
 
 
 def test_a_student_is_measured_head_by_head_at_every_budget(cache, colours, tmp_path, monkeypatch, capsys):
