@@ -744,7 +744,7 @@ def main(argv=None):
             if head not in model.heads:
                 raise ValueError(f"--head {head}: {name} has the heads {', '.join(model.heads)}")
     if args.measure == "pca" and len(opened) > 1:  # one sheet for all
-        models = {Path(name).name: model for name, model in opened.items()}
+        models = {f"{n} {Path(name).name}": model for n, (name, model) in enumerate(opened.items(), 1)}
         beside = lambda batch: {f"{label}: {head}": f for label, m in models.items() for head, f in m(batch).items()}  # noqa: E731
         opened = {"all": beside}
     for budget, (name, model) in itertools.product(args.max_tokens, opened.items()):

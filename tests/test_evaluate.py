@@ -394,6 +394,9 @@ def test_a_student_is_measured_head_by_head_at_every_budget(cache, colours, tmp_
     assert perfect["model"] == both[3] and min(perfect["iou_by_class"].values()) > 0.99
     evaluate.main(["pca", "--images", "classes", "--count", "2", *both[:-1], "r.png"])  # and not written over by JSON
     assert Image.open(scores_of("r.json")[0]["sheet"]).width > 6 * 100
+    shutil.copytree("student", "b/student")  # of one name: both are on the sheet
+    evaluate.main(["pca", "--images", "classes", "--count", "2", "--model", "student", "b/student", "--out", "r.png"])
+    assert Image.open("r.png").width > 7 * 144
     evaluate.main(["speed", *words, "--tokens", "256"])
     slow, fast = scores_of("r.json")
     assert slow["pixels"] == 32 and fast["pixels"] == 64 and slow["images_per_s"] > fast["images_per_s"]
