@@ -78,6 +78,11 @@ def score_table(result):
     return "\n".join(lines)
 
 
+def words_of(value):
+    """A flag's value as it is typed, of paths their names."""
+    return " ".join(Path(str(word)).name for word in (value if isinstance(value, tuple) else [value]))
+
+
 def card(folder, state, changed):
     """The card's text: of a run's folder, a checkpoint's state, and the flags that are not at their defaults."""
     begun, result = {"commit": "unknown", "versions": {}, "device": "unknown"}, {}
@@ -102,8 +107,7 @@ def card(folder, state, changed):
         step=state["step"],
         tokens=round(state["tokens"]),
         seconds=state["seconds"],
-        flags=" ".join(f"`--{name.replace('_', '-')} {Path(str(value)).name}`" for name, value in changed.items())
-        or "none",
+        flags=" ".join(f"`--{name.replace('_', '-')} {words_of(value)}`" for name, value in changed.items()) or "none",
         commit=begun["commit"],
         versions=", ".join(f"{name} {version}" for name, version in begun["versions"].items()),
         device=begun["device"],

@@ -404,7 +404,7 @@ def test_a_recipe_of_a_student_trains(cache, tmp_path, recipe):
 
 def test_export_makes_the_student_of_a_run_again(cache, tmp_path):
     """Catches a folder that depends on how its run ended, and weights in the place of their average."""
-    run(command(cache, tmp_path / "run", "--ema", "0.5"))
+    run(command(cache, tmp_path / "run", "--ema", "0.5", "--sizes", "layers=2", "top_k=1"))
     folder, copied = tmp_path / "run" / "student", {}
     for path in sorted(folder.iterdir()):
         copied[path.name] = path.read_bytes()
@@ -419,7 +419,7 @@ def test_export_makes_the_student_of_a_run_again(cache, tmp_path):
     assert torch.equal(model.layers[0].attention.wq.weight, state["average"]["layers.0.attention.wq.weight"])
     assert model.heads["text"].summary_mean.abs().sum() > 0
     card = copied["README.md"].decode()
-    for said in ("text", "dense", "12 steps", "_cosine", "`--tokens 400`", "torch"):
+    for said in ("text", "dense", "12 steps", "_cosine", "`--tokens 400`", "`--sizes layers=2 top_k=1`", "torch"):
         assert said in card, said
     assert str(tmp_path) not in card and "{" not in card.split("## What")[0].split("```")[-1]
     done = subprocess.run(
