@@ -350,8 +350,8 @@ def kmeans(x_ND, k=None, init_KD=None, n_iter=10, seed=0):
 
 
 def check_levels(n, levels, keep):
-    """Raises ValueError unless N > levels[0] > levels[1] > ... >= 1 and 1 <= keep <= N."""
-    levels = list(levels or [])
+    """Raises ValueError unless N >= levels[0] > levels[1] > ... >= 1 and 1 <= keep <= N."""
+    levels = [] if levels is None else list(levels)
     if not levels or levels != sorted(set(levels), reverse=True) or levels[-1] < 1:
         raise ValueError(f"levels {levels}: want decreasing numbers of clusters, for instance 20000 500 50")
     if levels[0] > n:

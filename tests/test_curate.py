@@ -395,6 +395,7 @@ def test_levels_and_keep_are_checked():
     ]:
         with pytest.raises(ValueError, match=words):
             curate.curate(x, levels, keep)
+    assert len(curate.curate(x, np.array([10, 5]), 5)) == 5  # any sequence of numbers
 
 
 # ---- command ----
