@@ -23,6 +23,7 @@ Shape letters: N points (or this rank's), K centroids, D channels, B points of a
 import data
 from common.commands import Parser, choose_device, in_range, one_line_errors, run_command
 from common.pictures import ACROSS, cluster_sheet
+from common.process import single_threaded_pool
 from common.sources import find_sources
 from common.store import digest, write_atomically
 from images import load_image
@@ -35,7 +36,6 @@ import json
 import os
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
@@ -216,7 +216,7 @@ class Points:
             if self.threads == 1 or len(blocks) < 2 or self.device.type == "cuda":
                 return [work(block) for block in blocks]
             first = work(blocks[0])  # on this thread, so that libraries set themselves up in one place
-            with ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            with single_threaded_pool(self.threads) as pool:
                 return [first, *pool.map(work, blocks[1:])]
 
     def squared_distances(self, c_KD, label_N):

@@ -35,6 +35,7 @@ Shape letters: T tokens of a pack, M images in it, N images, C channels of a tea
 from amoe import ROW, dequantise, pack, quantise
 from common.commands import Parser, choose_device, in_range, one_line_errors, run_command
 from common.order import FULL, OPEN_PACKS, WINDOW, Order, Position, held_out, read_subset  # noqa: F401  (as data.Order too)
+from common.process import single_threaded_pool
 from common.shards import (
     FORMAT,
     INDEX,
@@ -669,8 +670,7 @@ def loader(order, position, rank=0, world=1, per_step=1, threads=0, on_corrupt="
                 return batch.pin_memory() if torch.cuda.is_available() else batch, item[1]
         raise ValueError(f"{order.dataset.path}: no image of a hundred packs in a row can be read")
 
-    # Single-threaded readers: with an OpenMP team in each, a step on the CPU takes twice as long.
-    pool = threads and ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    pool = threads and single_threaded_pool(threads)
     return map_ahead(pool, read, wanted(), 2 * threads) if threads else map(read, wanted())
 
 

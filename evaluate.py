@@ -17,6 +17,7 @@ from amoe import PATCH, pack, split_by_tokens, to_rows
 from common.commands import Parser, choose_device, in_range, one_line_errors, run_command
 from common.order import held_out
 from common.pictures import pca_sheet, require_finite
+from common.process import single_threaded_pool
 from common.sources import find_sources, upright, with_image
 from common.store import write_atomically
 from images import Images, or_reason, resized
@@ -29,7 +30,6 @@ import json
 import math
 import statistics
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -110,7 +110,7 @@ def stream(model, dataset, entries, n_tokens=4096, stored=False, progress=None, 
     packs = [sorted(part, key=length.get) for part in parts]
     read = functools.partial(dataset.read, registers=registers, with_targets=stored)
     bar = tqdm(total=len(entries), unit="image", desc=progress, disable=progress is None, leave=False)
-    with bar, ThreadPoolExecutor(1) as reader:
+    with bar, single_threaded_pool(1) as reader:
         ahead = [reader.submit(read, images) for images in packs[:1]]
         for n, part in enumerate(parts):
             ahead += [reader.submit(read, images) for images in packs[n + 1 : n + 2]]
@@ -235,10 +235,10 @@ def patch_labels(mask_HW, h, w, classes, void=VOID):
     """
     H, W = mask_HW.shape
     patch_HW = ((2 * torch.arange(H) + 1) * h // (2 * H))[:, None] * w + (2 * torch.arange(W) + 1) * w // (2 * W)
-    label_HW = mask_HW.long()
-    known = (label_HW < classes) & (label_HW != void)
-    count = torch.bincount(patch_HW[known] * classes + label_HW[known], minlength=h * w * classes).view(h * w, classes)
-    return count / torch.bincount(patch_HW.flatten(), minlength=h * w).clamp(min=1)[:, None]
+    label_HW = mask_HW.long().masked_fill((mask_HW >= classes) | (mask_HW == void), classes)
+    count = torch.bincount((patch_HW * (classes + 1) + label_HW).flatten(), minlength=h * w * (classes + 1))
+    count = count.view(h * w, classes + 1)  # the last: of no class
+    return count[:, :classes] / count.sum(1, keepdim=True).clamp(min=1)
 
 
 def linear_probe(x_NC, share_NK, iterations=40, decay=1e-4):
@@ -708,6 +708,8 @@ def parse(argv):
     args.device = choose_device(args.device)
     if args.measure == "pca":  # whose sheet lies beside the result
         args.out = str(Path(args.out).with_suffix(".json"))
+    if Path(args.out).is_dir():
+        raise ValueError(f"--out {args.out} is a folder: name the JSON file to write")
     args.published, args.opened = getattr(args, "protocol", "strict") == "published", {}
     first = getattr(args, "images", None) or getattr(args, "train", None) or "."
     args.folder = first[0] if isinstance(first, list) else first

@@ -12,6 +12,7 @@ needed) and data.Cache (stored rows and teachers' features):
 
 from amoe import pack, to_rows
 from common.pixels import PATCH, grid, to_rgb
+from common.process import single_threaded_pool
 from common.sources import MAX_PIXELS, Sources, upright, with_image
 
 # isort: split
@@ -20,7 +21,6 @@ import itertools
 import json
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -188,7 +188,7 @@ class Images:
         self.numbers = list(range(self.n_shards))
         self.seen, self.bad, self.lock = 0, {}, threading.Lock()
         self.shard = lru_cache(KEPT)(self.headers)
-        self.pool = ThreadPoolExecutor()  # Pillow decodes and resizes outside the interpreter's lock
+        self.pool = single_threaded_pool()  # Pillow decodes and resizes outside the interpreter's lock
 
     def span_of(self, number):
         """The first of a shard's sources, and the one after its last."""

@@ -141,6 +141,8 @@ def parse(argv=None):
         raise ValueError("--checkpoint recomputes blocks of --model: a --student that needs it does so itself")
     if flags.sizes and (flags.init or flags.student):
         raise ValueError("--sizes are those of --model: --init and --student bring their own")
+    if flags.resume and flags.overwrite:
+        raise ValueError("--resume goes on with a run and --overwrite begins it anew: give one of them")
     if flags.fsdp and flags.ema:
         raise ValueError("--ema averages whole weights and --fsdp shards them: leave one of them out")
     if not flags.out:

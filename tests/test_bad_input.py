@@ -135,6 +135,7 @@ CASES += [
     ("train --cache {cache} --out {file}/deeper --device cpu", "{file}", 1),
     ("train --cache {cache} --out /proc/nothing --device cpu", "/proc/nothing", 1),
     ("train --cache {cache} --out {finished} --device cpu", "--overwrite", 1),
+    ("train --cache {cache} --out {finished} --device cpu --resume --overwrite", "one of them", 1),
     ("data cache --images {images} --teacher {plug} --out {file} --device cpu", "{file}", 1),
     ("data cache --images {images} --teacher {plug} --out {file}/deeper --device cpu", "{file}", 1),
     ("data cache --images {images} --teacher {plug} --out nowhere://x --device cpu", "nowhere", 1),
@@ -143,6 +144,7 @@ CASES += [
     (KNN.replace("{new}", "{file}"), "{file}", 1),
     (KNN.replace("{new}", "/proc/nothing"), "/proc/nothing", 1),
     (PCA.replace("{new}", "{file}"), "{file}", 1),
+    (KNN.replace("{new}/k.json", "{images}"), "is a folder", 1),
     # images
     *((base.replace("{images}", "{tmp}/none"), "none", 1) for base in (ONLINE, CACHE, PCA)),
     *((base.replace("{images}", "{empty}"), "holds no image", 1) for base in (ONLINE, CACHE, PCA)),
