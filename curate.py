@@ -25,7 +25,7 @@ from common.commands import Parser, choose_device, in_range, one_line_errors, ru
 from common.pictures import ACROSS, cluster_sheet
 from common.process import single_threaded_pool
 from common.sources import find_sources
-from common.store import digest, write_atomically
+from common.store import digest, write_atomically, write_json
 from images import load_image
 from kernels.kmeans import PRODUCTS, Assignment, product_for
 from kernels.seeds import draw_seeds, random_of, single_threaded
@@ -582,7 +582,7 @@ def check_same_tree(out, points, config):
     if points.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         if not (out / "tree.json").exists():
-            write_atomically(out / "tree.json", lambda file: file.write(json.dumps(about, indent=1).encode()))
+            write_json(out / "tree.json", about)
     if points.shared:
         dist.barrier()
     with one_line_errors(out / "tree.json"):
@@ -610,7 +610,7 @@ def run(config):
 def write_results(tree, kept, ids, read_images, config, log):
     out, about = Path(config.out), report(tree, kept, config)
     write_atomically(out / "kept.npy", lambda file: np.save(file, np.sort(ids[kept]).astype(np.int64)))
-    write_atomically(out / "report.json", lambda file: file.write(json.dumps(about, indent=1).encode()))
+    write_json(out / "report.json", about)
     if read_images is None:
         log("no contact sheet: an .npy, or a cache without pixels, has pictures where --images names their folder")
     elif unreadable := contact_sheet(tree, kept, read_images, out / "clusters.png"):

@@ -738,8 +738,7 @@ def parse(argv):
     add("--subset", help=".npy of image ids to keep (curate.py writes one)")
     add("--shard-range", default="0/1", metavar="I/N", help="write every N-th shard from the I-th: N share the work")
     add("--device", default="auto", help="where teachers run: auto, cpu, cuda or cuda:N")
-    text = "processes that read headers; 0: threads"
-    index.add_argument("--workers", type=in_range(int, 0, 1024), default=0, help=text)
+    index.add_argument("--workers", type=in_range(int, 0, 1024), default=0, help="processes for headers; 0: threads")
     for name, text in (("info", "say what is in a cache"), ("verify", "check every byte of a cache")):
         commands.add_parser(name, help=text).add_argument("cache", help="its folder or URL")
     return parser.parse_args(argv)

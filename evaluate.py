@@ -19,7 +19,7 @@ from common.order import held_out
 from common.pictures import pca_sheet, require_finite
 from common.process import single_threaded_pool
 from common.sources import find_sources, upright, with_image
-from common.store import write_atomically
+from common.store import write_atomically, write_json
 from images import Images, or_reason, resized
 from teachers import embed_text, load_teachers, make_targets, run_teachers
 
@@ -326,8 +326,7 @@ def imitation_scores(dataset, spaces, models, texts, most=2000, neighbours=True,
     trained, held = ([], list(entries)) if entries else split(dataset, most)
     if not held:
         return {}
-    kept = {who: [] for who in models}
-    features = {}
+    kept, features = {who: [] for who in models}, {}
     for who, model in models.items():
         streamed = stream(model, dataset, held, stored=who == "teacher", progress=who if progress else None)
         features[who] = gather(streamed, kept[who])
@@ -764,8 +763,7 @@ def main(argv=None):
             shown = "  ".join(f"{k}: {iou:.3f}" for k, iou in ious.items())
             print(f"IoU by class, {score['model']}, head {score['head']}, {score['max_tokens']} tokens: {shown}")
     result = {"measure": args.measure, "flags": flags, "scores": scores, "torch": torch.__version__}
-    text = json.dumps(result | {"seconds": time.perf_counter() - began}, indent=1) + "\n"
-    write_atomically(args.out, lambda file: file.write(text.encode()))
+    write_json(args.out, result | {"seconds": time.perf_counter() - began})
     print(f"written to {args.out}")
 
 

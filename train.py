@@ -19,7 +19,7 @@ from common.order import Order, Position, read_subset
 from common.pictures import curves, draw
 from common.process import catch_signals, setup
 from common.sources import find_sources
-from common.store import digest, open_store, unseal, write_atomically
+from common.store import digest, open_store, unseal, write_atomically, write_json
 from hub.card import card
 from images import Images
 from kernels.attention import block_mask, image_runs, mask_blocks
@@ -30,7 +30,6 @@ import argparse
 import concurrent.futures
 import contextlib
 import importlib.util
-import json
 import math
 import os
 import shutil
@@ -740,8 +739,7 @@ def write_result(run, student, failed):
         failed = f"the student cannot be measured: {error}"
     result |= {"failed": failed} if failed else {}
     result["seconds"] = time.perf_counter() - run.began
-    text = json.dumps(result, indent=1) + "\n"
-    write_atomically(run.folder / "result.json", lambda file: file.write(text.encode()))
+    write_json(run.folder / "result.json", result)
     rate = f"{seconds:.0f} of them training at {result['tokens_per_s']:.0f} tokens/s"
     print(f"{result['seconds']:.0f} s in all, {rate}; see {run.folder}", flush=True)
     return failed

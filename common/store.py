@@ -241,3 +241,8 @@ def write_atomically(path, write):
         said = one_line(error.__context__ if isinstance(error.__context__, OSError) else error)
         said = said.removeprefix(f"{temporary}: ")
         raise ValueError(f"cannot write {path}: {said}; what was there before is untouched") from error
+
+
+def write_json(path, value):
+    """A value as a JSON file, by `write_atomically`."""
+    write_atomically(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
