@@ -747,8 +747,7 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     if args.command == "cache":
-        i, _, n = args.shard_range.partition("/")
-        i, n = (int(x) if x.isdecimal() else -1 for x in (i, n))
+        i, n = (int(x) if x.isdecimal() else -1 for x in args.shard_range.partition("/")[::2])
         if not 0 <= i < n:
             raise ValueError(f"--shard-range {args.shard_range} is not I/N with 0 <= I < N")
         device, said = choose_device(args.device), {name: getattr(args, name) for name in KEYWORDS}

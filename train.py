@@ -146,6 +146,9 @@ def parse(argv=None):
         raise ValueError("--ema averages whole weights and --fsdp shards them: leave one of them out")
     if not flags.out:
         flags.out = f"runs/{os.path.basename(os.path.abspath(flags.cache or (*flags.images, 'toy')[0])) or 'images'}"
+    init, student = Path(flags.init).resolve(), Path(flags.out, "student").resolve()
+    if flags.init and student in (init, init / "student", init.parent):
+        raise ValueError(f"--init {flags.init} is what a run in --out {flags.out} writes over: choose another --out")
     return flags
 
 
@@ -420,8 +423,7 @@ def hash_of_data(run):
 
 
 def check_same_flags(flags, path, state):
-    """ValueError where a flag that changes results is not that of the checkpoint; `restore` looks at numbers of steps
-    and packs."""
+    """ValueError where a flag that changes results is not the checkpoint's; `restore` compares steps and packs."""
     for f in fields(Flags):
         now = getattr(flags, f.name)
         before = state["flags"].get(f.name, now)  # an older checkpoint lacks newer flags
@@ -468,8 +470,7 @@ def restore(run, path, state):
 def prepare(flags, process, compiled):
     """The Run at its beginning, or at the newest checkpoint of --out under --resume."""
     folder, began, subset = Path(flags.out), time.perf_counter(), read_subset(flags.subset)
-    if process.rank == 0:
-        clear_run_folder(folder, flags)
+    old = clear_run_folder(folder, flags) if process.rank == 0 else []
     found, state = newest_checkpoint(folder, process.rank > 0) if flags.resume else (None, None)
     if found:
         check_same_flags(flags, found, state)  # before anything is written for others
@@ -479,10 +480,9 @@ def prepare(flags, process, compiled):
     order = Order(dataset, flags.tokens, flags.seed, subset, model.registers)
     if process.rank == 0:
         print(order.counts_text(), flush=True)
-    wrapped = wrap(model, flags, process)
     run_forward = partial(compile_forward() if compiled else forward, loss_per=flags.loss_per)
     average = {name: p.detach().clone() for name, p in model.named_parameters()} if flags.ema else {}
-    learner = model, wrapped, run_forward, make_optimizer(model, flags), average
+    learner = model, wrap(model, flags, process), run_forward, make_optimizer(model, flags), average
     skipped = Skipped(torch.zeros(2, dtype=torch.int64, device=process.device))
     run = Run(flags, process, dataset, spaces, teachers, world, order, *learner, Interval(), skipped, began)
     if found:
@@ -491,6 +491,8 @@ def prepare(flags, process, compiled):
             print(f"resuming from {found}", flush=True)
     elif flags.resume and process.rank == 0:
         print(f"--resume: {folder} holds no checkpoint, so this is the beginning", flush=True)
+    for path in old:  # only now: what went wrong so far has left that run alone
+        path.unlink()
     run.log = Log(folder, process.rank, run.step, flags)
     if not found:
         run.log.write(**first_line(flags, process, amoe.describe(model)["trunk"]))
@@ -498,20 +500,19 @@ def prepare(flags, process, compiled):
 
 
 def clear_run_folder(folder, flags):
-    """A run that is there already is an error unless it is to be resumed or overwritten."""
-    names = ("log.jsonl", "result.json", "skipped.jsonl", "student/config.json")
-    files = [*checkpoints(folder), *(folder / name for name in names if (folder / name).exists())]
+    """The files of a run to be overwritten, to remove when the new one can begin; ValueError unless that is asked."""
+    names = ("log.jsonl", "result.json", "student/config.json")
+    old = [*checkpoints(folder), *(folder / name for name in names if (folder / name).exists())]
     if flags.resume:
-        return
-    if files and not flags.overwrite:
+        return []
+    if old and not flags.overwrite:
         raise ValueError(f"{folder} holds a run: give --resume to go on, --overwrite to begin anew, or another --out")
-    if files and (flags.cache or flags.images):  # nothing there: an error before anything is deleted
-        data.Cache(flags.cache) if flags.cache else find_sources(flags.images)
-    for path in [*files, folder / "spaces.json"]:  # PHI-S is fitted anew
-        path.unlink(missing_ok=True)
+    for name in ("skipped.jsonl", "spaces.json"):  # PHI-S is fitted anew
+        (folder / name).unlink(missing_ok=True)
     drawn = 0 if flags.cache or flags.images else len(list((folder / "toy/masks").glob("*.png")))
     if drawn not in (0, flags.toy_images):
         shutil.rmtree(folder / "toy")  # another world
+    return old
 
 
 def open_data(flags, process, compiled=False):
