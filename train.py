@@ -491,7 +491,8 @@ def prepare(flags, process, compiled):
             print(f"resuming from {found}", flush=True)
     elif flags.resume and process.rank == 0:
         print(f"--resume: {folder} holds no checkpoint, so this is the beginning", flush=True)
-    for path in old:  # only now: what went wrong so far has left that run alone
+    data.read_pack(dataset, next(order.packs(run.position))[0], flags.tokens, model.registers, flags.on_corrupt)
+    for path in old:  # only now: what went wrong so far has left that run alone, and no new one behind
         path.unlink()
     run.log = Log(folder, process.rank, run.step, flags)
     if not found:

@@ -640,6 +640,8 @@ def test_what_a_run_was_prepared_for_is_not_taken_for_other_flags(world, plug_in
         for init in ("none", "run", "run/student", "run/student/model.safetensors"):
             with pytest.raises(ValueError, match="no weights at" if init == "none" else "writes over"):
                 own("--calibrate", "32", "--overwrite", "--init", str(tmp_path / init))
+        with pytest.raises(ValueError, match="--tokens 10 is less than"):
+            own("--calibrate", "32", "--overwrite", "--tokens", "10")
         assert (tmp_path / "run/step-000001.pt").exists()
     made = tmp_path / "cache"
     cached = lambda n: data.cache(world.folder / "images", teachers.load_teachers([plug_in], "", "cpu"), made, **n)  # noqa: E731
@@ -657,6 +659,16 @@ def test_what_a_run_was_prepared_for_is_not_taken_for_other_flags(world, plug_in
         assert len(data.Cache(tmp_path / "toy/toy/cache").all_ids()) == n
     for number, handler in kept.items():
         signal.signal(number, handler)
+
+
+def test_a_run_whose_first_pack_cannot_be_read_leaves_nothing_behind(world, plug_in, tmp_path):
+    """Catches a log that is begun before: the right command would then find a run in its place."""
+    made = {"pixels": False, "max_tokens": 64, "progress": False}
+    data.cache(world.folder / "images", teachers.load_teachers([plug_in], "", "cpu"), tmp_path / "cache", **made)
+    words = ["--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "run"), "--steps", "1", "--device", "cpu"]
+    with pytest.raises(ValueError, match="holds no pixels: give --images"):
+        train.main(words)
+    assert not list((tmp_path / "run").iterdir())
 
 
 def test_resume_refuses_images_that_were_changed_under_their_names(world, plug_in, tmp_path):
