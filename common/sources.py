@@ -176,10 +176,13 @@ class Sources:
 
     @classmethod
     def of(cls, sources):
-        """The table that a list of Source is of, with these alone."""
+        """The table that a list of Source is of, with these alone; ValueError where they are of several."""
         if isinstance(sources, cls):
             return sources
-        return sources[0].table.only(np.array([source.number for source in sources]))
+        table = sources[0].table
+        if any(source.table.about["names_hash"] != table.about["names_hash"] for source in sources):
+            raise ValueError("sources of several tables: find_sources makes one of all folders, tars and lists")
+        return table.only(np.array([source.number for source in sources]))
 
     def only(self, at):
         """The same table with these rows alone; its files are not opened again: a table that is not kept has none."""

@@ -195,6 +195,18 @@ def test_captions_that_do_not_count_are_said(tmp_path, capsys):
     assert sources_file.find_sources(tmp_path)[0].caption == "an x" and not capsys.readouterr().err
 
 
+def test_sources_of_two_tables_are_not_taken_for_those_of_the_first(tmp_path):
+    """Catches rows of one table by their numbers in another: other images, in silence."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for i in range(2):
+            Image.new("RGB", (16, 16)).save(tmp_path / name / f"{name}{i}.png")
+    a, b = (sources_file.find_sources(tmp_path / name) for name in ("a", "b"))
+    assert [s.name for s in sources_file.Sources.of([a[1], a.only(np.array([0]))[0]])] == ["a1.png", "a0.png"]
+    with pytest.raises(ValueError, match="several tables"):
+        sources_file.Sources.of([a[1], b[0]])
+
+
 def test_a_category_may_be_the_number_0(tmp_path):
     """Catches `or`, for which 0 is nothing: the first class got the name of its folder."""
     Image.new("RGB", (16, 16)).save(tmp_path / "x.png")
