@@ -15,9 +15,6 @@ import torch.utils.benchmark
 import kernels
 from common.store import write_atomically
 
-if kernels.triton is not None:
-    import triton.testing
-
 ROOT = Path(__file__).resolve().parents[1]
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -46,7 +43,9 @@ def ratios(a, b):
 def median_ms(function):
     """Median milliseconds of a call; on CUDA with L2 cleared before each."""
     if CUDA:
-        return triton.testing.do_bench(function, warmup=100, rep=400, return_mode="median")
+        from triton.testing import do_bench
+
+        return do_bench(function, warmup=100, rep=400, return_mode="median")
     timer = torch.utils.benchmark.Timer("f()", globals={"f": function}, num_threads=torch.get_num_threads())
     return 1e3 * timer.blocked_autorange(min_run_time=0.5).median
 
@@ -74,10 +73,9 @@ def machine():
 
 def record(folder, file, key, value):
     """Put {key: value} into a JSON file of the folder, atomically; no folder, no file."""
-    if folder is None:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / file
-    content = json.loads(path.read_text()) if path.exists() else {}
-    text = json.dumps(content | {key: value}, indent=1) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / file
+        content = json.loads(path.read_text()) if path.exists() else {}
+        text = json.dumps(content | {key: value}, indent=1) + "\n"
+        write_atomically(path, lambda file: file.write(text.encode()))

@@ -1,8 +1,7 @@
 """How fast a training step is: `python -m benchmarks.speed [--out FOLDER] [--blocks] [flags of train.py]`.
 
 With --cache or --images on those, else on random packs with teachers of real sizes (small ones without a GPU, where
-nothing says how fast a GPU is): the step and its kernels, and packs against the same images padded to one length. With
---blocks a block is compiled in the place of the whole step, which takes minutes.
+nothing says how fast a GPU is): the step and its kernels, and packs against the same images padded to one length.
 
 The result is printed as JSON and, with --out, kept under its name in FOLDER/step.json. kernels/bench.py runs this too.
 
@@ -12,7 +11,6 @@ Shape letters: T tokens in the pack, M images in it, D model width, C channels o
 import argparse
 import itertools
 import json
-import math
 import resource
 import tempfile
 import time
@@ -20,7 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -28,17 +25,15 @@ import amoe
 import data
 import train
 from benchmarks.measure import CUDA, in_turns, machine, peaks, ratios, record, timed
+from common.log import Interval
 from common.order import Order, Position
 from kernels.attention import mask_blocks
 
-# ---- packs ----
-
 
 def random_spaces(small):
-    """Spaces of SigLIP 2 So400m's and DINOv3 ViT-L's sizes, or a sixteenth of them; the same at every call."""
-    torch.manual_seed(0)
+    """Spaces of SigLIP 2 So400m's and DINOv3 ViT-L's sizes, or a sixteenth of them."""
     wide, dense, hidden, heads = (72, 64, 144, 4) if small else (1152, 1024, 4304, 16)
-    phi_s = [amoe.PhiS(torch.zeros(C), torch.linalg.qr(torch.randn(C, C))[0], torch.tensor(1.0)) for C in (wide, dense)]
+    phi_s = [amoe.PhiS(torch.zeros(C), torch.eye(C), torch.tensor(1.0)) for C in (wide, dense)]
     pool = amoe.MapPool(wide, hidden, heads, 1e-6).state_dict()
     return [
         amoe.Space("siglip2", wide, phi_s=phi_s[0], pool=pool, pool_heads=heads),
@@ -52,34 +47,29 @@ def as_loaded(batch):
     return batch.pin_memory() if CUDA else batch
 
 
-def random_pack(shapes, tokens, spaces, seed=0):
+def random_pack(shapes, tokens, spaces):
     """A pack of random images of the given shapes, with random targets."""
-    random = torch.Generator().manual_seed(seed)
-    rows = [torch.randint(0, 256, (h * w, amoe.ROW), generator=random, dtype=torch.uint8) for h, w in shapes]
+    rows = [torch.randint(0, 256, (h * w, amoe.ROW), dtype=torch.uint8) for h, w in shapes]
     batch = amoe.pack(rows, shapes, tokens)
     for s in spaces:
-        patch_TC = torch.randint(-48, 49, (batch.n_tokens, s.dim), generator=random, dtype=torch.int8)
-        batch.targets[s.name] = {"patch": patch_TC, "summary": torch.randn(len(rows), s.dim, generator=random)}
+        patch_TC = torch.randint(-48, 49, (batch.n_tokens, s.dim), dtype=torch.int8)
+        batch.targets[s.name] = {"patch": patch_TC, "summary": torch.randn(len(rows), s.dim)}
         if s.registers:
-            batch.targets[s.name]["registers"] = torch.randn(len(rows), s.registers, s.dim, generator=random)
+            batch.targets[s.name]["registers"] = torch.randn(len(rows), s.registers, s.dim)
     return as_loaded(batch)
 
 
-def mixed_shapes(tokens, seed=0, special=5):
-    """Shapes of 16 to 256 patches, log-uniform, aspect up to 2, as many as fill the pack."""
-    random = np.random.default_rng(seed)
-    area, aspect = np.exp(random.uniform(math.log(16), math.log(256), tokens)), 2 ** random.uniform(-1, 1, tokens)
-    h = np.sqrt(area / aspect).round().astype(int)
-    w = np.minimum((area / h).round().astype(int), 256 // h)
-    n = int(((special + h * w).cumsum() <= tokens).sum())
-    return list(zip(h[:n].tolist(), w[:n].tolist(), strict=True))
+def mixed_shapes(tokens, special=5):
+    """Square images of 16 to 256 patches, log-uniform, as many as fill the pack."""
+    side = torch.empty(tokens).uniform_(2, 4).exp2().round().int()
+    fitting = (side**2 + special).cumsum(0) <= tokens
+    return [(n, n) for n in side[fitting].tolist()]
 
 
 def padded(batch, n_tokens=None):
-    """The batch with every image as long as the longest: what a dense [M, L] batch of the same images computes.
+    """The batch with every image as long as the longest, by more patches: a dense [M, L] batch that needs no mask.
 
-    Padding is counted as patches, so that no mask has to be paid for: this is a padded step at its best. n_tokens, for
-    compiled code, which wants one length: only as many of the images as fit.
+    n_tokens, for compiled code, which wants one length: only as many of the images as fit.
     """
     lengths = batch.shapes.prod(1).tolist()
     longest, special = max(lengths), int(batch.starts[1]) - lengths[0]
@@ -95,16 +85,14 @@ def padded(batch, n_tokens=None):
 def time_padding(run, packs, n_tokens, repeats):
     """Useful tokens a second of run(pack) on packs, and on the same images padded; the ratio is a median over turns."""
     wide = [padded(batch, n_tokens) for batch in packs]
-    ways = {"packed": lambda: [run(b) for b in packs], "padded": lambda: [run(b) for b in wide]}
-    seconds, useful = in_turns(ways, repeats), [int(batch.starts[-1]) for batch in packs]
-    # of compiled packs, which hold fewer images: as if they had been the average ones of their pack
-    kept = [n * w.n_images / b.n_images for n, b, w in zip(useful, packs, wide, strict=True)]
-    rates = {name: [sum(n) / s for s in seconds[name]] for name, n in (("packed", useful), ("padded", kept))}
+    seconds = in_turns({"packed": lambda: [*map(run, packs)], "padded": lambda: [*map(run, wide)]}, repeats)
+    useful = dict.fromkeys(seconds, 0)
+    for batch, w in zip(packs, wide, strict=True):
+        useful["packed"] += int(batch.starts[-1])
+        useful["padded"] += int(batch.starts[-1]) * w.n_images / batch.n_images  # it may hold fewer: average ones
+    rates = {name: [useful[name] / s for s in seconds[name]] for name in seconds}
     out = {f"{name}_tokens_per_s": median(rate) for name, rate in rates.items()}
     return out | {"packed_over_padded": median(ratios(*rates.values()))}
-
-
-# ---- the step ----
 
 
 def flops_per_token(model, mean_length):
@@ -119,23 +107,17 @@ def flops_per_token(model, mean_length):
     return 3 * (2 * (matrices - idle) + c.layers * 4 * c.heads * c.head_dim * mean_length)
 
 
-def kernel_times(step, pack, steps=3, most=20):
-    """{kernel (operator on a CPU): milliseconds a step} of those that take longest, by torch's profiler."""
+def kernel_times(step, pack):
+    """{kernel (operator on a CPU): milliseconds of a step} of the 20 that take longest, by torch's profiler."""
     with torch.profiler.profile() as profile:
-        for _ in range(steps):
-            loss = step(pack)["loss"]
-        loss.item()
+        step(pack)["loss"].item()
     taken = f"self_{'device' if CUDA else 'cpu'}_time_total"  # microseconds
-    rows = {row.key: getattr(row, taken) / 1e3 / steps for row in profile.key_averages()}
-    return dict(sorted(rows.items(), key=lambda row: -row[1])[:most])
+    rows = {row.key: getattr(row, taken) / 1e3 for row in profile.key_averages()}
+    return dict(sorted(rows.items(), key=lambda row: -row[1])[:20])
 
 
-def make_step(flags, process, compiled, spaces, online=(), blocks=False):
-    """(model, step); step(batch) trains on a pack of the host as train.py does and returns its losses.
-
-    blocks: a block and a head are compiled, once for all that are alike, in the place of the whole step: seconds, where
-    that takes minutes.
-    """
+def make_step(flags, process, compiled, spaces, online, blocks):
+    """(model, step); step(batch) trains on a pack of the host as train.py does and returns its losses."""
     model = train.build(flags, spaces, process.device)
     optimizer = train.make_optimizer(model, flags)
     bad_steps = torch.zeros(2, dtype=torch.int64, device=process.device)
@@ -153,43 +135,37 @@ def make_step(flags, process, compiled, spaces, online=(), blocks=False):
 
 
 def open_packs(flags, process, compiled):
-    """(endless packs, four of mixed lengths, spaces, teachers to run online): of --cache or --images, else random."""
+    """(endless (pack, position), four packs of mixed lengths, spaces, teachers): of --cache or --images, or random."""
     if flags.cache or flags.images:
         dataset, spaces, online, _ = train.open_data(flags, process, compiled)
         order = Order(dataset, flags.tokens, flags.seed, registers=amoe.CONFIGS[flags.model].registers)
-        packs = (batch for batch, _ in data.loader(order, Position(), threads=2 if CUDA else 0))
-        return packs, list(itertools.islice(packs, 4)), spaces, online
+        packs = data.loader(order, Position(), threads=2 if CUDA else 0)
+        return packs, [batch for batch, _ in itertools.islice(packs, 4)], spaces, online
+    torch.manual_seed(0)
     spaces = random_spaces(small=not CUDA)
-    uniform = [random_pack([(16, 16)] * (flags.tokens // 261), flags.tokens, spaces, seed) for seed in range(2)]
-    mixed = [random_pack(mixed_shapes(flags.tokens, seed), flags.tokens, spaces, seed) for seed in range(4)]
-    return itertools.cycle(uniform), mixed, spaces, []
+    uniform = [random_pack([(16, 16)] * (flags.tokens // 261), flags.tokens, spaces) for _ in range(2)]
+    mixed = [random_pack(mixed_shapes(flags.tokens), flags.tokens, spaces) for _ in range(4)]
+    return ((batch, None) for batch in itertools.cycle(uniform)), mixed, spaces, []
 
 
-def time_training(step, packs, repeats, tokens):
-    """Figures of steps as training takes them: the host runs ahead, and waits for the device after every few only."""
-    n = 10 if CUDA else 4
-    waited, lengths, host = [], [], []
-
-    def steps():
-        began = time.perf_counter()
-        for _ in range(n):
-            asked = time.perf_counter()
-            batch = next(packs)
-            waited.append(time.perf_counter() - asked)
-            lengths.append(batch.starts.diff().double())
-            step(batch)
-        host.append(time.perf_counter() - began)
-
-    seconds = in_turns({"steps": steps}, repeats)["steps"]
-    useful, step_s = float(torch.cat(lengths).sum()) / len(lengths), median(seconds) / n
+def time_training(step, packs, n):
+    """Figures of n steps as training takes them: the host runs ahead, and waits for the device at their end only."""
+    interval, squares = Interval(), 0.0
+    for _ in range(n):
+        batch, _ = interval.wait(packs)
+        squares += float(batch.starts.diff().double().square().sum())
+        step(batch)
+    host_s = time.perf_counter() - interval.began
+    if CUDA:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - interval.began
     return {
-        "steps": n * repeats,
-        "step_ms": 1e3 * step_s,
-        "host_ms": 1e3 * median(host[1:]) / n,  # of it, until the host had handed out the work
-        "tokens_per_s": useful / step_s,
-        "data_wait_share": sum(waited[n:]) / sum(seconds),
-        "fill": useful / tokens,
-        "keys_per_query": float(torch.cat(lengths).square().sum() / torch.cat(lengths).sum()),
+        "step_ms": 1e3 * seconds / n,
+        "host_ms": 1e3 * host_s / n,  # of it, until the host had handed out the work
+        "tokens_per_s": interval.tokens / seconds,
+        "data_wait_share": interval.waited / seconds,
+        "fill": interval.tokens / n / batch.n_tokens,
+        "keys_per_query": squares / interval.tokens,
     }
 
 
@@ -201,38 +177,35 @@ def measure_step(words, repeats, save, blocks=False):
     model, step = make_step(flags, process, compiled, spaces, online, blocks)
     where = Path(flags.cache or (*flags.images, "random")[0]).name
     name = f"{flags.model} on {where}, experts {flags.kernels}" + (", compiled by blocks" if blocks else "")
-    began = time.perf_counter()
-    float(step(mixed[0])["loss"])
-    result = machine() | {"name": name, "tokens": flags.tokens, "compiled": compiled}
-    result["first_step_s"] = time.perf_counter() - began
+    first_s, n = timed(lambda: step(mixed[0])), 10 if CUDA else 4
+    result = machine() | {"name": name, "tokens": flags.tokens, "compiled": compiled, "first_step_s": first_s}
     save(result)
-    if CUDA:
-        torch.cuda.reset_peak_memory_stats()
-    result |= time_training(step, packs, repeats, flags.tokens)
-    host_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30 if CUDA else host_gib
+    turns = [time_training(step, packs, n) for _ in range(1 + repeats)][1:]  # the first finds its memory
+    result |= {"steps": n * repeats} | {key: median(turn[key] for turn in turns) for key in turns[0]}
+    peak_kib = torch.cuda.max_memory_allocated() / 2**10 if CUDA else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    result["peak_gib"] = peak_kib / 2**20
     save(result)
-    flops, peak = flops_per_token(model, result["keys_per_query"]), peaks()["matmul_flops"]
-    result["mfu"] = flops * result["tokens_per_s"] / peak
+    flops_per_s = flops_per_token(model, result["keys_per_query"]) * result["tokens_per_s"]
+    result["mfu"] = flops_per_s / peaks()["matmul_flops"]
     result |= time_padding(step, mixed, flags.tokens if compiled else None, repeats)
     save(result)
-    blocks_s = median(timed(lambda: mask_blocks(mixed[0].starts, flags.tokens)) for _ in range(20))
-    result |= {"mask_blocks_share": 1e3 * blocks_s / result["step_ms"]}
-    return result | {"parts_ms": kernel_times(step, mixed[0])}
+    mask_s = median(timed(lambda: mask_blocks(mixed[0].starts, flags.tokens)) for _ in range(20))
+    return result | {"mask_blocks_share": 1e3 * mask_s / result["step_ms"], "parts_ms": kernel_times(step, mixed[0])}
 
 
-def main():
+def main(words=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, help="folder of step.json")
-    parser.add_argument("--repeats", type=int, default=5, help="turns, of which the median counts (default: 5)")
-    parser.add_argument("--blocks", action="store_true", help="compile a block, not the whole step")
-    args, words = parser.parse_known_args()
+    parser.add_argument(
+        "--blocks", action="store_true", help="compile a block, not the whole step, which takes minutes"
+    )
+    args, words = parser.parse_known_args(words)
 
     def keep(result):
         record(args.out, "step.json", result["name"], result)
 
     with tempfile.TemporaryDirectory() as folder:  # where train.py keeps what it fits for --images
-        result = measure_step([*words, "--out", folder], args.repeats, keep, args.blocks)
+        result = measure_step([*words, "--out", folder], 5, keep, args.blocks)
     keep(result)
     print(json.dumps(result))
 

@@ -156,7 +156,7 @@ def test_the_step_lowers_to_one_graph_for_hopper():
     assert run.returncode == 0 and run.stdout.rstrip().endswith("a gradient for every parameter"), run.stdout
 
 
-# kernels/bench.py --all runs this on a GPU, where compiled attention and the experts' kernels are others
+# To be run on a GPU too (docs/measured.md): compiled attention and the experts' kernels are others there
 FORMS = [("bfloat16", "auto"), ("bfloat16", "triton"), ("float32", "triton")]
 
 
