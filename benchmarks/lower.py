@@ -187,7 +187,8 @@ def describe(kernel, attention_flops):
         origins = [products[0] if place(products[0]).strip() else products[0].args[-2]]
     elif all(CAST.match(o.name) for o in origins):
         what = "cast"
-    groups = [next(g for g, pattern in GROUPS.items() if re.search(pattern, f"{what} {place(o)}")) for o in origins]
+    known = [o for o in origins if place(o).strip()] or origins
+    groups = [next(g for g, pattern in GROUPS.items() if re.search(pattern, f"{what} {place(o)}")) for o in known]
     group = collections.Counter(groups or [*GROUPS][-1:]).most_common(1)[0][0]
     return group, kernel.get_read_write_buffers_sizes(), flops
 
