@@ -13,7 +13,7 @@ import torch
 import torch.utils.benchmark
 
 import kernels
-from common.store import write_atomically
+from common.store import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 CUDA = torch.cuda.is_available()
@@ -77,5 +77,4 @@ def record(folder, file, key, value):
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / file
         content = json.loads(path.read_text()) if path.exists() else {}
-        text = json.dumps(content | {key: value}, indent=1) + "\n"
-        write_atomically(path, lambda file: file.write(text.encode()))
+        write_json(path, content | {key: value})

@@ -86,11 +86,10 @@ def time_padding(run, packs, n_tokens, repeats):
     """Useful tokens a second of run(pack) on packs, and on the same images padded; the ratio is a median over turns."""
     wide = [padded(batch, n_tokens) for batch in packs]
     seconds = in_turns({"packed": lambda: [*map(run, packs)], "padded": lambda: [*map(run, wide)]}, repeats)
-    useful = dict.fromkeys(seconds, 0)
-    for batch, w in zip(packs, wide, strict=True):
-        useful["packed"] += int(batch.starts[-1])
-        useful["padded"] += int(batch.starts[-1]) * w.n_images / batch.n_images  # it may hold fewer: average ones
-    rates = {name: [useful[name] / s for s in seconds[name]] for name in seconds}
+    useful = [int(batch.starts[-1]) for batch in packs]
+    # a padded pack may hold fewer images: they count as average ones of the pack
+    kept = [n * w.n_images / b.n_images for n, b, w in zip(useful, packs, wide, strict=True)]
+    rates = {name: [sum(n) / s for s in seconds[name]] for name, n in (("packed", useful), ("padded", kept))}
     out = {f"{name}_tokens_per_s": median(rate) for name, rate in rates.items()}
     return out | {"packed_over_padded": median(ratios(*rates.values()))}
 
