@@ -539,7 +539,8 @@ def check_same(before, about, store, out, teachers, dataset, views, device):
     one, by its summary of the first calibration image."""
     for key, value in about.items():
         if before.get(key, value) != value:  # one made before a key was written down lacks it
-            raise ValueError(f"{out} was made with {key} {before[key]!r}, not {value!r}: choose another --out")
+            others = "other images (names, sizes)" if key.endswith("_hash") else f"{key} {before[key]!r}, not {value!r}"
+            raise ValueError(f"{out} was made with {others}: choose another --out")
     decoded = ((view, dataset.decode(view)) for view in views)
     view, answer = next(((v, answer) for v, answer in decoded if not isinstance(answer, str)), (None, None))
     if view is None:

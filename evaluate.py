@@ -46,11 +46,10 @@ VOID = 255  # mask value of pixels that belong to no class
 
 def of_student(model):
     """A student's features: a head per teacher, and "amoe", the trunk's own."""
-    device = model.device
 
     @torch.inference_mode()
     def answer(batch):
-        features, _ = model(batch.to(device))
+        features, _ = model(batch.to(model.device))
         for name, head in model.heads.items():
             features[name]["patch"] = head.to_own_space(features[name]["patch"].float())
         return features
