@@ -91,6 +91,8 @@ def setup(flags):
             f"compile {'on' if compiled else 'off'}, images: {decoder()}",
             flush=True,
         )
+        if device == "cpu" and kernels.BUSY:
+            print("other programs take half of the cores or more: idle threads sleep at once (docs/measured.md)")
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if world > 1 else None
     return Process(rank, world, torch.device(device), patient), compiled
 

@@ -438,3 +438,33 @@ def test_the_complex_rotation_is_the_real_one():
     got, g = rotate(x, theta.cos(), theta.sin()), torch.randn(9, 3, 16)
     grads = [torch.autograd.grad(y, x, g)[0] for y in (got, want)]
     assert (got - want).abs().max() < 1e-6 and (grads[0] - grads[1]).abs().max() < 1e-6
+
+
+# ---- how OpenMP's threads wait ----
+
+
+def test_idle_threads_sleep_at_once_beside_busy_programs():
+    """Catches a count that misses other programs, a run that spins beside them, and a user's setting that is lost."""
+    file = Path("/proc/loadavg")
+    if not file.exists() or " 0/" in file.read_text():
+        pytest.skip("this system does not count running threads")
+    code = "import kernels, os; print(kernels.others_running(), kernels.BUSY, *map(os.environ.get, "
+    words = [sys.executable, "-c", code + "('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')))"]
+    unset = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    say = lambda **env: subprocess.run(words, cwd=ROOT, env=unset | env, capture_output=True, text=True).stdout.split()  # noqa: E731
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count())]
+    try:
+        others, *chosen = say()
+        assert int(others) >= len(busy) and chosen == ["True", "PASSIVE", "None"]
+        assert say(OMP_WAIT_POLICY="ACTIVE")[1:] == ["False", "ACTIVE", "None"]
+        assert say(GOMP_SPINCOUNT="7")[1:] == ["True", "PASSIVE", "7"]
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+
+
+def test_the_thread_that_counts_is_not_counted():
+    """Catches a command that finds itself on an idle machine and calls it busy."""
+    with unittest.mock.patch("builtins.open", unittest.mock.mock_open(read_data="0.5 0.4 0.3 1/200 4711")):
+        assert kernels.others_running() == 0
