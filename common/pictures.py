@@ -40,15 +40,21 @@ def pca_map(x_NC, shape, basis):
 
 
 def sheet(rows, titles, cell=144):
-    """A picture of rows of images (uint8 arrays, any size), scaled to fit cells, with a title over every column."""
-    page = Image.new("RGB", (len(titles) * (cell + 4) + 4, len(rows) * (cell + 4) + 24), "white")
+    """A picture of rows of images (uint8 arrays, any size), scaled to fit cells, with a title over every column.
+
+    One line joins neighbours whose titles are alike up to a colon.
+    """
+    page = Image.new("RGB", (len(titles) * (cell + 4) + 4, len(rows) * (cell + 4) + 26), "white")
+    pen, groups = ImageDraw.Draw(page), [*(title.split(":")[0] for title in titles), None]
     for column, title in enumerate(titles):
-        ImageDraw.Draw(page).text((column * (cell + 4) + 6, 4), title, "black", letters(13))
+        left, joined = column * (cell + 4) + 4, groups[column] == groups[column + 1]
+        pen.text((left + 2, 2), title, "black", letters(13))
+        pen.line((left, 19, left + cell + (3 if joined else -1), 19), GREY, 2)
     for line, images in enumerate(rows):
         for column, array in enumerate(images):
             image = Image.fromarray(np.asarray(array))
             how = Image.Resampling.NEAREST if cell > 4 * max(image.size) else Image.Resampling.BICUBIC
-            at = column * (cell + 4) + 4, line * (cell + 4) + 22
+            at = column * (cell + 4) + 4, line * (cell + 4) + 24
             page.paste(ImageOps.contain(image, (cell, cell), how), at)
     return page
 
