@@ -74,9 +74,13 @@ class Order:
             found += kept, held, usable.sum() - held - kept, (~usable).sum()
         times = len(self.dataset.numbers) / len(numbers)
         about = "about " if times > 1 else ""
-        none = "" if found[1] else "; none is held out (every tenth is, by its name), so the student is not measured"
+        more = "" if found[1] else "; none is held out (every tenth is, by its name), so the student is not measured"
+        if self.subset is not None and times == 1:
+            here = np.unique(np.concatenate([self.dataset.shard(number).ids for number in numbers]))
+            if strange := int((~is_in(np.unique(self.subset), here)).sum()):
+                more += f"; {strange} ids of --subset are of other images"
         counts = (f"{about}{n * times:.0f} {name}" for n, name in zip(found, names, strict=True) if n)
-        return f"images: {', '.join(counts)}{none}"
+        return f"images: {', '.join(counts)}{more}"
 
     def length(self, image):
         """Tokens of an image (shard number, index), special ones included."""

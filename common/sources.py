@@ -191,8 +191,11 @@ class Sources:
         return some
 
     def subset(self, ids):
-        """Those of the given ids, in order."""
-        at = np.flatnonzero(is_in(self.part(0, len(self))["id"], np.unique(np.asarray(ids, np.int64))))
+        """Those of the given ids, in order; says on stderr how many ids are of none."""
+        ids = np.unique(np.asarray(ids, np.int64))
+        at = np.flatnonzero(is_in(self.part(0, len(self))["id"], ids))
+        if 0 < len(at) < len(ids):
+            print(f"{len(ids) - len(at)} of the {len(ids)} ids of --subset are of other images", file=sys.stderr)
         return self.only(at if self.at is None else self.at[at])
 
     def __len__(self):

@@ -208,11 +208,12 @@ def test_tars_captions_and_labels_go_into_the_cache(plug_in, tmp_path):
     assert cache.shard(0).shapes.tolist() == [[4, 2 + i] for i in range(8)]
 
 
-def test_a_subset_is_cached_alone(world, oracles, tmp_path):
-    """Catches a subset taken as indices, and one that changes the ids."""
+def test_a_subset_is_cached_alone(world, oracles, tmp_path, capsys):
+    """Catches a subset taken as indices, one that changes the ids, and ids of other images left out in silence."""
     ids = [s.id for s in find_sources(world.folder / "images")][10:15]
-    cache = data.cache(world.folder / "images", oracles, tmp_path, max_tokens=64, subset=ids, progress=False)
-    assert cache.shard(0).ids.tolist() == ids
+    for more, said in (([], ""), ([5, 6, 6], "2 of the 7 ids of --subset are of other images")):
+        cache = data.cache(world.folder / "images", oracles, tmp_path, max_tokens=64, subset=ids + more, progress=False)
+        assert cache.shard(0).ids.tolist() == ids and said in [*capsys.readouterr().err.splitlines(), ""]
     with pytest.raises(ValueError, match="--subset"):
         data.cache(world.folder / "images", oracles, tmp_path / "b", subset=[5], progress=False)
 
@@ -567,6 +568,8 @@ def test_a_run_says_what_it_trains_on(cache):
     kept = int((~held_out(ids)).sum())
     said = Order(cache, 300, subset=ids).counts_text()
     assert said == f"images: {kept} to train on, {held} held out, {80 - held - kept} left out by --subset"
+    said = Order(cache, 300, subset=[*ids, *ids, 1, 2]).counts_text()
+    assert said.endswith(f"{80 - held - kept} left out by --subset; 2 ids of --subset are of other images")
     few = held_out(cache.shard(0).ids).sum() + held_out(cache.shard(2).ids).sum()
     said = Order(data.Cache(cache.path), 300).counts_text(2)
     assert said == f"images: about {80 - 2 * few} to train on, about {2 * few} held out"
