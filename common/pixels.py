@@ -44,7 +44,9 @@ def grid(height, width, min_tokens, max_tokens):
 
 
 def to_rgb(image):
-    """A PIL image in 8-bit RGB, transparency over white."""
+    """A PIL image in 8-bit RGB, transparency over white; ValueError for one of floats."""
+    if image.mode == "F":  # Pillow would cut them off at 0 and 255: an image from 0 to 1 would be black
+        raise ValueError("an image of floats, whose range nobody knows: make its pixels uint8")
     if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip at 255
         image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8))
     if image.has_transparency_data:

@@ -269,6 +269,7 @@ def test_encode_takes_paths_pictures_arrays_and_tensors(tmp_path):
         ([torch.zeros(3, 32, 32)], r"Tensor of torch.float32 \[3, 32, 32\]"),
         ([np.zeros((32, 32), np.uint8)], r"ndarray of torch.uint8 \[32, 32\]"),
         ([np.zeros((0, 16, 3), np.uint8)], r"ndarray of torch.uint8 \[0, 16, 3\]"),
+        ([Image.fromarray(np.ones((16, 16), np.float32))], "an image of floats"),
         ([None], "given None"),
         (["nowhere.png"], "nowhere.png"),
         ("photo.png", "a list of images"),
