@@ -12,7 +12,6 @@ Shape letters: T tokens, H heads, d head width.
 """
 
 import argparse
-import collections
 import copy
 import math
 import os
@@ -24,6 +23,7 @@ import types
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import mode
 from unittest import mock
 
 import torch
@@ -173,8 +173,8 @@ def factors(node):
 
 def describe(kernel, attention_flops):
     """(group, bytes, operations) of one of Inductor's kernels."""
-    parts = [part.node for part in kernel.get_nodes() if part.node is not None]
-    origins, what, flops = {o for part in parts for o in part.origins}, "", 0
+    parts, what, flops = [part.node for part in kernel.get_nodes() if part.node is not None], "", 0
+    origins = {o for part in parts for o in part.origins}
     products = [part.origin_node for part in parts if factors(getattr(part, "origin_node", None))]
     if kernel.get_template_node():
         backward = any("backward" in o.name for o in origins)
@@ -189,7 +189,7 @@ def describe(kernel, attention_flops):
         what = "cast"
     known = [o for o in origins if place(o).strip()] or origins
     groups = [next(g for g, pattern in GROUPS.items() if re.search(pattern, f"{what} {place(o)}")) for o in known]
-    group = collections.Counter(groups or [*GROUPS][-1:]).most_common(1)[0][0]
+    group = mode(sorted(groups) or [*GROUPS][-1:])  # a tie is decided by names: a set has no order
     return group, kernel.get_read_write_buffers_sizes(), flops
 
 

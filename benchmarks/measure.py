@@ -8,9 +8,9 @@ import json
 import platform
 import time
 from pathlib import Path
+from statistics import median
 
 import torch
-import torch.utils.benchmark
 
 import kernels
 from common.store import write_json
@@ -42,12 +42,11 @@ def ratios(a, b):
 
 def median_ms(function):
     """Median milliseconds of a call; on CUDA with L2 cleared before each."""
-    if CUDA:
-        from triton.testing import do_bench
+    if not CUDA:
+        return 1e3 * median(in_turns({"calls": function}, 10)["calls"])
+    from triton.testing import do_bench
 
-        return do_bench(function, warmup=100, rep=400, return_mode="median")
-    timer = torch.utils.benchmark.Timer("f()", globals={"f": function}, num_threads=torch.get_num_threads())
-    return 1e3 * timer.blocked_autorange(min_run_time=0.5).median
+    return do_bench(function, warmup=100, rep=400, return_mode="median")
 
 
 def peaks():
