@@ -195,9 +195,7 @@ def measure_step(words, repeats, save, blocks=False):
 def main(words=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, help="folder of step.json")
-    parser.add_argument(
-        "--blocks", action="store_true", help="compile a block, not the whole step, which takes minutes"
-    )
+    parser.add_argument("--blocks", action="store_true", help="compile a block; the whole step takes minutes")
     args, words = parser.parse_known_args(words)
 
     def keep(result):
