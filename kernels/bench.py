@@ -23,8 +23,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository, also when run as a script
 
 from benchmarks import speed
@@ -33,6 +31,8 @@ from kernels import arkd as arkd_file
 from kernels import kmeans as kmeans_file
 from kernels import moe as moe_file
 from kernels.attention import attend, image_runs, mask_of
+
+import torch  # isort: skip  after kernels, which sets how OpenMP's threads wait
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 
