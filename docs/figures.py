@@ -96,8 +96,8 @@ class Page:
             self.line([*zip(xs, np.mean(rows, 0), strict=True)], colour, 2)
             self.text(self.xs[0], self.ys[1], words, 15, colour, shift=(right, down + 24 * i))
 
-    def bars(self, heights, colour, first=0):
-        for x, height in enumerate(heights, first):
+    def bars(self, heights, colour):
+        for x, height in enumerate(heights):
             self.rectangle(x, max(height, self.ys[0]), x + 0.8, self.ys[0], colour)
 
 
@@ -145,12 +145,12 @@ def phi_s(run):
     for n, when in enumerate(("before", "after")):
         total, first = sum(space.dim for space in cache.spaces), 0
         axes = page.part((60 + 440 * n, 60, 440 + 440 * n, 270), (0, total), (0.001, 20), log=True)
-        axes.frame(f"variance of every channel, {when} PHI-S")
+        axes.frame(f"variance of each channel, largest first, {when} PHI-S")
         for space, colour in zip(cache.spaces, (PURPLE, GREEN), strict=True):
             stored = (data.as_tensor(shard.all(f"patch.{space.name}")) for shard in cache.shards)
             y_NC = torch.cat([amoe.dequantise(y) for y in stored])
             v = (y_NC if n else space.phi_s.invert(y_NC)).double().var(0).sort(descending=True).values
-            axes.bars(v.tolist(), colour, first)
+            axes.line([*enumerate(v.tolist(), first)], colour, 3)
             mean = f"'{space.name}', mean {v.mean():.2g}"
             axes.text(first + space.dim / 2, 0.001, mean, 14, colour, "mm", shift=(0, 20))
             first += space.dim
@@ -165,29 +165,28 @@ def of_run(run):
 
 def arkd(run):
     """Pairs of held-out images, student against teacher: which of them the relational loss pulls at."""
-    page, most, (cache, held, models) = Page(900, 490), 1.8, of_run(run)
+    page, pairs, (cache, held, models) = Page(900, 490), {}, of_run(run)
     page.text(450, 22, "A dot is a pair of held-out images: red ones are penalised, grey ones left alone.", anchor="mm")
-    for n, head in enumerate(("text", "dense")):
+    for head in ("text", "dense"):
+        found = (evaluate.summaries_by_head(m, cache, held[::7], [head], stored=True)[0][head] for m in models.values())
+        distances = torch.stack([torch.nn.functional.pdist(summary) for summary in found])
+        pairs[head] = distances / distances.mean(1, keepdim=True)
+    most = 1.02 * max(float(both.max()) for both in pairs.values())
+    for n, (head, both) in enumerate(pairs.items()):
         axes = page.part((70 + 440 * n, 82, 430 + 440 * n, 430), (0, most), (0, most))
         axes.frame("", f"distance in teacher '{head}', over its mean")
         axes.text(0, most, "distance in the student, over its mean", 13, GREY, shift=(0, -26))
-        pairs = []
-        for model in models.values():
-            summaries, _ = evaluate.summaries_by_head(model, cache, held[::7], [head], stored=True)
-            distances = torch.nn.functional.pdist(summaries[head])
-            pairs.append(distances / distances.mean())
-        m = float(pairs[0].median())
+        m = float(both[0].median())
         axes.polygon([(0, 0), (m, m), (m, most), (0, most)], PINK)
         axes.polygon([(m, m), (most, most), (most, 0), (m, 0)], PINK)
         axes.line([(m, 0), (m, most)], GREY)
         axes.line([(0, 0), (most, most)])
         axes.text(m, most, "median", 13, GREY, "mm", shift=(0, -8))
-        for teacher, student in torch.stack(pairs, 1).tolist():
-            if max(teacher, student) < most:
-                penalised = (student > teacher) == (teacher < m)
-                axes.dot(teacher, student, RED if penalised else (150, 158, 170), 1.4)
-        axes.text(0.05, 1.67, "close in the teacher,\nfurther apart in the student", 13, RED)
-        axes.text(1.76, 0.11, "far in the teacher,\ncloser in the student", 13, RED, "rm")
+        for teacher, student in both.T.tolist():
+            penalised = (student > teacher) == (teacher < m)
+            axes.dot(teacher, student, RED if penalised else (150, 158, 170), 1.4)
+        axes.text(0, most, "close in the teacher,\nfurther apart in the student", 13, RED, shift=(10, 25))
+        axes.text(most, 0, "far in the teacher,\ncloser in the student", 13, RED, "rm", shift=(-8, -22))
     return page.picture.reduce(SCALE // 2)
 
 
