@@ -501,7 +501,7 @@ def prepare(flags, process, compiled):
 
 
 def clear_run_folder(folder, flags):
-    """The files of a run to be overwritten, to remove when the new one can begin; ValueError unless that is asked."""
+    """Remove what a new run makes first; return an old one's other files, for later. ValueError without --overwrite."""
     names = ("log.jsonl", "result.json", "student/config.json")
     old = [*checkpoints(folder), *(folder / name for name in names if (folder / name).exists())]
     if flags.resume:

@@ -30,6 +30,7 @@ import data
 import evaluate
 import toy
 import train
+from common.store import write_json
 from teachers import embed_text, load_teachers
 
 SHORT = "--optimizer adamw --schedule cosine --lr 6e-3 --weight-decay 0.02 --steps 300 --tokens 1024 --sizes layers=2"
@@ -284,7 +285,7 @@ def main():
             text = json.dumps(run(args.work, args.work / f"run-{os.getpid()}", words, seed, photos))
             # Five digits: the file stays small
             found[arm][seed] = json.loads(text, parse_float=lambda digits: float(f"{float(digits):.5g}"))
-            args.out.write_text(json.dumps(found, indent=1) + "\n")
+            write_json(args.out, found)
             gc.collect()  # a run's cache, held by a cycle, has shards in memory
 
 

@@ -10,11 +10,10 @@ from benchmarks.measure import ROOT
 from common.order import WINDOW, Order, Position, read_subset
 from common.shards import INDEX, read_record, write_shard
 from common.sources import ROW_TYPE, Sources
-from common.store import name_hash, seal, unseal
+from common.store import name_hash, seal, unseal, write_json
 from images import Images
 
 # isort: split
-import json
 import os
 import re
 import shutil
@@ -151,7 +150,7 @@ def main():
                     figures[what]["measured"].setdefault(unit, []).append(value)
     machine = f"{os.cpu_count()} cores, load {os.getloadavg()[1]:.0f}, numpy {np.__version__}"
     result = {"machine": machine, "sizes": SIZES, "figures": figures}
-    (ROOT / "benchmarks/scale.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_json(ROOT / "benchmarks/scale.json", result)
 
 
 if __name__ == "__main__":

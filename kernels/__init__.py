@@ -5,7 +5,10 @@ import time
 
 
 def others_running():
-    """Threads of other programs that run or want a core, the least within a tenth of a second; 0 if nothing says so."""
+    """How many threads of other programs are running or waiting for a core; 0 where the system does not say.
+
+    The least of 20 counts within a tenth of a second: a short burst of work is no busy machine.
+    """
     counts = [1]  # this thread
     if os.path.exists("/proc/loadavg"):
         counts = []
