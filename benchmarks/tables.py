@@ -101,21 +101,6 @@ def lower():
     return table(("group", "GB", "TFLOP", "floor, ms"), rows, note)
 
 
-def scale():
-    """What grows with the number of images; at 2e8 by the line through the two largest sizes."""
-    found, rows = load("scale"), []
-    for what, figure in found["figures"].items():
-        for i, (unit, values) in enumerate(figure["measured"].items()):
-            (n0, n1), (y0, y1) = found["sizes"][: len(values)][-2:], values[-2:]
-            far = f"{y1 + max(0.0, y1 - y0) * (2e8 - n1) / (n1 - n0):.3g}"
-            if unit == "images/s":  # of 200k tokens/s a rank, in images of 261
-                far = f"{256 * 200_000 / 261 / y1:.0%} of a core at 256 ranks"
-            cells = [f"{y:.3g}" for y in values] + [""] * (len(found["sizes"]) - len(values))
-            rows.append(("" if i else what, unit, *cells, far, "" if i else figure["goal"]))
-    head = ("what", "", *(f"{n:.0e}" for n in found["sizes"]), "at 2e8", "goal")
-    return table(head, rows, f"`python -m benchmarks.scale`, {found['machine']}.")
-
-
 def kmeans():
     """A line a library, a column a data set."""
     runs, rows = [part for name, part in sorted(load("curation").items()) if name.startswith("speed")], []
@@ -217,7 +202,7 @@ def fewer_steps():
 
 
 AT_BUDGETS = [f"{measure}_at_{n}" for measure in SCORES for n in BUDGETS]
-MAKERS = toy, evaluate, step, lower, scale, kmeans, balance, shares, costs, fewer_steps
+MAKERS = toy, evaluate, step, lower, kmeans, balance, shares, costs, fewer_steps
 TABLES = {make.__name__: make for make in MAKERS} | {
     "photos": lambda: scores([load("photos")]),
     "evidence": lambda: arms("claims"),
