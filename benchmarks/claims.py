@@ -234,8 +234,7 @@ def base_of(arm):
 def compared(found, measures=MEASURES):
     """{arm: {measure: (mean difference from its base, half of its 95% interval, p of the paired t-test)}}.
 
-    found: claims.json. Seeds are paired; arms of fewer than two seeds in common are left out, and measures that an arm
-    has not. One that every teacher has is their mean.
+    found: claims.json. Seeds are paired; arms of fewer than two seeds in common are left out.
     """
     result = {}
     for arm, runs in found.items():
@@ -245,19 +244,30 @@ def compared(found, measures=MEASURES):
             continue
         result[arm] = {"n": len(seeds)}
         for measure in measures:
-            a, b = (np.array([value(part[seed], measure) for seed in seeds], float) for part in (runs, base))
-            if not np.isnan(a).any():
-                test = scipy.stats.ttest_rel(a, b)
-                low, high = test.confidence_interval(0.95)
-                result[arm][measure] = float((a - b).mean()), float(high - low) / 2, float(test.pvalue)
+            a, b = (np.array([value(part[seed], measure) for seed in seeds]) for part in (runs, base))
+            test = scipy.stats.ttest_rel(a, b)
+            low, high = test.confidence_interval(0.95)
+            result[arm][measure] = float((a - b).mean()), float(high - low) / 2, float(test.pvalue)
     return result
 
 
 def value(result, measure):
-    """A measure or loss of a run; the mean over teachers of what each of them has; None where it was not measured."""
-    result = result | result["losses"] | {"loss": sum(result["losses"].values())}
-    own = [v for name, v in result.items() if name.endswith("_" + measure)]
-    return result.get(measure, np.mean(own) if own else None)
+    """A measure or a loss of a run; the mean over teachers of what each of them has.
+
+    Others are made here: loss, the sum of all losses; TEACHER_share, a teacher's part of it; load_spread, between the
+    most and the least loaded expert over the last 100 steps; cpu_minutes.
+    """
+    losses, total = result["losses"], sum(result["losses"].values())
+    if measure == "loss":
+        return total
+    if measure.endswith("_share"):
+        return sum(losses[key] for key in losses if key.startswith(measure.removesuffix("share"))) / total
+    if measure == "load_spread":
+        return np.mean(result["load_spread_by_step"][-5:])
+    if measure == "cpu_minutes":
+        return result["cpu_seconds"] / 60
+    found = result | losses
+    return found[measure] if measure in found else np.mean([v for k, v in found.items() if k.endswith("_" + measure)])
 
 
 def main():
