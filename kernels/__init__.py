@@ -9,14 +9,14 @@ def others_running():
 
     The least of 20 counts within a tenth of a second: a short burst of work is no busy machine.
     """
-    counts = [1]  # this thread
-    if os.path.exists("/proc/loadavg"):
-        counts = []
-        for _ in range(20):
-            with open("/proc/loadavg") as file:
-                counts.append(int(file.read().split()[3].split("/")[0]))  # of "running/all"
-            time.sleep(0.005)
-    return min(counts) - 1
+    if not os.path.exists("/proc/loadavg"):
+        return 0
+    counts = []
+    for _ in range(20):
+        with open("/proc/loadavg") as file:
+            counts.append(int(file.read().split()[3].split("/")[0]))  # of "running/all"
+        time.sleep(0.005)
+    return min(counts) - 1  # this thread
 
 
 # Idle OpenMP threads sleep after a short spin. By default they spin on, and two busy programs starve each other: with

@@ -47,9 +47,8 @@ def mask_blocks(starts, n_tokens):
     edges = np.append(starts.numpy(force=True), n_tokens)  # an empty last image where there is no padding
     k = np.arange(-(-n_tokens // BLOCK))
     first = k * BLOCK
-    image, image_last = (
-        np.searchsorted(edges, token, side="right") - 1 for token in (first, np.minimum(first + BLOCK, n_tokens) - 1)
-    )
+    last = np.minimum(first + BLOCK, n_tokens) - 1
+    image, image_last = (np.searchsorted(edges, token, side="right") - 1 for token in (first, last))
     start, end = edges[image], edges[image_last + 1]
     low, high = start // BLOCK, -(-end // BLOCK)  # the key blocks touched, high exclusive
     # A last block cut short by the end of the sequence is never full, as create_block_mask has it.
@@ -120,9 +119,10 @@ class WithSinks(torch.autograd.Function):
 
 def each_run(runs, *tensors):
     """(the run's rows, its part [images, H, length, ...] of every tensor [T, H, ...]) of one run after the other."""
-    for start, images, length in runs:
+    sizes = [images * length for _, images, length in runs]  # split: its gradient is one concatenation
+    for (start, images, length), *parts in zip(runs, *(t.split(sizes) for t in tensors), strict=True):
         rows = slice(start, start + images * length)
-        yield rows, [t[rows].unflatten(0, (images, length)).transpose(1, 2) for t in tensors]
+        yield rows, [part.unflatten(0, (images, length)).transpose(1, 2) for part in parts]
 
 
 def attend(q_THd, k_THd, v_THd, mask, sinks_H=None):
@@ -141,15 +141,13 @@ def attend(q_THd, k_THd, v_THd, mask, sinks_H=None):
     runs, alike = mask, sinks_H is not None and q_THd.dtype == sinks_H.dtype
     if alike and q_THd.device.type == "cpu" and not torch.compiler.is_compiling():
         return WithSinks.apply(q_THd, k_THd, v_THd, sinks_H, runs)
-    sizes = [images * length for _, images, length in runs]  # split: its gradient is one concatenation
     outs = []
-    for (_, images, length), *qkv in zip(runs, *(t.split(sizes) for t in (q_THd, k_THd, v_THd)), strict=True):
-        q, k, v = (t.unflatten(0, (images, length)).transpose(1, 2) for t in qkv)
+    for _, (q, k, v) in each_run(runs, q_THd, k_THd, v_THd):
         if sinks_H is not None:
             # Queries gain a constant channel; the extra key is zero but there, where it holds the sink's score. On CUDA
             # it becomes 8 channels: of a width that is no multiple of 8, SDPA's fused forms take nothing.
             wide = 8 if q.is_cuda else 1
-            key = F.pad(sinks_H.to(k.dtype)[:, None, None] * math.sqrt(d), (d, wide - 1)).expand(images, -1, 1, -1)
+            key = F.pad(sinks_H.to(k.dtype)[:, None, None] * math.sqrt(d), (d, wide - 1)).expand(len(q), -1, 1, -1)
             q = F.pad(q, (0, wide), value=1.0)
             k, v = torch.cat([F.pad(k, (0, wide)), key], dim=2), F.pad(v, (0, wide, 0, 1))
         out = F.scaled_dot_product_attention(q, k, v, scale=1 / math.sqrt(d))[..., :d]

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 
 
-def golden_frequencies(heads, head_dim, low=1.0, high=20.0):
+def golden_frequencies(heads, head_dim):
     """Rotation frequencies [heads, head_dim / 4, 2] in radians per unit of (y, x), float32.
 
-    Magnitudes are geometric from `low` to `high` within a head; directions follow the plastic-number low-discrepancy
+    Magnitudes are geometric from 1 to 20 within a head; directions follow the plastic-number low-discrepancy
     sequence over all (head, frequency) pairs, mapped through erfinv to a Gaussian plane and normalised to the circle.
     """
     n = head_dim // 4
@@ -27,7 +27,7 @@ def golden_frequencies(heads, head_dim, low=1.0, high=20.0):
     index = torch.arange(1, heads * n + 1, dtype=torch.float64)
     point = torch.stack([index / plastic, index / plastic**2], dim=1) % 1
     direction = F.normalize(torch.erfinv(2 * point - 1), dim=1)
-    magnitude = low * (high / low) ** torch.linspace(0, 1, n, dtype=torch.float64)
+    magnitude = 20.0 ** torch.linspace(0, 1, n, dtype=torch.float64)
     return (direction.view(heads, n, 2) * magnitude[:, None]).float()
 
 
@@ -51,19 +51,15 @@ def rotate(x_THd, cos_THf, sin_THf):
     return torch.cat([x_THd[..., :half], turned.flatten(-2).to(x_THd.dtype)], dim=-1)
 
 
-def grid_positions(h, w):
+@functools.lru_cache(4096)  # shapes recur; making them anew was a third of packing
+def positions(h, w):
     """Patch positions [h * w, 2] (y, x), row-major: y spans +-sqrt(h / w), x +-sqrt(w / h), ends included.
 
     An axis of a single patch sits at its minimum. The area spanned is the same for every shape.
     """
-    axes = [
-        -limit + 2 * limit * torch.arange(n) / max(n - 1, 1)
-        for n, limit in ((h, math.sqrt(h / w)), (w, math.sqrt(w / h)))
-    ]
+    sides = (h, math.sqrt(h / w)), (w, math.sqrt(w / h))
+    axes = [-limit + 2 * limit * torch.arange(n) / max(n - 1, 1) for n, limit in sides]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).view(h * w, 2)
-
-
-positions = functools.lru_cache(4096)(grid_positions)  # shapes recur; making them anew was a third of packing
 
 
 def rotate_half(x_SHd, cos_Sd, sin_Sd):

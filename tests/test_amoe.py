@@ -113,7 +113,7 @@ def test_leading_dense_layers_are_read_off_a_checkpoint_and_run(dense_layers, ra
         assert expert_load.shape == ((3 - dense_layers, 4) if dense_layers < 3 else (0, 0))
         start = 0
         for r, (h, w) in zip(rows, shapes, strict=True):
-            yx = torch.cat([torch.zeros(3, 2), rope.grid_positions(h, w)])
+            yx = torch.cat([torch.zeros(3, 2), rope.positions(h, w)])
             x = torch.cat([model.cls_token[0], model.storage_tokens[0], model.img_projector(amoe.normalise(r))])
             for block in model.layers:
                 x = plain_block(x, block, amoe.rotations(yx, model.freqs_cis_golden))
@@ -218,9 +218,9 @@ def test_block_mask_from_starts_equals_evaluating_the_rule(starts, T):
 
 def test_positions_span_the_aspect_with_ends_included():
     """Catches linspace without its ends, and h and w exchanged."""
-    yx = rope.grid_positions(2, 8)
+    yx = rope.positions(2, 8)
     assert torch.allclose(yx[0], torch.tensor([-0.5, -2.0])) and torch.allclose(yx[-1], torch.tensor([0.5, 2.0]))
-    assert torch.allclose(rope.grid_positions(1, 4)[:, 0], torch.tensor(-0.5))
+    assert torch.allclose(rope.positions(1, 4)[:, 0], torch.tensor(-0.5))
 
 
 def test_half_precision_keeps_positions_and_routing_biases():

@@ -40,7 +40,7 @@ def test_a_pack_holds_its_images(random_images):
     assert (batch.n_tokens, batch.n_images) == (120, 5) and batch.ids.tolist() == [5, 6, 7, 8, 9]
     for i, (r, (h, w)) in enumerate(zip(rows, shapes, strict=True)):
         assert torch.equal(batch.rows[batch.patch_rows(i)], r)
-        assert torch.equal(batch.yx[batch.patch_rows(i)], rope.grid_positions(h, w))
+        assert torch.equal(batch.yx[batch.patch_rows(i)], rope.positions(h, w))
         assert batch.images()[i].shape == (16 * h, 16 * w, 3)
         assert (batch.image[int(batch.starts[i]) : int(batch.starts[i + 1])] == i).all()
     used = int(batch.starts[-1])
