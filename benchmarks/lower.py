@@ -227,7 +227,7 @@ def compile_own():
             moe_file.GroupedExperts.apply(x, expert, weight, w, w, w, dtype).sum().backward()
         z, scalars = (torch.ones(64, 64), torch.ones(64)), torch.ones(4)
         for flag in (False, True):
-            arkd_file.triton_distances(z, 0, 64, total=flag)
+            arkd_file.triton_distances(z, 0, 64)
             arkd_file.triton_pairs(z, z, scalars, "arkd", 0, 64, weights=flag)
     assembler = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
     for name, binary in binaries.values():

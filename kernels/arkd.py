@@ -2,8 +2,8 @@
 
 `ref` builds the B x B distances by differences: any device, float32 or float64, and the definition.
 `chunked` goes through strips of rows in plain torch: any device, float32 or float64, nothing of B x B elements.
-`triton` fuses a strip's distances, gates and slopes: CUDA GPUs (written for Hopper, sm_90), float32. Only the backward
-stores anything as wide as B, one strip of pair weights at a time, for the matrix product that turns it into gradients.
+`triton` fuses a strip's distances, gates and slopes: CUDA GPUs (written for Hopper, sm_90), float32. What it stores as
+wide as B is a strip of distances, and in the backward one of the weights that a matrix product turns into gradients.
 
 With n = B (B - 1), g_ij the derivative of a pair's loss by D^S_ij and mu the student's mean distance,
 
@@ -26,8 +26,6 @@ from kernels import check_impl, triton, why_not_triton
 if triton is not None:
     import triton.language as tl
 
-    BLOCK, BLOCK_D = tl.constexpr(64), tl.constexpr(32)  # 64 x 64 pairs of a tile: 32 registers of accumulator a thread
-
 MODES = ("arkd", "rkd")
 IMPLS = ("ref", "chunked", "triton")
 DTYPES = (torch.float32,)  # of the Triton kernels
@@ -49,8 +47,8 @@ def arkd_ref(student_BD, teacher_BD, mode):
     excess_BB = over_mean(student_BB) - over_mean(teacher_BB)
     if mode == "arkd":  # pairs the teacher holds close may not be further apart, the others may not be closer
         excess_BB = torch.where(near_BB, excess_BB.clamp(min=0), excess_BB.clamp(max=0))
-    loss_BB = F.smooth_l1_loss(excess_BB, torch.zeros_like(excess_BB), reduction="none", beta=1.0)
-    return loss_BB.sum() / (B * (B - 1))  # the diagonal is 0 in both and adds nothing
+    loss = F.smooth_l1_loss(excess_BB, torch.zeros_like(excess_BB), reduction="sum", beta=1.0)
+    return loss / (B * (B - 1))  # the diagonal is 0 in both and adds nothing
 
 
 def distances(z_BD):
@@ -65,36 +63,31 @@ def over_mean(d_BB):
     return d_BB / (d_BB.sum() / (B * (B - 1))).clamp(min=torch.finfo(d_BB.dtype).tiny)
 
 
-def median_cut(teacher_BD, seed=0):
+def median_cut(teacher_BD, exact=lambda z_BD: F.pdist(z_BD).median()):  # of each pair once: the same median
     """Below this a distance is under the lower median over i != j, with equal distances on one side of it.
 
-    Exact up to MEDIAN_EXACT images (where the strips have `strip_median`); then from seeded pairs, the same for every
-    implementation: neighbours at MEDIAN_SHIFTS random shifts of one random order, so that each image is drawn equally
-    often and nothing is gathered twice.
+    `exact` up to MEDIAN_EXACT images; then from seeded pairs, the same for every implementation: neighbours at
+    MEDIAN_SHIFTS random shifts of one random order, so that each image is drawn equally often and nothing is gathered
+    twice.
     """
     B = len(teacher_BD)
     if B <= MEDIAN_EXACT:
-        d = F.pdist(teacher_BD)  # each pair once: the same median
+        median = exact(teacher_BD)
     else:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
         # Drawn on the host, so that every device draws the same; a copy from pinned memory waits for no device's work.
         order = torch.randperm(B, generator=generator, pin_memory=teacher_BD.is_cuda)
         z_BD = teacher_BD[order.to(teacher_BD.device, non_blocking=True)]
         shifts = torch.randint(1, B, (MEDIAN_SHIFTS,), generator=generator).tolist()
-        d = torch.cat([torch.linalg.vector_norm(z_BD - z_BD.roll(shift, 0), dim=1) for shift in shifts])
-    return just_below(d.median())
-
-
-def just_below(median):
-    """Just under it, by more than any form's rounding of the same distance."""
+        median = torch.cat([torch.linalg.vector_norm(z_BD - z_BD.roll(shift, 0), dim=1) for shift in shifts]).median()
     return median * (1 - TIE * torch.finfo(median.dtype).eps)
 
 
 # ---- strips of rows, in plain torch ----
 
 
-def strip_distances(z, start, stop, total=False):
-    """||z_i - z_j|| of rows start <= i < stop with all, [R, B], or their total; z: centred z_BD, its squared norms."""
+def strip_distances(z, start, stop):
+    """||z_i - z_j|| of rows start <= i < stop with all, [R, B]; z: centred z_BD, and its squared norms."""
     z_BD, square_B = z
     scale_RB = square_B[start:stop, None] + square_B
     squared_RB = torch.addmm(scale_RB, z_BD[start:stop], z_BD.T, alpha=-2)
@@ -102,8 +95,7 @@ def strip_distances(z, start, stop, total=False):
     for pairs in (squared_RB < CLOSE * scale_RB).nonzero().split(16384):
         i, j = pairs.T
         squared_RB[i, j] = (z_BD[start + i] - z_BD[j]).square().sum(1)
-    d_RB = squared_RB.clamp_(min=0).sqrt_()
-    return d_RB.sum(dtype=torch.float64) if total else d_RB
+    return squared_RB.clamp_(min=0).sqrt_()
 
 
 def strip_pairs(student, teacher, scalars, mode, start, stop, weights):
@@ -123,9 +115,11 @@ def strip_pairs(student, teacher, scalars, mode, start, stop, weights):
 # ---- strips of rows, in Triton ----
 
 if triton is not None:
+    BLOCK, BLOCK_D = tl.constexpr(64), tl.constexpr(32)  # 64 x 64 pairs of a tile: 32 registers of accumulator a thread
+    CLOSE_SHARE = tl.constexpr(CLOSE)
 
     @triton.jit
-    def tile_distances(z_ptr, square_ptr, i, j, stop, B, D, CLOSE: tl.constexpr):
+    def tile_distances(z_ptr, square_ptr, i, j, stop, B, D):
         """||z_i - z_j|| of a tile, 0 on the diagonal and outside the strip."""
         row_i, row_j = i.to(tl.int64) * D, j.to(tl.int64) * D
         real_i, real_j = i < stop, j < B
@@ -141,7 +135,7 @@ if triton is not None:
         scale = square_i[:, None] + square_j[None, :]
         squared = scale - 2 * product
         pair = real_i[:, None] & real_j[None, :] & (i[:, None] != j[None, :])
-        close = pair & (squared < CLOSE * scale)
+        close = pair & (squared < scale * CLOSE_SHARE)
         if tl.max(tl.max(close.to(tl.int32), 1), 0) > 0:  # rare: duplicates, tight clusters
             exact = tl.zeros_like(squared)
             for k in range(D):
@@ -153,16 +147,12 @@ if triton is not None:
         return tl.where(pair, tl.sqrt(tl.maximum(squared, 0.0)), 0.0)
 
     @triton.jit
-    def distance_kernel(z_ptr, square_ptr, out_ptr, start, stop, B, D, SUMS: tl.constexpr, CLOSE: tl.constexpr):
-        """A tile's distances to out [R, B], or where SUMS their sum, a number a tile."""
+    def distance_kernel(z_ptr, square_ptr, out_ptr, start, stop, B, D):
         i = start + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        d = tile_distances(z_ptr, square_ptr, i, j, stop, B, D, CLOSE)
-        if SUMS:
-            tl.store(out_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.sum(d, 1), 0))
-        else:
-            at = (i - start).to(tl.int64)[:, None] * B + j[None, :]
-            tl.store(out_ptr + at, d, mask=(i < stop)[:, None] & (j < B)[None, :])
+        d = tile_distances(z_ptr, square_ptr, i, j, stop, B, D)
+        at = (i - start).to(tl.int64)[:, None] * B + j[None, :]
+        tl.store(out_ptr + at, d, mask=(i < stop)[:, None] & (j < B)[None, :])
 
     @triton.jit
     def pair_kernel(
@@ -179,12 +169,11 @@ if triton is not None:
         D_teacher,
         GATED: tl.constexpr,
         WEIGHTS: tl.constexpr,
-        CLOSE: tl.constexpr,
     ):
         i = start + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        student = tile_distances(student_ptr, student_square_ptr, i, j, stop, B, D_student, CLOSE)
-        teacher = tile_distances(teacher_ptr, teacher_square_ptr, i, j, stop, B, D_teacher, CLOSE)
+        student = tile_distances(student_ptr, student_square_ptr, i, j, stop, B, D_student)
+        teacher = tile_distances(teacher_ptr, teacher_square_ptr, i, j, stop, B, D_teacher)
         excess = student / tl.load(scalar_ptr) - teacher / tl.load(scalar_ptr + 1)
         if GATED:
             near = teacher < tl.load(scalar_ptr + 2)
@@ -206,14 +195,12 @@ def tiles(start, stop, B):
     return triton.cdiv(stop - start, BLOCK.value), triton.cdiv(B, BLOCK.value)
 
 
-def triton_distances(z, start, stop, total=False):
+def triton_distances(z, start, stop):
     """`strip_distances`."""
     B, D = z[0].shape
-    grid = tiles(start, stop, B)
-    out = z[0].new_empty(grid if total else (stop - start, B))
-    distance_kernel[grid](*z, out, start, stop, B, D, SUMS=total, CLOSE=CLOSE)
-    # A sum per tile and no atomics: the order of addition, and so the result, is the same every time.
-    return out.sum(dtype=torch.float64) if total else out
+    out_RB = z[0].new_empty(stop - start, B)
+    distance_kernel[tiles(start, stop, B)](*z, out_RB, start, stop, B, D)
+    return out_RB
 
 
 def triton_pairs(student, teacher, scalars, mode, start, stop, weights):
@@ -221,8 +208,8 @@ def triton_pairs(student, teacher, scalars, mode, start, stop, weights):
     (B, D), grid = student[0].shape, tiles(start, stop, len(student[0]))
     out = student[0].new_empty((stop - start, B) if weights else (2, *grid))
     sizes = (start, stop, B, D, teacher[0].shape[1])
-    options = {"GATED": mode == "arkd", "WEIGHTS": weights, "CLOSE": CLOSE}
-    pair_kernel[grid](*student, *teacher, scalars, out, *sizes, **options)
+    pair_kernel[grid](*student, *teacher, scalars, out, *sizes, GATED=mode == "arkd", WEIGHTS=weights)
+    # A sum per tile and no atomics: the order of addition, and so the result, is the same every time.
     return out if weights else out.sum((1, 2), dtype=torch.float64)
 
 
@@ -253,14 +240,13 @@ class Relational(torch.autograd.Function):
         B, dtype = len(student_BD), student_BD.dtype
         span = rows if group is not None else (0, B)  # the rows whose sums this rank contributes
         with full_float32():
-            student, teacher = centred(student_BD), centred(teacher_BD)
+            student, teacher = both = centred(student_BD), centred(teacher_BD)
             zero = student_BD.new_zeros(2, dtype=torch.float64)  # a rank may have been given no rows
             total = lambda of, rows=span: sum((of(*strip) for strip in strips(*rows)), zero)  # noqa: E731
             # First pass: the two means.
-            both = lambda *strip: torch.stack([distances(z, *strip, total=True) for z in (student, teacher)])  # noqa: E731
-            means_2 = (over_ranks(total(both), group) / (B * (B - 1))).to(dtype).clamp(min=torch.finfo(dtype).tiny)
-            exact = B <= MEDIAN_EXACT
-            cut = just_below(strip_median(distances, teacher, span, group)) if exact else median_cut(teacher_BD)
+            sums = lambda *strip: torch.stack([distances(z, *strip).sum(dtype=zero.dtype) for z in both])  # noqa: E731
+            means_2 = (over_ranks(total(sums), group) / (B * (B - 1))).to(dtype).clamp(min=torch.finfo(dtype).tiny)
+            cut = median_cut(teacher_BD, lambda _: strip_median(distances, teacher, span, group))
             scalars = torch.cat([means_2, cut[None]])
             # Second pass: the loss, and c.
             sums = lambda *strip: pairs(student, teacher, scalars, mode, *strip, weights=False)  # noqa: E731
@@ -327,9 +313,8 @@ def choose(impl, device, dtype, n, rows=None):
         if n <= SMALL and rows is None:
             return "ref"
         return "triton" if device.type == "cuda" and not why_not_triton(device, dtype, DTYPES) else "chunked"
-    if impl == "ref" and rows is not None:
-        raise ValueError("kernels.arkd: 'ref' computes every row and was given rows=; use chunked or triton")
-    reasons = {"ref": None, "chunked": None, "triton": why_not_triton(device, dtype, DTYPES)}
+    whole = None if rows is None else "computes every row and was given rows="
+    reasons = {"ref": whole, "chunked": None, "triton": why_not_triton(device, dtype, DTYPES)}
     return check_impl("arkd", impl, reasons, "chunked")
 
 

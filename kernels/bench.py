@@ -1,14 +1,14 @@
 """Right first, then how fast: python kernels/bench.py [--all] [--only PART] [--out DIR].
 
-    checks                          every form of every operation at awkward sizes against float64, with gradients
-    moe, attention, arkd, kmeans    an operation's forms at real sizes
+    moe, attention, arkd, kmeans    an operation's forms at real sizes (at awkward ones tests/test_kernels.py has them)
+    checks                          all of these, not timed
     step                            amoe-0.3b's training step (benchmarks/speed.py); the compiler takes minutes
 
-Each part has a process of its own: if it spoils the GPU's context, others go on. Figures are written after every case.
-A form that is wrong against float64 on the inputs it is timed on is not timed, and the exit status is 1. Without a GPU
-shapes are small, and forms that need one are left out. "% of floor" is floor over time, at best 100: the floor is the
-time of an operation's products at the rate of a large one, or of its fewest bytes (inputs read and outputs written
-once) at the rate of a large copy, whichever is longer; both rates are of the same run.
+A form that is wrong against float64, gradients included, on the inputs it is timed on is not timed, and the exit status
+is 1. Without a GPU shapes are small, and forms that need one are left out. Each part has a process of its own: if it
+spoils the GPU's context, others go on. Figures are written after every case. "% of floor" is floor over time, at best
+100: the floor is the time of an operation's products at the rate of a large one, or of its fewest bytes (inputs read
+and outputs written once) at the rate of a large copy, whichever is longer; both rates are of the same run.
 
 Shape letters: T tokens, D model width, E experts, F expert width, K experts a token or centroids, B images of the
 global batch, H heads, d head width, N points.
@@ -70,14 +70,11 @@ def normal(*shape, dtype=FLOAT32, scale=1.0, gradient=True):
     return (torch.randn(shape, device=DEVICE, dtype=dtype) * scale).requires_grad_(gradient)
 
 
-def moe_case(dtype, shape, empty=()):
-    """Experts in `empty` are never chosen."""
+def moe_case(dtype, shape):
     T, D, E, F, K = shape
-    score_TE = torch.rand(T, E, device=DEVICE)
-    score_TE[:, list(empty)] = -1
     w1, w3, w2 = (normal(*s, dtype=dtype, scale=s[2] ** -0.5) for s in ((E, F, D), (E, F, D), (E, D, F)))
     weight_TK = torch.rand(T, K, device=DEVICE).requires_grad_()
-    inputs = (normal(T, D, dtype=dtype), score_TE.topk(K, dim=1).indices, weight_TK, w1, w2, w3)
+    inputs = (normal(T, D, dtype=dtype), torch.rand(T, E, device=DEVICE).topk(K).indices, weight_TK, w1, w2, w3)
     forms = forms_of(moe_file, moe_file.moe, dtype)
     if dtype != BFLOAT16:
         forms["grouped"] = "computes in bfloat16"
@@ -88,9 +85,7 @@ def moe_case(dtype, shape, empty=()):
     return Case("moe", f"T{T} D{D} E{E} F{F} K{K} {dtype}", inputs, forms, exact, flops, (tolerance,) * 6)
 
 
-def arkd_case(B, D, teacher_D, spread=1.0, duplicates=0):
-    student_BD, teacher_BD = normal(B, D), normal(B, teacher_D, scale=spread, gradient=False)
-    student_BD.data[:duplicates] = student_BD.data[0]
+def arkd_case(B, D):
     forms = forms_of(arkd_file, arkd_file.arkd, FLOAT32, B)
     if B > arkd_file.MEDIAN_EXACT:
         forms["ref"] = f"its {B} x {B} tensors would take {B * B * 4 / 2**30:.0f} GiB each"
@@ -99,7 +94,8 @@ def arkd_case(B, D, teacher_D, spread=1.0, duplicates=0):
     flops = 7 * 2 * B * B * D  # two products for the means, two for the loss; in the backward two and weights @ z
     # A gate is a step: in float32 a pair or two fall on the other side of the median, about 1 / B of the gradient.
     exact, tolerance = functools.partial(arkd_file.arkd, impl="chunked"), (1e-4, 2 / B)
-    return Case("arkd", f"B{B} D{D} {FLOAT32}", (student_BD, teacher_BD), forms, exact, flops, tolerance)
+    inputs = normal(B, D), normal(B, D, gradient=False)
+    return Case("arkd", f"B{B} D{D} {FLOAT32}", inputs, forms, exact, flops, tolerance)
 
 
 def attention_case(dtype, H, d, lengths):
@@ -130,28 +126,20 @@ def kmeans_case(N, D, K, dtype):
     return Case("kmeans", shape, inputs, forms, nearest, 2 * N * K * D, (1e-5,), of_labels)
 
 
-# What makes a case, and its arguments: at awkward sizes, and at real ones, which without a GPU are divided by 16.
-S, REAL, FLOATS = (1, BFLOAT16, (FLOAT32, BFLOAT16)) if CUDA else (16, FLOAT32, (FLOAT32,))
-UNIFORM, MIXED = [261] * 62 + [202], [21, 81, 141, 201] * 36 + [400]  # tokens of images, 16384 in all
+# What makes a case, and its arguments; without a GPU sizes are divided by 16.
+S, REAL = (1, BFLOAT16) if CUDA else (16, FLOAT32)
+# Tokens of images, 16384 in all: over blocks of the mask, also several to one, also with blocks inside one image.
+UNIFORM, MIXED, LARGE = [261] * 62 + [202], [21, 81, 141, 201] * 36 + [400], [1029] * 15 + [949]
 CASES = {
-    "checks": [
-        *((moe_case, dtype, (1, 16, 3, 24, 1)) for dtype in FLOATS),  # one token, most experts empty
-        *((moe_case, dtype, (1037, 72, 6, 40, 3), (0, 4)) for dtype in FLOATS),  # several tiles, the last one ragged
-        *((attention_case, dtype, 2, 64, (100, 130, 370, 100)) for dtype in FLOATS),  # within a block, over several
-        *((attention_case, REAL, 2, 64, lengths) for lengths in ((128, 128, 256, 0), (7, 377))),
-        *((arkd_case, *shape) for shape in ((2, 3, 5), (131, 33, 70, 0.1, 5))),
-        *((arkd_case, *shape) for shape in ((2500, 129, 65), (5000, 64, 64))),  # strips; a median from a sample
-        *((kmeans_case, *shape, FLOAT32) for shape in ((1, 5, 1), (3000, 70, 300), (1001, 33, 7))),
-        *((kmeans_case, *shape, BFLOAT16) for shape in ((1, 5, 1), (3000, 70, 300), (1001, 33, 7))),
-    ],
     "moe": [(moe_case, REAL, (T // S, 768 // S, 28, 384 // S, K)) for T, K in ((16384, 6), (16384, 2), (65536, 6))],
-    "attention": [(attention_case, REAL, 8, 128 // S, lengths) for lengths in (UNIFORM, MIXED)],
-    "arkd": [(arkd_case, B // S, 1152 // S, 1152 // S) for B in (2048, 32768)],
+    "attention": [(attention_case, REAL, 8, 128 // S, lengths) for lengths in (UNIFORM, MIXED, LARGE)],
+    "arkd": [(arkd_case, B // S, 1152 // S) for B in (2048, 32768)],
     "kmeans": [
         (kmeans_case, 10**6 // S, D // S, K // S, dtype)
         for D, K, dtype in ((384, 1000, BFLOAT16), (384, 1000, FLOAT32), (256, 4096, BFLOAT16))
     ],
 }
+CHECKS = [case for cases in CASES.values() for case in cases]
 PARTS = (*CASES, "step")
 
 
@@ -217,7 +205,7 @@ def run_part(part, folder):
         return speed.main([*words, *(["--out", str(folder)] if folder else [])])
     torch.manual_seed(0)
     peak, rows = {} if part == "checks" else peaks(), []
-    for make, *arguments in CASES[part]:
+    for make, *arguments in CASES.get(part, CHECKS):
         new = measure(make(*arguments), peak)
         rows += new
         print(*map(line, new), sep="\n", flush=True)
@@ -228,7 +216,7 @@ def run_part(part, folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--all", action="store_true", help="every part (the default)")
-    parser.add_argument("--only", "--op", choices=PARTS, help="one part")
+    parser.add_argument("--only", "--op", choices=("checks", *PARTS), help="one part")
     parser.add_argument("--out", type=Path, help="folder to write kernels.json and step.json to")
     flags = parser.parse_args()
     if flags.only and not flags.all:

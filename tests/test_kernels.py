@@ -399,7 +399,7 @@ def test_every_kernel_compiles_for_hopper(tmp_path):
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     lines = [line.split() for line in run.stdout.splitlines()]
-    assert len(lines) == 16
+    assert len(lines) == 15
     for name, shared, _, spilled, matrix_instructions in lines:
         assert int(shared) <= 227 * 1024 and int(spilled) <= 512, name
         assert (int(matrix_instructions) > 0) == name.endswith("bfloat16"), name
