@@ -12,6 +12,7 @@ import images
 import toy
 from benchmarks import claims, tables
 from common import pictures
+from common.commands import run_command
 
 # isort: split
 import argparse
@@ -74,17 +75,18 @@ class Page:
         size = round(width * SCALE), round(height * SCALE)
         self.picture.paste(Image.fromarray(np.asarray(array)).resize(size, how), self.at(x, y))
 
-    def frame(self, title, x_name=""):
-        """A chart's lines, ticks and words; there are ticks below where x_name says what they are of."""
-        (left, right), (low, high) = self.xs, self.ys
-        for tick in pictures.ticks(low, high, self.log):
-            self.line([(left, tick), (right, tick)], FAINT)
-            self.text(left, tick, f"{tick:g}", 12, GREY, "rm", shift=(-6, 0))
+    def chart(self, title, box, xs, ys, x_name="", log=False):
+        """A part with a chart's lines, ticks and words; there are ticks below where x_name says what they are of."""
+        chart, (left, right), (low, high) = self.part(box, xs, ys, log), xs, ys
+        for tick in pictures.ticks(low, high, log):
+            chart.line([(left, tick), (right, tick)], FAINT)
+            chart.text(left, tick, f"{tick:g}", 12, GREY, "rm", shift=(-6, 0))
         for tick in pictures.ticks(left, right) if x_name else ():
-            self.text(tick, low, f"{tick:g}", 12, GREY, "mm", shift=(0, 12))
-        self.line([(left, high), (left, low), (right, low)], GREY)
-        self.text((left + right) / 2, low, x_name, 13, GREY, "mm", shift=(0, 30))
-        self.text(left, high, title, 15, INK, "ls", shift=(0, -16))
+            chart.text(tick, low, f"{tick:g}", 12, GREY, "mm", shift=(0, 12))
+        chart.line([(left, high), (left, low), (right, low)], GREY)
+        chart.text((left + right) / 2, low, x_name, 13, GREY, "mm", shift=(0, 30))
+        chart.text(left, high, title, 15, INK, "ls", shift=(0, -16))
+        return chart
 
     def curves(self, xs, lines, right, down):
         """{words: (colour, rows of values at xs)}: means, bands of a standard deviation to either side, the words."""
@@ -95,10 +97,6 @@ class Page:
         for i, (words, (colour, rows)) in enumerate(lines.items()):
             self.line([*zip(xs, np.mean(rows, 0), strict=True)], colour, 2)
             self.text(self.xs[0], self.ys[1], words, 15, colour, shift=(right, down + 24 * i))
-
-    def bars(self, heights, colour):
-        for x, height in enumerate(heights):
-            self.rectangle(x, max(height, self.ys[0]), x + 0.8, self.ys[0], colour)
 
 
 def pack(_):
@@ -136,25 +134,26 @@ def pack(_):
     says = "Who attends to whom: every token of an image to\nevery token of that image, and to no other. So packing\n"
     says += "changes no result, and images of any shape share\none batch.\n\nThe blocks follow from `starts` ="
     page.text(377, 485, f"{says} {starts}\nalone: nothing of T x T is ever evaluated.", 16)
-    return page.picture.reduce(SCALE // 2)
+    return page
 
 
 def phi_s(run):
     """Channel variances of both oracles, before PHI-S and after."""
-    cache, page = data.Cache(run / "toy" / "cache"), Page(900, 320)
-    for n, when in enumerate(("before", "after")):
-        total, first = sum(space.dim for space in cache.spaces), 0
-        axes = page.part((60 + 440 * n, 60, 440 + 440 * n, 270), (0, total), (0.001, 20), log=True)
-        axes.frame(f"variance of each channel, largest first, {when} PHI-S")
-        for space, colour in zip(cache.spaces, (PURPLE, GREEN), strict=True):
-            stored = (data.as_tensor(shard.all(f"patch.{space.name}")) for shard in cache.shards)
-            y_NC = torch.cat([amoe.dequantise(y) for y in stored])
-            v = (y_NC if n else space.phi_s.invert(y_NC)).double().var(0).sort(descending=True).values
-            axes.line([*enumerate(v.tolist(), first)], colour, 3)
+    cache, page, first, charts = data.Cache(run / "toy" / "cache"), Page(900, 320), 0, []
+    for left, when in ((60, "before"), (500, "after")):
+        box, xs = (left, 60, left + 380, 270), (0, sum(space.dim for space in cache.spaces))
+        title = f"variance of each channel, largest first, {when} PHI-S"
+        charts.append(page.chart(title, box, xs, (0.001, 20), log=True))
+    for space, colour in zip(cache.spaces, (PURPLE, GREEN), strict=True):
+        stored = (data.as_tensor(shard.all(f"patch.{space.name}")) for shard in cache.shards)
+        y_NC = torch.cat([amoe.dequantise(y) for y in stored])
+        for chart, x_NC in zip(charts, (space.phi_s.invert(y_NC), y_NC), strict=True):
+            v = x_NC.double().var(0).sort(descending=True).values
+            chart.line([*enumerate(v.tolist(), first)], colour, 3)
             mean = f"'{space.name}', mean {v.mean():.2g}"
-            axes.text(first + space.dim / 2, 0.001, mean, 14, colour, "mm", shift=(0, 20))
-            first += space.dim
-    return page.picture.reduce(SCALE // 2)
+            chart.text(first + space.dim / 2, 0.001, mean, 14, colour, "mm", shift=(0, 20))
+        first += space.dim
+    return page
 
 
 def of_run(run):
@@ -165,29 +164,27 @@ def of_run(run):
 
 def arkd(run):
     """Pairs of held-out images, student against teacher: which of them the relational loss pulls at."""
-    page, pairs, (cache, held, models) = Page(900, 490), {}, of_run(run)
+    page, most, (cache, held, models) = Page(900, 490), 1.9, of_run(run)
     page.text(450, 22, "A dot is a pair of held-out images: red ones are penalised, grey ones left alone.", anchor="mm")
-    for head in ("text", "dense"):
+    for left, head in ((70, "text"), (510, "dense")):
         found = (evaluate.summaries_by_head(m, cache, held[::7], [head], stored=True)[0][head] for m in models.values())
         distances = torch.stack([torch.nn.functional.pdist(summary) for summary in found])
-        pairs[head] = distances / distances.mean(1, keepdim=True)
-    most = 1.02 * max(float(both.max()) for both in pairs.values())
-    for n, (head, both) in enumerate(pairs.items()):
-        axes = page.part((70 + 440 * n, 82, 430 + 440 * n, 430), (0, most), (0, most))
-        axes.frame("", f"distance in teacher '{head}', over its mean")
-        axes.text(0, most, "distance in the student, over its mean", 13, GREY, shift=(0, -26))
+        both = distances / distances.mean(1, keepdim=True)
+        box, x_name = (left, 82, left + 360, 430), f"distance in teacher '{head}', over its mean"
+        chart = page.chart("", box, (0, most), (0, most), x_name)
+        chart.text(0, most, "distance in the student, over its mean", 13, GREY, shift=(0, -26))
         m = float(both[0].median())
-        axes.polygon([(0, 0), (m, m), (m, most), (0, most)], PINK)
-        axes.polygon([(m, m), (most, most), (most, 0), (m, 0)], PINK)
-        axes.line([(m, 0), (m, most)], GREY)
-        axes.line([(0, 0), (most, most)])
-        axes.text(m, most, "median", 13, GREY, "mm", shift=(0, -8))
+        chart.polygon([(0, 0), (m, m), (m, most), (0, most)], PINK)
+        chart.polygon([(m, m), (most, most), (most, 0), (m, 0)], PINK)
+        chart.line([(m, 0), (m, most)], GREY)
+        chart.line([(0, 0), (most, most)])
+        chart.text(m, most, "median", 13, GREY, "mm", shift=(0, -8))
         for teacher, student in both.T.tolist():
             penalised = (student > teacher) == (teacher < m)
-            axes.dot(teacher, student, RED if penalised else (150, 158, 170), 1.4)
-        axes.text(0, most, "close in the teacher,\nfurther apart in the student", 13, RED, shift=(10, 25))
-        axes.text(most, 0, "far in the teacher,\ncloser in the student", 13, RED, "rm", shift=(-8, -22))
-    return page.picture.reduce(SCALE // 2)
+            chart.dot(teacher, student, RED if penalised else (150, 158, 170), 1.4)
+        chart.text(0, most, "close in the teacher,\nfurther apart in the student", 13, RED, shift=(10, 25))
+        chart.text(most, 0, "far in the teacher,\ncloser in the student", 13, RED, "rm", shift=(-8, -22))
+    return page
 
 
 def evidence(_):
@@ -196,17 +193,17 @@ def evidence(_):
     page = Page(980, 96 + 19 * len(arms))
     for i, arm in enumerate(arms):
         page.text(8, 50 + 19 * i, arm, 12)
-    for n, measure in enumerate(("zeroshot", "knn", "miou", "neighbours")):
+    for left, measure in zip((270, 448, 626, 804), ("zeroshot", "knn", "miou", "neighbours"), strict=True):
         span = max(abs(mean) + half for mean, half, _ in (of[measure] for of in arms.values()))
-        axes = page.part((270 + 178 * n, 40, 440 + 178 * n, 40 + 19 * len(arms)), (-span, span), (len(arms), 0))
-        axes.frame(measure, "difference")
-        axes.line([(0, 0), (0, len(arms))], FAINT, 2)
+        box = left, 40, left + 170, 40 + 19 * len(arms)
+        chart = page.chart(measure, box, (-span, span), (len(arms), 0), "difference")
+        chart.line([(0, 0), (0, len(arms))], FAINT, 2)
         for i, of in enumerate(arms.values()):
             mean, half, p = of[measure]
             colour = GREY if p >= 0.05 else RED if mean < 0 else GREEN
-            axes.line([(mean - half, i + 0.5), (mean + half, i + 0.5)], colour, 1.5)
-            axes.dot(mean, i + 0.5, colour, 3)
-    return page.picture.reduce(SCALE // 2)
+            chart.line([(mean - half, i + 0.5), (mean + half, i + 0.5)], colour, 1.5)
+            chart.dot(mean, i + 0.5, colour, 3)
+    return page
 
 
 def of_arm(arm, key):
@@ -217,23 +214,21 @@ def of_arm(arm, key):
 def optimisers(_):
     """The loss by step under each optimiser, and how unevenly experts are loaded with their bias and without."""
     page, steps = Page(980, 330), range(20, 301, 20)
-    axes = page.part((50, 40, 430, 270), (20, 300), (1.75, 11.7), log=True)
-    axes.frame("loss, the mean of 20 steps", "step")
     lines = {
         "AdamW, lr 6e-3": (GREY, of_arm("as it is", "loss")),
         "AdamW, lr 2e-2": (ORANGE, of_arm("optimiser: AdamW, lr 2e-2", "loss")),
         "Muon, lr 6e-3": (BLUE, of_arm("optimiser: Muon for matrices", "loss")),
         "Muon, lr 2e-2": (GREEN, of_arm("optimiser: Muon, lr 2e-2", "loss")),
     }
-    axes.curves(steps, lines, 260, 20)
-    axes = page.part((560, 40, 940, 270), (20, 300), (0, 3.5))
-    axes.frame("load of experts, most less least, mean load 1", "step")
+    chart = page.chart("loss, the mean of 20 steps", (50, 40, 430, 270), (20, 300), (1.75, 11.7), "step", log=True)
+    chart.curves(steps, lines, 260, 20)
     lines = {
         "with the expert bias": (GREEN, of_arm("as it is", "load_spread_by_step")),
         "without": (GREY, of_arm("bias balancing: none", "load_spread_by_step")),
     }
-    axes.curves(steps, lines, 20, 182)
-    return page.picture.reduce(SCALE // 2)
+    title = "load of experts, most less least, mean load 1"
+    page.chart(title, (560, 40, 940, 270), (20, 300), (0, 3.5), "step").curves(steps, lines, 20, 182)
+    return page
 
 
 def subsets(_):
@@ -241,18 +236,18 @@ def subsets(_):
     page, whole = Page(900, 330), np.mean(of_arm("long curation to 1: the whole pool", "knn_balanced"))
     colours = {"random": GREY, "by the text teacher": PURPLE, "by the dense teacher": GREEN}
     for left, kind, title, low, high in ((60, "", "short runs", 0.3, 0.61), (500, "long ", "default run", 0.5, 1.0)):
-        axes, lines = page.part((left, 60, left + 370, 280), (-0.2, 2.2), (low, high)), {}
-        axes.frame(f"{title}: kNN, mean over classes")
+        box, lines = (left, 60, left + 370, 280), {}
+        chart = page.chart(f"{title}: kNN, mean over classes", box, (-0.2, 2.2), (low, high))
         for i, part in enumerate(("a 16th of the pool", "an 8th", "a 4th")):
-            axes.text(i, low, part, 12, GREY, "mm", shift=(0, 14))
+            chart.text(i, low, part, 12, GREY, "mm", shift=(0, 14))
         for how, colour in colours.items():
             arms = [f"{kind}curation to 1/{part}: {how}" for part in (16, 8, 4)]
             if arms[0] in claims.ARMS:
                 lines[how] = colour, np.transpose([of_arm(arm, "knn_balanced") for arm in arms])
-        axes.curves(range(3), lines, 220, 148)
-    axes.line([(-0.2, whole), (2.2, whole)], GREY)
-    axes.text(-0.2, whole, "the whole pool", 12, GREY, shift=(8, -10))
-    return page.picture.reduce(SCALE // 2)
+        chart.curves(range(3), lines, 220, 148)
+    chart.line([(-0.2, whole), (2.2, whole)], GREY)
+    chart.text(-0.2, whole, "the whole pool", 12, GREY, shift=(8, -10))
+    return page
 
 
 def curation(run):
@@ -269,15 +264,18 @@ def curation(run):
         for ids in (cache.all_ids(), kept)
     )
     for top, title, count, colour in ((84, "the pool", pool, GREY), (374, "curated", subset, GREEN)):
-        axes = page.part((44, top, 340, top + 180), (0, len(count)), (0, 18))
-        title = f"{title}: {count.sum()} images, entropy {curate.entropy(count):.3f}"
-        axes.frame(title, f"the {len(count)} concepts, most frequent first")
-        axes.bars(100 * count[np.argsort(-pool)] / count.sum(), colour)
+        title, x_name = (
+            f"{title}: {count.sum()} images, entropy {curate.entropy(count):.3f}",
+            "concepts, most frequent first",
+        )
+        chart = page.chart(title, (44, top, 340, top + 180), (0, len(count)), (0, 18), f"the {len(count)} {x_name}")
+        for i, percent in enumerate(100 * count[np.argsort(-pool)] / count.sum()):
+            chart.rectangle(i, percent, i + 0.8, 0, colour)
         page.text(44, top - 42, "% of images", 13, GREY)
-    return page.picture.reduce(SCALE // 2)
+    return page
 
 
-def maps(run):
+def of_largest(run):
     """What every run draws of its student's patch features, here of the four largest held-out images."""
     cache, held, models = of_run(run)
     held.sort(key=lambda entry: cache.shard(entry[0]).shapes[entry[1]].prod())
@@ -286,24 +284,21 @@ def maps(run):
 
 FIGURES = {f.__name__: f for f in (pack, phi_s, arkd, curation, evidence, optimisers, subsets)} | {
     "curves": lambda run: pictures.curves(run / "log.jsonl"),
-    "toy": maps,
+    "toy": of_largest,
 }
 
 
-def main(argv=None):
+def main():
     parser = argparse.ArgumentParser(prog="docs.figures", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("name", nargs="*", choices=["all", *FIGURES], default="all", help="all of them by default")
     parser.add_argument("--run", type=Path, default="runs/toy", help="the folder that `python train.py` left")
-    args = parser.parse_args(argv)
-    names = FIGURES if "all" in args.name else args.name
-    if set(names) - {"pack", "evidence", "optimisers", "subsets"} and not (args.run / "student/config.json").is_file():
-        parser.error(f"{args.run} holds no run: `python train.py` makes one, or --run names another")
-    for name in names:
-        path = Path(__file__).with_name(f"{name}.png")
-        picture = FIGURES[name](args.run).quantize(256, dither=Image.Dither.NONE)
-        picture.save(path, optimize=True)
+    args = parser.parse_args()
+    for name in FIGURES if "all" in args.name else args.name:
+        drawn, path = FIGURES[name](args.run), Path(__file__).with_name(f"{name}.png")
+        picture = drawn.picture.reduce(SCALE // 2) if isinstance(drawn, Page) else drawn
+        picture.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
         print(f"docs/{path.name}: {picture.width} x {picture.height}, {path.stat().st_size / 1000:.0f} kB")
 
 
 if __name__ == "__main__":
-    main()
+    run_command("docs.figures", main, "what is drawn stays")
