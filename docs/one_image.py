@@ -16,15 +16,13 @@ def show(value):
     """A value in two digits; tensors and shapes as lists."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {show(v)}" for key, v in value.items()) + "}"
-    if isinstance(value, torch.Size):
-        return str(list(value))
-    if isinstance(value, list | tuple):
+    if isinstance(value, tuple) and not isinstance(value, torch.Size):
         return "   ".join(map(show, value))
     if isinstance(value, torch.Tensor):
-        number = lambda x: str(x) if isinstance(x, bool) else f"{x:.2g}" if x % 1 else f"{x:.0f}"  # noqa: E731
-        digits = [number(x) for x in value.flatten().tolist()]
-        return f"[{', '.join(digits)}]" if value.ndim else digits[0]
-    return str(value)
+        return show(value.tolist())
+    if isinstance(value, list | torch.Size):
+        return f"[{', '.join(map(show, value))}]"
+    return f"{value:.2g}" if isinstance(value, float) else str(value)
 
 
 def run(text, folder):
