@@ -1,4 +1,4 @@
-"""How fast a training step is: `python -m benchmarks.speed [--out FOLDER] [--blocks] [flags of train.py]`.
+"""How fast a training step is: `python -m benchmarks.speed [--out FOLDER] [flags of train.py]`.
 
 With --cache or --images on those, else on random packs with teachers of real sizes (small ones without a GPU, where
 nothing says how fast a GPU is): the step and its kernels, and packs against the same images padded to one length.
@@ -88,10 +88,13 @@ def time_padding(run, packs, n_tokens, repeats):
     seconds = in_turns({"packed": lambda: [*map(run, packs)], "padded": lambda: [*map(run, wide)]}, repeats)
     useful = [int(batch.starts[-1]) for batch in packs]
     # a padded pack may hold fewer images: they count as average ones of the pack
-    kept = [n * w.n_images / b.n_images for n, b, w in zip(useful, packs, wide, strict=True)]
-    rates = {name: [sum(n) / s for s in seconds[name]] for name, n in (("packed", useful), ("padded", kept))}
-    out = {f"{name}_tokens_per_s": median(rate) for name, rate in rates.items()}
-    return out | {"packed_over_padded": median(ratios(*rates.values()))}
+    kept = sum(n * w.n_images / b.n_images for n, b, w in zip(useful, packs, wide, strict=True))
+    of_packed, of_padded = [sum(useful) / s for s in seconds["packed"]], [kept / s for s in seconds["padded"]]
+    return {
+        "packed_tokens_per_s": median(of_packed),
+        "padded_tokens_per_s": median(of_padded),
+        "packed_over_padded": median(ratios(of_packed, of_padded)),
+    }
 
 
 def flops_per_token(model, mean_length):
@@ -113,24 +116,6 @@ def kernel_times(step, pack):
     taken = f"self_{'device' if CUDA else 'cpu'}_time_total"  # microseconds
     rows = {row.key: getattr(row, taken) / 1e3 for row in profile.key_averages()}
     return dict(sorted(rows.items(), key=lambda row: -row[1])[:20])
-
-
-def make_step(flags, process, compiled, spaces, online, blocks):
-    """(model, step); step(batch) trains on a pack of the host as train.py does and returns its losses."""
-    model = train.build(flags, spaces, process.device)
-    optimizer = train.make_optimizer(model, flags)
-    bad_steps = torch.zeros(2, dtype=torch.int64, device=process.device)
-    forward = train.compile_forward() if compiled and not blocks else train.forward
-    for module in (*model.layers, *model.heads.values()) if compiled and blocks else ():
-        module.compile()
-
-    def step(batch):
-        pack = train.to_device(batch, process, compiled, online, spaces)
-        measured, expert_load = train.gradients(model, [pack], spaces, flags, process, forward)
-        train.update(model, optimizer, {}, measured, expert_load, bad_steps, 0, flags)
-        return measured
-
-    return model, step
 
 
 def open_packs(flags, process, compiled):
@@ -168,14 +153,24 @@ def time_training(step, packs, n):
     }
 
 
-def measure_step(words, repeats, save, blocks=False):
+def measure_step(words, repeats, save):
     """The step's figures; `save` gets them after every part, so that what is cut short is not lost."""
     flags = train.parse(words)
     process, compiled = train.setup(flags)
     packs, mixed, spaces, online = open_packs(flags, process, compiled)
-    model, step = make_step(flags, process, compiled, spaces, online, blocks)
-    where = Path(flags.cache or (*flags.images, "random")[0]).name
-    name = f"{flags.model} on {where}, experts {flags.kernels}" + (", compiled by blocks" if blocks else "")
+    model = train.build(flags, spaces, process.device)
+    optimizer = train.make_optimizer(model, flags)
+    bad_steps = torch.zeros(2, dtype=torch.int64, device=process.device)
+    forward = train.compile_forward() if compiled else train.forward
+
+    def step(batch):
+        """Train on a pack of the host as train.py does; returns its losses."""
+        pack = train.to_device(batch, process, compiled, online, spaces)
+        measured, expert_load = train.gradients(model, [pack], spaces, flags, process, forward)
+        train.update(model, optimizer, {}, measured, expert_load, bad_steps, 0, flags)
+        return measured
+
+    name = f"{flags.model} on {Path(flags.cache or (*flags.images, 'random')[0]).name}, experts {flags.kernels}"
     first_s, n = timed(lambda: step(mixed[0])), 10 if CUDA else 4
     result = machine() | {"name": name, "tokens": flags.tokens, "compiled": compiled, "first_step_s": first_s}
     save(result)
@@ -195,14 +190,13 @@ def measure_step(words, repeats, save, blocks=False):
 def main(words=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, help="folder of step.json")
-    parser.add_argument("--blocks", action="store_true", help="compile a block; the whole step takes minutes")
     args, words = parser.parse_known_args(words)
 
     def keep(result):
         record(args.out, "step.json", result["name"], result)
 
     with tempfile.TemporaryDirectory() as folder:  # where train.py keeps what it fits for --images
-        result = measure_step([*words, "--out", folder], 5, keep, args.blocks)
+        result = measure_step([*words, "--out", folder], 5, keep)
     keep(result)
     print(json.dumps(result))
 
