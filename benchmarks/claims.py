@@ -102,18 +102,23 @@ def words_of(arm):
 class Pictures:
     """A cache that runs are trained on, its images held out, their classes and what these are called."""
 
-    def __init__(self, cache, text_of, balanced=False):
-        """text_of: a class's name to embeddings [n, C], in the space of the first teacher. balanced: classes are alike
-        frequent, so that curation is asked of a long-tailed part of them."""
-        self.cache, (trained, self.held) = cache, evaluate.split(cache)
+    def __init__(self, cache, text_of, world=None):
+        """text_of: a class's name to embeddings [n, C], in the space of the first teacher.
+
+        world: the toy's. Classes of other pictures are alike frequent: curation is asked of a long-tailed part of them.
+        """
+        self.cache, self.world, (trained, self.held) = cache, world, evaluate.split(cache)
         self.bank = trained[:: max(1, len(trained) // 2000)]
         parts = ((cache, part) for part in (trained, self.bank, self.held))
         labels, self.labels, self.truth = evaluate.class_numbers(*parts)
-        pool = long_tail(labels) if balanced else slice(None)
+        pool = slice(None) if world else long_tail(labels)
         self.ids = np.array([int(cache.shard(number).ids[i]) for number, i in trained])[pool]
         names = sorted({evaluate.category(cache, entry) for entry in [*trained, *self.held]})
         self.frequency = labels[pool].bincount(minlength=len(names)).double()
         self.text = torch.stack([F.normalize(text_of(name), dim=1).mean(0) for name in names])
+
+    def toy_scores(self, model):
+        return toy.scores(self.world, self.cache, {"student": model})["student"]
 
     def scores(self, model, summaries):
         """kNN in the dense teacher's space and zero-shot; with classes alike, and as frequent as in the pool.
@@ -122,12 +127,13 @@ class Pictures:
         """
         text, dense = (space.name for space in self.cache.spaces)
         known, _ = evaluate.summaries_by_head(model, self.cache, self.bank, [dense])
-        share = {"knn": [], "zeroshot": []}  # of each class
         classes, count = self.truth.unique(return_counts=True)
-        for some, truth in ((self.truth == k, self.truth[self.truth == k]) for k in classes):
+        weights = {"": count, "_balanced": torch.ones(len(classes)), "_long_tail": self.frequency[classes]}
+        share = {"knn": [], "zeroshot": []}  # of each class
+        for some in (self.truth == k for k in classes):
+            truth = self.truth[some]
             share["knn"].append(evaluate.knn(known[dense], self.labels, summaries[dense][some], truth))
             share["zeroshot"].append(evaluate.zeroshot(summaries[text][some], self.text, truth))
-        weights = {"": count, "_balanced": torch.ones(len(classes)), "_long_tail": self.frequency[classes]}
         return {
             measure + name: float(np.average(of_class, weights=weight.numpy()))
             for measure, of_class in share.items()
@@ -160,13 +166,14 @@ def choose(pictures, how, seed):
 
 @functools.cache
 def toy_pictures(work, name="toy"):
-    """(the toy world, Pictures of its cache work/NAME): in int8 and at most 64 patches, or as the name says."""
+    """Pictures of the toy, its cache work/NAME: in int8 and at most 64 patches, or as the name says."""
     world, (_, *how) = toy.World(work / "toy", 5000), name.split("-")
     oracles = [toy.TextOracle(world), toy.DenseOracle(world)]
     budgets = [int(word) for word in how if word.isdigit()] or 64
     dtype = next((word for word in how if word in data.FEATURE_TYPES), "int8")
     cache = data.cache(world.write(), oracles, work / name / "cache", max_tokens=budgets, dtype=dtype)
-    return world, Pictures(cache, lambda name: oracles[0].encode_text([f"a {name} {shape}" for shape in toy.SHAPES]))
+    text_of = lambda name: oracles[0].encode_text([f"a {name} {shape}" for shape in toy.SHAPES])  # noqa: E731
+    return Pictures(cache, text_of, world)
 
 
 def geometry(student_NC, teacher_NC):
@@ -194,15 +201,10 @@ def imitation(model, pictures, summaries):
     return result
 
 
-def toy_scores(work, name, model):
-    world, pictures = toy_pictures(work, name)
-    return toy.scores(world, pictures.cache, {"student": model})["student"]
-
-
 def run(work, out, arm, seed, photos):
     """One run of train.py in the folder `out`, and what came of it. photos: Pictures, or None for the toy."""
     flags, name, part = words_of(arm)
-    pictures = photos or toy_pictures(work, name)[1]
+    pictures = photos or toy_pictures(work, name)
     flags += ["--cache", pictures.cache.path, "--out", out, "--seed", seed, "--threads", 1, "--save-every", 10**6]
     if part:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -213,15 +215,19 @@ def run(work, out, arm, seed, photos):
     seconds = time.process_time() - began
     model = evaluate.of_student(amoe.load(out / "student"))
     summaries, _ = evaluate.summaries_by_head(model, pictures.cache, pictures.held, None)
-    result = pictures.scores(model, summaries) if part or photos else toy_scores(work, name, model)
+    result = pictures.scores(model, summaries) if part or photos else pictures.toy_scores(model)
     result |= imitation(model, pictures, summaries)
     for n in BUDGETS if name[-1].isdigit() else ():
-        result |= {f"{measure}_at_{n}": score for measure, score in toy_scores(work, f"toy-{n}", model).items()}
+        scores = toy_pictures(work, f"toy-{n}").toy_scores(model)
+        result |= {f"{measure}_at_{n}": score for measure, score in scores.items()}
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()][1:]
     terms = "_patch", "_summary", "_registers", "_arkd"
-    result["losses"] = {key: value for key, value in log[-1].items() if key.endswith(terms)}
-    spread = [line["expert_load_max"] - line["expert_load_min"] for line in log]
-    return result | {"load_spread_by_step": spread, "cpu_seconds": seconds, "loss": [line["loss"] for line in log]}
+    return result | {
+        "losses": {key: value for key, value in log[-1].items() if key.endswith(terms)},
+        "load_spread_by_step": [line["expert_load_max"] - line["expert_load_min"] for line in log],
+        "cpu_seconds": seconds,
+        "loss": [line["loss"] for line in log],
+    }
 
 
 def base_of(arm):
@@ -252,21 +258,10 @@ def compared(found, measures=MEASURES):
 
 
 def value(result, measure):
-    """A measure or a loss of a run; the mean over teachers of what each of them has.
-
-    Others are made here: loss, the sum of all losses; TEACHER_share, a teacher's part of it; load_spread, between the
-    most and the least loaded expert over the last 100 steps; cpu_minutes.
-    """
-    losses, total = result["losses"], sum(result["losses"].values())
+    """A measure or loss of a run ("loss": their sum); the mean over teachers of what each of them has."""
     if measure == "loss":
-        return total
-    if measure.endswith("_share"):
-        return sum(losses[key] for key in losses if key.startswith(measure.removesuffix("share"))) / total
-    if measure == "load_spread":
-        return np.mean(result["load_spread_by_step"][-5:])
-    if measure == "cpu_minutes":
-        return result["cpu_seconds"] / 60
-    found = result | losses
+        return sum(result["losses"].values())
+    found = result | result["losses"]
     return found[measure] if measure in found else np.mean([v for k, v in found.items() if k.endswith("_" + measure)])
 
 
@@ -275,9 +270,8 @@ def main():
     parser.add_argument("--work", required=True, type=Path, help="folder for the toy and the runs")
     parser.add_argument("--seeds", nargs="+", default=list("01234"))
     parser.add_argument("--only", nargs="+", help="claims, or arms as claims.json names them; all by default")
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).with_suffix(".json"), help="one a process, where several run"
-    )
+    own = Path(__file__).with_suffix(".json")
+    parser.add_argument("--out", type=Path, default=own, help="one a process, where several run")
     parser.add_argument("--cache", help="features to train on in the place of the toy's")
     parser.add_argument("--teacher", help="NAME=SPEC of the cache's teacher that embeds the names of classes")
     args = parser.parse_args()
@@ -287,7 +281,7 @@ def main():
     if args.cache:
         teacher = load_teachers([args.teacher], args.work, torch.device("cpu"))[0]
         text_of = lambda name: embed_text(teacher, [t.format(name) for t in evaluate.TEMPLATES])  # noqa: E731
-        photos = Pictures(data.Cache(args.cache), text_of, balanced=True)
+        photos = Pictures(data.Cache(args.cache), text_of)
     found = json.loads(args.out.read_text()) if args.out.exists() else {}
     for seed, (arm, words) in itertools.product(args.seeds, ARMS.items()):
         asked = not args.only or {arm, arm.split(": ")[0]} & set(args.only)

@@ -60,19 +60,6 @@ def toy():
     return [*scores(runs, longer), "", note]
 
 
-def evaluate():
-    """A line a measure and head, a column a token budget, of `python evaluate.py` on the photos."""
-    rows = {}
-    for path in HERE.glob("evaluate_*.json"):
-        who = "student, `{}`" if path.stem.endswith("student") else "teacher `{}`"
-        for s in load(path.stem)["scores"]:
-            for figure in {"knn", "text_recall_at_10", "image_recall_at_10"} & s.keys():
-                cells = {"measure": f"{figure} ({s['images']} images)", "features": who.format(s["head"])}
-                row = rows.setdefault((figure != "knn", *cells.values()), cells)
-                row[f"{s['max_tokens']} tokens"] = f"{s[figure]:.3f}"
-    return table([row for _, row in sorted(rows.items())])
-
-
 def step():
     lines = (
         ("tokens in a pack", "tokens", "{:.0f}"),
@@ -157,16 +144,15 @@ def toy_and_cifar(which, measures):
 
 INT8 = (*SCORES, "patch_cosine", "loss", "dense_registers")
 BY_BUDGET = [f"{measure}_at_{n}" for measure in SCORES for n in BUDGETS]
-SHARES = ("text_share", *(f"{who}_{kind}_cosine" for who in ("text", "dense") for kind in ("summary", "patch")))
+COSINES = "text_summary_cosine", "text_patch_cosine", "dense_summary_cosine", "dense_patch_cosine"
 BY_FREQUENCY = "zeroshot_balanced", "knn_balanced", "zeroshot_long_tail", "knn_long_tail"
-TABLES = {make.__name__: make for make in (toy, evaluate, step, lower, kmeans, balance)} | {
+TABLES = {make.__name__: make for make in (toy, step, lower, kmeans, balance)} | {
     "photos": lambda: scores([load("photos")]),
     "evidence": lambda: arms("claims"),
     "evidence_cifar": lambda: arms("claims_cifar", measures=("zeroshot", "knn", *GEOMETRY)),
     "default_run": lambda: arms("claims", "default run"),
     "larger_batch": lambda: arms("claims", "larger batch"),
-    "shares": lambda: toy_and_cifar(("as it is", "PHI-S"), SHARES),
-    "costs": lambda: arms("claims", ("as it is", "MoE", "bias", "optimiser"), ("cpu_minutes", "load_spread")),
+    "cosines": lambda: toy_and_cifar(("as it is", "PHI-S"), COSINES),
     "int8": lambda: arms("claims", ("as it is", "int8"), INT8),
     "budgets": lambda: arms("claims", "token budgets", BY_BUDGET),
     "curating": lambda: toy_and_cifar("curation", BY_FREQUENCY),
