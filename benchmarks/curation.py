@@ -12,13 +12,24 @@ from benchmarks.measure import ROOT, in_turns, machine, ratios, record, timed
 # isort: split
 import argparse
 import functools
-import importlib.util
+import importlib
 import time
+from importlib.util import find_spec
 from statistics import median
 from unittest import mock
 
 import numpy as np
 import torch
+
+WAYS = {"curate.kmeans": "curate", "curate.kmeans, float32 products only": "curate", "faiss-cpu": "faiss"}
+WAYS |= {"scikit-learn": "sklearn.cluster", "SuperKMeans": "superkmeans"}  # each beside the module it needs
+KINDS = {"Gaussian": (1, 0.0, 0.0), "mixture": (50, 0.0, 1.0), "Zipf": (2000, 1.0, 1.0)}  # groups, power, distance
+TREES = {  # levels, resamplings
+    "curate": ((1000, 100), 10),
+    "no resampling": ((1000, 100), 0),
+    "flat k-means, 1000 clusters": ((1000,), 0),
+    "random": None,
+}
 
 
 def clusters(n, d, groups, power, distance, seed):
@@ -28,15 +39,6 @@ def clusters(n, d, groups, power, distance, seed):
     label = rng.choice(groups, n, p=p / p.sum())
     centre = rng.standard_normal((groups, d)) * distance
     return (centre[label] + rng.standard_normal((n, d))).astype(np.float32), label
-
-
-WAYS = {"curate.kmeans": "curate", "curate.kmeans, float32 products only": "curate", "faiss-cpu": "faiss"}
-WAYS |= {"scikit-learn": "sklearn.cluster", "SuperKMeans": "superkmeans"}  # each beside the module it needs
-KINDS = {  # of data: groups, power, distance
-    "Gaussian": (1, 0.0, 0.0),
-    "mixture": (50, 0.0, 1.0),
-    "Zipf": (2000, 1.0, 1.0),
-}
 
 
 def centroids_by(name, x, init, n_iter):
@@ -58,39 +60,28 @@ def centroids_by(name, x, init, n_iter):
         return curate.kmeans(x, init_KD=init, n_iter=n_iter)[0]
 
 
-def inertia(x, c):
-    """Mean squared distance to the nearest centroid, in float64 by differences."""
-    _, label = curate.kmeans(x, init_KD=c, n_iter=0)
-    return float(((x.astype(np.float64) - c[label]) ** 2).sum(1).mean())
-
-
 def speed(n, d, k, kind, n_iter=10, repeats=2):
-    """CPU seconds of n_iter iterations over those of n_iter bare products x @ c.T; inertia from one start."""
+    """CPU seconds of n_iter iterations over those of n_iter bare products x @ c.T; from one start, the mean squared
+    distance to the nearest centroid (in float64, by differences)."""
     x, _ = clusters(n, d, *KINDS[kind], seed=0)
     init = x[np.random.default_rng(0).choice(n, k, replace=False)]
     x_ND, c_KD = torch.from_numpy(x), torch.from_numpy(init)
-    found = [name for name in WAYS if importlib.util.find_spec(WAYS[name].split(".")[0])]
-    print(f"{n} x {d}, K = {k}, {kind}; measured: {', '.join(found)}", flush=True)
+    found = [name for name, module in WAYS.items() if find_spec(module.split(".")[0])]
     ways = {name: functools.partial(centroids_by, name, x, init, n_iter) for name in found}
-    seconds = in_turns({"product": lambda: x_ND @ c_KD.T} | ways, repeats, time.process_time)
+    seconds, result = in_turns({"product": lambda: x_ND @ c_KD.T} | ways, repeats, time.process_time), {}
     product = seconds.pop("product")
-    times = {name: [t / n_iter for t in ratios(taken, product)] for name, taken in seconds.items()}
+    for name, taken in seconds.items():
+        times, c = [t / n_iter for t in ratios(taken, product)], ways[name]()
+        nearest = c[curate.kmeans(x, init_KD=c, n_iter=0)[1]]
+        inertia = float(((x.astype(np.float64) - nearest) ** 2).sum(1).mean())
+        result[name] = {"median": median(times), "all": times, "inertia": inertia}
+    seeding = timed(lambda: curate.kmeans(x, k=k, n_iter=0), time.process_time)
     return {
         "data": f"{n // 1000}k x {d}, K = {k}, {kind}",
         "gemm_cpu_s": median(product),
-        "seeding_over_gemm": timed(lambda: curate.kmeans(x, k=k, n_iter=0), time.process_time) / median(product),
-        "ratio_to_gemm": {
-            name: {"median": median(t), "all": t, "inertia": inertia(x, ways[name]())} for name, t in times.items()
-        },
+        "seeding_over_gemm": seeding / median(product),
+        "ratio_to_gemm": result,
     }
-
-
-TREES = {  # levels, resamplings
-    "curate": ((1000, 100), 10),
-    "no resampling": ((1000, 100), 0),
-    "flat k-means, 1000 clusters": ((1000,), 0),
-    "random": None,
-}
 
 
 def balance(distance):
