@@ -3,11 +3,10 @@
     python -m benchmarks.claims --work DIR [--seeds 0 1 2 3 4] [--only ARKD "MoE: top-1 of 8"] [--out FILE]
                                 [--cache CACHE --teacher NAME=SPEC]
 
-writes claims.json beside this file as runs end, and goes on from it: on the toy world, or, with another --out, on a
-feature cache of images in a folder a class, whose --teacher embeds their names; its teachers are one that is aligned
-with text and a dense one, in this order. Runs are short, so that all can be had on a CPU: `SHORT` says how. They are
-compared on held-out images, by scores and by how much of the teachers' geometry the student keeps; no arm was tuned.
-`python -m benchmarks.tables` makes the tables of docs/evidence.md.
+writes claims.json beside this file as runs end, and goes on from it: on the toy world or, with another --out, on a
+feature cache of images in a folder a class, of a teacher aligned with text and then a dense one; --teacher embeds the
+classes' names. Runs are short, for a CPU (`SHORT`), and compared on held-out images, by scores and by how much of the
+teachers' geometry the student keeps; no arm was tuned. `python -m benchmarks.tables` makes docs/evidence.md's tables.
 """
 
 import argparse
@@ -34,7 +33,7 @@ from common.store import write_json
 from teachers import embed_text, load_teachers
 
 SHORT = "--optimizer adamw --schedule cosine --lr 6e-3 --weight-decay 0.02 --steps 300 --tokens 1024 --sizes layers=2"
-BUDGETS = 16, 32, 64
+OUT, BUDGETS = Path(__file__).with_suffix(".json"), (16, 32, 64)
 # {arm, "CLAIM: NAME": its words}: flags of train.py that follow SHORT, or "long" and those that follow nothing (--sizes
 # add up). A word toy-... names a cache of the toy in another dtype or with other token budgets; one with a slash says
 # how images are chosen (`choose`).
@@ -103,22 +102,20 @@ class Pictures:
     """A cache that runs are trained on, its images held out, their classes and what these are called."""
 
     def __init__(self, cache, text_of, world=None):
-        """text_of: a class's name to embeddings [n, C], in the space of the first teacher.
-
-        world: the toy's. Classes of other pictures are alike frequent: curation is asked of a long-tailed part of them.
-        """
+        """text_of: a class's name to embeddings [n, C], in the space of the first teacher. world: the toy's."""
         self.cache, self.world, (trained, self.held) = cache, world, evaluate.split(cache)
         self.bank = trained[:: max(1, len(trained) // 2000)]
         parts = ((cache, part) for part in (trained, self.bank, self.held))
         labels, self.labels, self.truth = evaluate.class_numbers(*parts)
-        pool = slice(None) if world else long_tail(labels)
+        pool = np.arange(len(labels))  # what curation is asked of
+        if not world:  # classes are alike frequent: all of the first down to 1% of the last, evenly in log
+            most = labels.bincount()
+            kept = most * 0.01 ** torch.linspace(0, 1, len(most), dtype=torch.float64)
+            pool = np.sort(curate.first_of_each(labels.numpy(), kept.ceil().long().numpy(), pool))
         self.ids = np.array([int(cache.shard(number).ids[i]) for number, i in trained])[pool]
         names = sorted({evaluate.category(cache, entry) for entry in [*trained, *self.held]})
-        self.frequency = labels[pool].bincount(minlength=len(names)).double()
+        self.frequency = labels[pool].bincount(minlength=len(names))
         self.text = torch.stack([F.normalize(text_of(name), dim=1).mean(0) for name in names])
-
-    def toy_scores(self, model):
-        return toy.scores(self.world, self.cache, {"student": model})["student"]
 
     def scores(self, model, summaries):
         """kNN in the dense teacher's space and zero-shot; with classes alike, and as frequent as in the pool.
@@ -129,23 +126,13 @@ class Pictures:
         known, _ = evaluate.summaries_by_head(model, self.cache, self.bank, [dense])
         classes, count = self.truth.unique(return_counts=True)
         weights = {"": count, "_balanced": torch.ones(len(classes)), "_long_tail": self.frequency[classes]}
-        share = {"knn": [], "zeroshot": []}  # of each class
+        of_class = {"knn": [], "zeroshot": []}
         for some in (self.truth == k for k in classes):
             truth = self.truth[some]
-            share["knn"].append(evaluate.knn(known[dense], self.labels, summaries[dense][some], truth))
-            share["zeroshot"].append(evaluate.zeroshot(summaries[text][some], self.text, truth))
-        return {
-            measure + name: float(np.average(of_class, weights=weight.numpy()))
-            for measure, of_class in share.items()
-            for name, weight in weights.items()
-        }
-
-
-def long_tail(label_N, least=0.01):
-    """Indices of a part of a pool: all of its first class down to `least` of its last, evenly in log."""
-    most = label_N.bincount().double()
-    kept = most * least ** torch.linspace(0, 1, len(most), dtype=torch.float64)
-    return np.sort(curate.first_of_each(label_N.numpy(), kept.ceil().long().numpy(), np.arange(len(label_N))))
+            of_class["knn"].append(evaluate.knn(known[dense], self.labels, summaries[dense][some], truth))
+            of_class["zeroshot"].append(evaluate.zeroshot(summaries[text][some], self.text, truth))
+        both = itertools.product(of_class, weights)
+        return {m + how: float(np.average(of_class[m], weights=weights[how].numpy())) for m, how in both}
 
 
 def choose(pictures, how, seed):
@@ -177,11 +164,8 @@ def toy_pictures(work, name="toy"):
 
 
 def geometry(student_NC, teacher_NC):
-    """How alike two sets of features of N images lie: rank correlation of distances, linear CKA, shared neighbours.
-
-    Spearman's rho over all pairs; CKA is arXiv 1905.00414; neighbours: the part of a teacher's 10 nearest, by distance,
-    that are among the student's 10.
-    """
+    """How alike two sets of features of N images lie: Spearman's rho of all distances, linear CKA (arXiv 1905.00414),
+    and the part of a teacher's 10 nearest neighbours that are among the student's 10."""
     a, b = (x.double() - x.double().mean(0) for x in (student_NC, teacher_NC))
     rho = scipy.stats.spearmanr(F.pdist(a), F.pdist(b)).statistic
     cka = (a.T @ b).square().sum() / ((a.T @ a).norm() * (b.T @ b).norm())
@@ -215,10 +199,11 @@ def run(work, out, arm, seed, photos):
     seconds = time.process_time() - began
     model = evaluate.of_student(amoe.load(out / "student"))
     summaries, _ = evaluate.summaries_by_head(model, pictures.cache, pictures.held, None)
-    result = pictures.scores(model, summaries) if part or photos else pictures.toy_scores(model)
+    on_toy = lambda toys: toy.scores(toys.world, toys.cache, {"student": model})["student"]  # noqa: E731
+    result = pictures.scores(model, summaries) if part or photos else on_toy(pictures)
     result |= imitation(model, pictures, summaries)
     for n in BUDGETS if name[-1].isdigit() else ():
-        scores = toy_pictures(work, f"toy-{n}").toy_scores(model)
+        scores = on_toy(toy_pictures(work, f"toy-{n}"))
         result |= {f"{measure}_at_{n}": score for measure, score in scores.items()}
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()][1:]
     terms = "_patch", "_summary", "_registers", "_arkd"
@@ -232,9 +217,8 @@ def run(work, out, arm, seed, photos):
 
 def base_of(arm):
     """The arm that another is compared with: the run as it is, or the first of its claim."""
-    claim = arm.split(": ")[0]
-    own = claim.startswith(OWN_BASE)
-    return next(arm for arm in ARMS if arm.startswith(f"{claim}: ")) if own else "as it is"
+    claim = arm.split(": ")[0] + ": "
+    return next(arm for arm in ARMS if arm.startswith(claim)) if claim.startswith(OWN_BASE) else "as it is"
 
 
 def compared(found, measures=MEASURES):
@@ -270,8 +254,7 @@ def main():
     parser.add_argument("--work", required=True, type=Path, help="folder for the toy and the runs")
     parser.add_argument("--seeds", nargs="+", default=list("01234"))
     parser.add_argument("--only", nargs="+", help="claims, or arms as claims.json names them; all by default")
-    own = Path(__file__).with_suffix(".json")
-    parser.add_argument("--out", type=Path, default=own, help="one a process, where several run")
+    parser.add_argument("--out", type=Path, default=OUT, help="one a process, where several run")
     parser.add_argument("--cache", help="features to train on in the place of the toy's")
     parser.add_argument("--teacher", help="NAME=SPEC of the cache's teacher that embeds the names of classes")
     args = parser.parse_args()

@@ -7,7 +7,7 @@ measured if installed (`pip install faiss-cpu scikit-learn superkmeans`; nothing
 
 import curate
 import kernels.kmeans
-from benchmarks.measure import ROOT, in_turns, machine, ratios, record, timed
+from benchmarks.measure import ROOT, in_turns, machine, record, timed
 
 # isort: split
 import argparse
@@ -71,7 +71,7 @@ def speed(n, d, k, kind, n_iter=10, repeats=2):
     seconds, result = in_turns({"product": lambda: x_ND @ c_KD.T} | ways, repeats, time.process_time), {}
     product = seconds.pop("product")
     for name, taken in seconds.items():
-        times, c = [t / n_iter for t in ratios(taken, product)], ways[name]()
+        times, c = [t / p / n_iter for t, p in zip(taken, product, strict=True)], ways[name]()
         nearest = c[curate.kmeans(x, init_KD=c, n_iter=0)[1]]
         inertia = float(((x.astype(np.float64) - nearest) ** 2).sum(1).mean())
         result[name] = {"median": median(times), "all": times, "inertia": inertia}

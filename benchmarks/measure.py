@@ -35,11 +35,6 @@ def in_turns(ways, repeats, clock=time.perf_counter):
     return {name: [turn[name] for turn in turns[1:]] for name in ways}
 
 
-def ratios(a, b):
-    """Turn by turn."""
-    return [x / y for x, y in zip(a, b, strict=True)]
-
-
 def median_ms(function):
     """Median milliseconds of a call; on CUDA with L2 cleared before each."""
     if not CUDA:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 import amoe
 import data
 import train
-from benchmarks.measure import CUDA, in_turns, machine, peaks, ratios, record, timed
+from benchmarks.measure import CUDA, in_turns, machine, peaks, record, timed
 from common.log import Interval
 from common.order import Order, Position
 from kernels.attention import mask_blocks
@@ -84,17 +84,13 @@ def padded(batch, n_tokens=None):
 
 def time_padding(run, packs, n_tokens, repeats):
     """Useful tokens a second of run(pack) on packs, and on the same images padded; the ratio is a median over turns."""
-    wide = [padded(batch, n_tokens) for batch in packs]
-    seconds = in_turns({"packed": lambda: [*map(run, packs)], "padded": lambda: [*map(run, wide)]}, repeats)
-    useful = [int(batch.starts[-1]) for batch in packs]
+    wide, useful = [padded(batch, n_tokens) for batch in packs], [int(batch.starts[-1]) for batch in packs]
     # a padded pack may hold fewer images: they count as average ones of the pack
-    kept = sum(n * w.n_images / b.n_images for n, b, w in zip(useful, packs, wide, strict=True))
-    of_packed, of_padded = [sum(useful) / s for s in seconds["packed"]], [kept / s for s in seconds["padded"]]
-    return {
-        "packed_tokens_per_s": median(of_packed),
-        "padded_tokens_per_s": median(of_padded),
-        "packed_over_padded": median(ratios(of_packed, of_padded)),
-    }
+    kept = [n * w.n_images / b.n_images for n, b, w in zip(useful, packs, wide, strict=True)]
+    seconds = in_turns({"packed": lambda: [*map(run, packs)], "padded": lambda: [*map(run, wide)]}, repeats)
+    rates = {name: [sum(n) / s for s in seconds[name]] for name, n in (("packed", useful), ("padded", kept))}
+    ratio = median(a / b for a, b in zip(rates["packed"], rates["padded"], strict=True))
+    return {f"{name}_tokens_per_s": median(rates[name]) for name in rates} | {"packed_over_padded": ratio}
 
 
 def flops_per_token(model, mean_length):
@@ -191,10 +187,7 @@ def main(words=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, help="folder of step.json")
     args, words = parser.parse_known_args(words)
-
-    def keep(result):
-        record(args.out, "step.json", result["name"], result)
-
+    keep = lambda result: record(args.out, "step.json", result["name"], result)  # noqa: E731
     with tempfile.TemporaryDirectory() as folder:  # where train.py keeps what it fits for --images
         result = measure_step([*words, "--out", folder], 5, keep)
     keep(result)

@@ -11,7 +11,6 @@ from pathlib import Path
 from statistics import mean, median, stdev
 
 from benchmarks.claims import BUDGETS, MEASURES, base_of, compared, value
-from benchmarks.measure import ratios
 
 HERE = Path(__file__).resolve().parent
 SCORES, GEOMETRY = MEASURES[:3], MEASURES[3:]
@@ -37,14 +36,14 @@ def scores(runs, longer=()):
     """A line a measure, means over runs: student (in longer runs too), teacher, untrained student."""
     rows = []
     for measure in runs[0]["student"]:
-        who = "student", "teacher", "untrained"
-        student, teacher, untrained = ([r[w][measure] for r in runs if measure in r[w]] for w in who)
+        student, untrained = ([r[who][measure] for r in runs] for who in ("student", "untrained"))
         row = {"measure": measure, "student": spread(student)}
         if longer:
             row[f"after {longer[0]['steps']} steps"] = spread([r["student"][measure] for r in longer])
-        row["teacher"] = f"{mean(teacher):.3f}" if teacher else ""
-        row["untrained"] = f"{mean(untrained):.3f}"
-        row["share of the teacher"] = f"{mean(ratios(student, teacher)):.0%}" if teacher else ""
+        teacher = [r["teacher"][measure] for r in runs if measure in r["teacher"]]
+        row |= {"teacher": f"{mean(teacher):.3f}" if teacher else "", "untrained": f"{mean(untrained):.3f}"}
+        if teacher:
+            row["share of the teacher"] = f"{mean(a / b for a, b in zip(student, teacher, strict=True)):.0%}"
         rows.append(row)
     return table(rows)
 
@@ -92,17 +91,16 @@ def lower():
 
 def kmeans():
     """A line a library, a column a data set."""
-    runs = {r["data"]: r for name, r in sorted(load("curation").items()) if name.startswith("speed")}
-    rows = []
-    for way in dict.fromkeys(way for r in runs.values() for way in r["ratio_to_gemm"]):
-        rows.append(row := {"": way})
-        for data, r in runs.items():
-            if c := r["ratio_to_gemm"].get(way):
-                row[data] = f"{c['median']:.2f} ({min(c['all']):.2f}-{max(c['all']):.2f}); {c['inertia']:.1f}"
-    rows.append({"": "n"} | {data: len(r["ratio_to_gemm"]["curate.kmeans"]["all"]) for data, r in runs.items()})
-    others = {"bare product, CPU-s": "gemm_cpu_s", "D^2 seeds and one assignment, in products": "seeding_over_gemm"}
-    rows += [{"": row} | {data: f"{r[key]:.2f}" for data, r in runs.items()} for row, key in others.items()]
-    return table(rows)
+    rows = {}
+    for _, r in sorted(item for item in load("curation").items() if item[0].startswith("speed")):
+        ways, cells = r["ratio_to_gemm"], {}
+        for way, c in ways.items():
+            cells[way] = f"{c['median']:.2f} ({min(c['all']):.2f}-{max(c['all']):.2f}); {c['inertia']:.1f}"
+        cells |= {"n": len(ways["curate.kmeans"]["all"]), "bare product, CPU-s": f"{r['gemm_cpu_s']:.2f}"}
+        cells["D^2 seeds and one assignment, in products"] = f"{r['seeding_over_gemm']:.2f}"
+        for row, cell in cells.items():
+            rows.setdefault(row, {"": row})[r["data"]] = cell
+    return table(rows.values())
 
 
 def balance():
@@ -142,7 +140,6 @@ def toy_and_cifar(which, measures):
     return [*arms("claims", which, measures, "toy"), "", *arms("claims_cifar", which, of_cifar, "CIFAR-10")]
 
 
-INT8 = (*SCORES, "patch_cosine", "loss", "dense_registers")
 BY_BUDGET = [f"{measure}_at_{n}" for measure in SCORES for n in BUDGETS]
 COSINES = "text_summary_cosine", "text_patch_cosine", "dense_summary_cosine", "dense_patch_cosine"
 BY_FREQUENCY = "zeroshot_balanced", "knn_balanced", "zeroshot_long_tail", "knn_long_tail"
@@ -153,7 +150,7 @@ TABLES = {make.__name__: make for make in (toy, step, lower, kmeans, balance)} |
     "default_run": lambda: arms("claims", "default run"),
     "larger_batch": lambda: arms("claims", "larger batch"),
     "cosines": lambda: toy_and_cifar(("as it is", "PHI-S"), COSINES),
-    "int8": lambda: arms("claims", ("as it is", "int8"), INT8),
+    "int8": lambda: arms("claims", ("as it is", "int8"), (*SCORES, "patch_cosine", "loss", "dense_registers")),
     "budgets": lambda: arms("claims", "token budgets", BY_BUDGET),
     "curating": lambda: toy_and_cifar("curation", BY_FREQUENCY),
     "long_curating": lambda: toy_and_cifar("long curation", BY_FREQUENCY),
