@@ -121,7 +121,7 @@ def lower_step(config, tokens):
         kernels.extend(describe(kernel, 4 * pairs * config.heads * config.head_dim) for kernel in scheduled)
         return scheduled
 
-    inductor.fx_graph_cache = False
+    inductor.fx_graph_cache = False  # it would want to pickle `count`
     inductor.joint_graph_constant_folding = inductor.shape_padding = False  # they would compute
     inductor._post_fusion_custom_pass = count
     functorch.backward_pass_autocast = "off"  # as train.compile_forward has it
@@ -189,7 +189,7 @@ def describe(kernel, attention_flops):
         what = "cast"
     known = [o for o in origins if place(o).strip()] or origins
     groups = [next(g for g, pattern in GROUPS.items() if re.search(pattern, f"{what} {place(o)}")) for o in known]
-    group = mode(sorted(groups) or [*GROUPS][-1:])  # a tie is decided by names: a set has no order
+    group = mode(sorted(groups))  # a tie is decided by names: a set has no order
     return group, kernel.get_read_write_buffers_sizes(), flops
 
 
@@ -226,17 +226,13 @@ def compile_own():
             expert = torch.zeros(64, 2, dtype=torch.int64)
             moe_file.GroupedExperts.apply(x, expert, weight, w, w, w, dtype).sum().backward()
         z, scalars = (torch.ones(64, 64), torch.ones(64)), torch.ones(4)
-        for flag in (False, True):
-            arkd_file.triton_distances(z, 0, 64)
-            arkd_file.triton_pairs(z, z, scalars, "arkd", 0, 64, weights=flag)
+        arkd_file.triton_distances(z, 0, 64)
+        for weights in (False, True):
+            arkd_file.triton_pairs(z, z, scalars, "arkd", 0, 64, weights)
     assembler = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
     for name, binary in binaries.values():
-        code = binary.asm["ptx"]
-        with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-            file.write(code)
-            file.flush()
-            words = [assembler, "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"]
-            said = subprocess.run(words, capture_output=True, text=True, check=True).stderr
+        code, words = binary.asm["ptx"], [assembler, "-v", "--gpu-name=sm_90a", "-", "-o", "/dev/null"]
+        said = subprocess.run(words, input=code, capture_output=True, text=True, check=True).stderr
         spilled = sum(map(int, re.findall(r"(\d+) bytes spill", said)))
         registers, products = re.search(r"Used (\d+) registers", said)[1], code.count("wgmma.mma_async")
         print(f"{name[:72]:<72}{binary.metadata.shared:>8}{registers:>6}{spilled:>9}{products:>7}", flush=True)

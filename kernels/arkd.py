@@ -254,7 +254,7 @@ class Relational(torch.autograd.Function):
             own = (sums_2 if span == rows else total(sums, rows))[0].clone()
             c = over_ranks(sums_2[1].clone(), group).to(dtype) / means_2[0] / (B * (B - 1))
         ctx.save_for_backward(*student, *teacher, torch.cat([scalars, c[None]]))
-        ctx.mode, ctx.impl, ctx.rows = mode, impl, rows
+        ctx.pairs, ctx.mode, ctx.rows = pairs, mode, rows
         return (own / (B * (B - 1))).to(dtype)
 
     @staticmethod
@@ -263,7 +263,7 @@ class Relational(torch.autograd.Function):
         B, student, out_BD = len(z_BD), (z_BD, square_B), torch.zeros_like(z_BD)
         with full_float32():
             for start, stop in strips(*ctx.rows):
-                weight_RB = FORMS[ctx.impl][1](student, teacher, scalars, ctx.mode, start, stop, weights=True)
+                weight_RB = ctx.pairs(student, teacher, scalars, ctx.mode, start, stop, weights=True)
                 out_BD[start:stop] = z_BD[start:stop] * weight_RB.sum(1, keepdim=True) - weight_RB @ z_BD
         return out_BD * (grad * 2 / (B * (B - 1)) / scalars[0]), None, None, None, None, None
 

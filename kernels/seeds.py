@@ -6,7 +6,6 @@ as curate.Points: centred rows by id, in blocks, over any number of ranks.
 Shape letters: N points (or this rank's), K centroids, D channels, B points of a block, M points of a selection.
 """
 
-import itertools
 from contextlib import contextmanager
 
 import numpy as np
@@ -81,14 +80,14 @@ def draw_seeds(points, k, seed):
     best = random_of(ids_N, seed, 0).argsort()[:1]  # none where a rank has no points
     best = points.all_concat(ids_N[best])
     chosen = new = [int(best[random_of(best, seed, 0).argmin()])]
-    d2_N = np.full(len(ids_N), np.inf)
-    for round_ in itertools.count(1):
-        if len(chosen) >= k or not new:
-            return np.array(chosen)
+    d2_N, round_ = np.full(len(ids_N), np.inf), 0
+    while len(chosen) < k and new:
+        round_ += 1
         lower_squared_distances(points, d2_N, new)
         at_most = min(max(16, 2 * len(chosen)), 1024, 2 * (k - len(chosen)) + 16)
         new = draw_by_rejection(points, d2_N, at_most, seed, round_)[: k - len(chosen)]
         chosen = chosen + new
+    return np.array(chosen)
 
 
 def lower_squared_distances(points, d2_N, new):
