@@ -12,7 +12,7 @@ dtypes of `top3`: float32, or bfloat16 (products exact, sums in float32); any N,
 devices that have bfloat16 (compute capability 8.0 on), or under TRITON_INTERPRET=1; all else wherever torch does.
 
 Shape letters: N points, K centroids, D channels, G groups of S centroids, P = S G slots, B points of a block or tile,
-M points of a selection, E channels of an extended product.
+M points of a selection, E channels of an extended product, F choices.
 """
 
 import threading
@@ -28,6 +28,7 @@ if triton is not None:
 IMPLS = ("ref", "triton")  # of top3
 GROUPS = 32  # of centroids; a point keeps one float for each
 GATHERING = 300  # comparing a point with a group costs as much as so many more centroids: its row has to be gathered
+RATE = {"float32": 1.0, "bfloat16": 0.5}  # what a centroid costs in a search's first product, with what follows it
 UNIT = 2.0**-24  # half a unit in the last place of float32, relative
 TILE_BYTES = 16 << 20  # of scores at a time: 4 to 32 MiB ran within 4% of each other, 256 MiB 1.3x slower
 
@@ -223,7 +224,7 @@ class NearestSearch:
     `far`, which is at most the distance to any other centroid of the group. A group is *open* for the point while
     far <= near; with no group open the label is proven. (After Ding et al., "Yinyang K-Means", 2015.)
 
-    1. `screen`: one product with all centroids, or the first of every group, in bfloat16 where that is fast.
+    1. `screen`: one product with all centroids, or the first fresh_G of every group, in bfloat16 where that is fast.
        s_k = x.c_k - |c_k|^2 / 2 is largest for the nearest centroid, and rounded x', c' change it by at most
 
            |x - x'| |c_k| + |x'| |c_k - c'_k| + E 2^-24 (|x| |c_k| + |c_k|^2)          (Cauchy-Schwarz; float32 sums)
@@ -237,43 +238,45 @@ class NearestSearch:
     3. `nearest_ref`: float64, for near ties.
     """
 
-    def __init__(self, c_KD, group_GS, product):
-        self.c_KD, self.exact_KD, self.group_GS, self.product = c_KD, c_KD.double(), group_GS, product
+    def __init__(self, c_KD, group_GS, product, fresh_G=None):
+        self.c_KD, self.exact_KD, self.product = c_KD, c_KD.double(), product
         self.square_K = self.exact_KD.square().sum(1)
         length_K = self.square_K.sqrt().float()
         self.longest = length_K.max().item()
-        self.slot_P = group_GS.T.reshape(-1)  # groups side by side: the maximum by group runs along memory
-        self.bias_P = (-self.square_K / 2).float()[self.slot_P].masked_fill_(self.slot_P < 0, -3e38)
-        self.prepare_screen(length_K)
-        self.group_K, self.rank_K = torch.empty(2, len(c_KD), dtype=torch.int64, device=c_KD.device)
+        self.group_K = torch.empty(len(c_KD), dtype=torch.int64, device=c_KD.device)
         self.groups = []  # ids, middle, centroids about it, their negative squares, the longest
         for g, ids in enumerate(group_GS):
             ids = ids[ids >= 0]
-            self.group_K[ids], self.rank_K[ids] = g, torch.arange(len(ids), device=ids.device)
+            self.group_K[ids] = g
             ids = ids.sort().values
             middle_D = self.exact_KD[ids].mean(0).float()
             local_SD = c_KD[ids] - middle_D
             square_S = local_SD.double().square().sum(1).float()
             self.groups.append((ids, middle_D, local_SD.T.contiguous(), -square_S, square_S.max().sqrt()))
+        self.every = fresh_G is None
+        self.fresh_G = torch.full_like(group_GS[:, 0], group_GS.shape[1]) if self.every else fresh_G
+        # What `screen` multiplies, group by group; of a short group -1 fills the last place, which never wins.
+        self.slot_P = group_GS[torch.arange(group_GS.shape[1], device=c_KD.device) < self.fresh_G[:, None]]
+        self.prepare_screen(length_K)
 
     def prepare_screen(self, length_K):
         """The factor of `screen`'s product, by slots; in bfloat16 with the bias and the error bound as channels."""
-        d = self.c_KD.shape[1]
+        d, slot_P = self.c_KD.shape[1], self.slot_P
+        self.bias_P = (-self.square_K / 2).float()[slot_P].masked_fill_(slot_P < 0, -3e38)
         if self.product == "float32":  # h is so small that one bound for all will do, and it need not be in the product
-            self.channels, self.factor_EP = d, self.c_KD[self.slot_P].T.contiguous()
+            self.channels, self.factor_PE = d, self.c_KD[slot_P]
             return
         rounded_KD = self.c_KD.bfloat16().float()
         self.rounding = ((self.c_KD - rounded_KD).norm(dim=1) / length_K.clamp(min=1e-30)).max().item()
         self.output_error = 0.0 if self.product == "fused" else 1.02 * 2.0**-8  # the product is rounded to bfloat16
         self.bound_K = (1.01 * length_K).bfloat16().float()
         self.channels = -(-(d + 4) // 32) * 32  # rows of whole cache lines
-        factor_PE = torch.zeros(len(self.slot_P), self.channels, dtype=torch.bfloat16, device=self.c_KD.device)
-        factor_PE[:, :d], rest_P = rounded_KD[self.slot_P], self.bias_P.clone()
+        self.factor_PE = torch.zeros(len(slot_P), self.channels, dtype=torch.bfloat16, device=self.c_KD.device)
+        self.factor_PE[:, :d], rest_P = rounded_KD[slot_P], self.bias_P.clone()
         for channel in range(d, d + 3):  # |c|^2 / 2 to 24 bits
-            factor_PE[:, channel] = rest_P
-            rest_P -= factor_PE[:, channel].float()
-        factor_PE[:, d + 3] = self.bound_K[self.slot_P]
-        self.factor_EP = factor_PE.T if self.product == "fused" else factor_PE.T.contiguous()
+            self.factor_PE[:, channel] = rest_P
+            rest_P -= self.factor_PE[:, channel].float()
+        self.factor_PE[:, d + 3] = self.bound_K[slot_P]
 
     def bounds(self, norm_B, lower_B, upper_BG):
         """near_B, far_BG and open_BG from bounds of scores: |x - c|^2 = |x|^2 - 2 s, and float32's own rounding."""
@@ -282,12 +285,12 @@ class NearestSearch:
         far_BG = torch.sub((square_B - error_B)[:, None], upper_BG, alpha=2).clamp_(min=0).sqrt_()
         return near_B, far_BG, far_BG <= near_B[:, None]
 
-    def screen(self, x_BD, norm_B, rounding_B, label_B, fresh):
-        """label_B, near_B, far_BG, open_BG by one product with the first `fresh` centroids of every group. With all of
-        them label_B becomes the best; with fewer it stays, and near is infinite where the own centroid is not fresh."""
-        slots, h_B = fresh * len(self.groups), 2 * self.channels * UNIT * (norm_B + self.longest)
+    def screen(self, x_BD, norm_B, rounding_B, label_B):
+        """label_B, near_B, far_BG, open_BG by one product. Of `every` centroid label_B becomes the best; of some of
+        them it stays, and near is infinite where the own centroid is not one of these."""
+        h_B = 2 * self.channels * UNIT * (norm_B + self.longest)
         if self.product == "float32":
-            label_B, best_B, upper_BG = self.best_scores(x_BD, label_B, slots)
+            label_B, best_B, upper_BG = self.best_scores(x_BD, label_B)
             slack_B = h_B * self.longest
             return label_B, *self.bounds(norm_B, best_B - slack_B, upper_BG + slack_B[:, None])
         h_B = 1.02 * (h_B + rounding_B + 1.01 * norm_B * self.rounding)  # 1.02: for rounding h itself
@@ -296,38 +299,45 @@ class NearestSearch:
         x_BE[:, :d], x_BE[:, d : d + 3], x_BE[:, d + 3], x_BE[:, d + 4 :] = x_BD, 1, h_B, 0
         if self.product == "fused":
             return self.screen_fused(x_BD, x_BE, norm_B, h_B)
-        label_B, best_B, upper_BG = self.best_scores(x_BE, label_B, slots)
+        label_B, best_B, upper_BG = self.best_scores(x_BE, label_B)
         lower_B = best_B - self.output_error * best_B.abs() - 2 * h_B * self.bound_K[label_B]
         return label_B, *self.bounds(norm_B, lower_B, upper_BG + self.output_error * upper_BG.abs())
 
-    def best_scores(self, x_BE, label_B, slots):
+    def best_scores(self, x_BE, label_B):
         """The label and score of each point, and for each group the best score of the others. On a CPU."""
-        b, n_groups, every = len(x_BE), len(self.groups), slots == len(self.slot_P)
-        label_B, best_B, other_BG = label_B.clone(), torch.empty(b), torch.empty(b, n_groups)
-        for tile in tiles(b, slots):
-            m = tile.stop - tile.start
-            score_MP = scratch("score", m, slots, torch.float32, x_BE.device)
+        n_groups, label_B, best_B = len(self.groups), label_B.clone(), torch.full((len(x_BE),), -torch.inf)
+        other_GB = torch.full((n_groups, len(x_BE)), -3e38)
+        place_K = torch.full((len(self.c_KD) + 1,), -1)  # of a centroid in slot_P; the last is of -1
+        place_K[self.slot_P] = torch.arange(len(self.slot_P))
+        for tile in tiles(len(x_BE), len(self.slot_P)):
+            row_M = torch.arange(tile.stop - tile.start)
+            score_PM = scratch("score", len(self.slot_P), len(row_M), x_BE.dtype, x_BE.device)
             if self.product == "float32":
-                torch.addmm(self.bias_P[:slots], x_BE[tile], self.factor_EP[:, :slots], out=score_MP)
+                torch.addmm(self.bias_P[:, None], self.factor_PE, x_BE[tile].T, out=score_PM)
             else:
-                product_MP = scratch("product", m, slots, torch.bfloat16, x_BE.device)
-                score_MP.copy_(torch.mm(x_BE[tile], self.factor_EP[:, :slots], out=product_MP))
-            row_M, score_MSG = torch.arange(m), score_MP.view(m, -1, n_groups)
-            top_MG = score_MSG.amax(1)
-            g_M = argmax(top_MG) if every else self.group_K[label_B[tile]]
-            own_MS = score_MSG[row_M, :, g_M]
-            s_M = argmax(own_MS) if every else self.rank_K[label_B[tile]].clamp(max=own_MS.shape[1])
-            if every:
-                label_B[tile] = self.slot_P[s_M * n_groups + g_M]
-            own_MS = torch.nn.functional.pad(own_MS, (0, 1), value=-torch.inf)  # the last: own, and not fresh
-            best_B[tile] = own_MS.gather(1, s_M[:, None])[:, 0]
-            top_MG[row_M, g_M] = own_MS.scatter_(1, s_M[:, None], -3e38).amax(1)
-            other_BG[tile] = top_MG
-        return label_B, best_B, other_BG
+                torch.mm(self.factor_PE, x_BE[tile].T, out=score_PM)
+            if self.every:
+                score_GSM = score_PM.view(n_groups, -1, len(row_M))
+                top_GM = score_GSM.amax(1).float()
+                g_M = argmax(top_GM.T)
+                own_MS = score_GSM[g_M, :, row_M].float()
+                s_M = argmax(own_MS)
+                label_B[tile], best_B[tile] = self.slot_P[g_M * own_MS.shape[1] + s_M], own_MS[row_M, s_M]
+                top_GM[g_M, row_M] = own_MS.scatter_(1, s_M[:, None], -3e38).amax(1)
+                other_GB[:, tile] = top_GM
+            else:
+                place_M = place_K[label_B[tile]]
+                row_M = (place_M >= 0).nonzero()[:, 0]
+                own = place_M[row_M], row_M
+                best_B[tile.start + row_M], score_PM[own] = score_PM[own].float(), -3e38
+                for other_B, score_SM in zip(other_GB, score_PM.split(self.fresh_G.tolist()), strict=True):
+                    if len(score_SM):
+                        other_B[tile] = score_SM.amax(0)
+        return label_B, best_B, other_GB.T
 
     def screen_fused(self, x_BD, x_BE, norm_B, h_B):
         """The same with the scores kept on the chip: one group. Where two centroids are left, differences decide."""
-        slot_B2, upper_B3 = top3(x_BE, self.factor_EP.T, torch.zeros(len(self.slot_P), device=x_BE.device))
+        slot_B2, upper_B3 = top3(x_BE, self.factor_PE, torch.zeros(len(self.slot_P), device=x_BE.device))
         label_B2 = self.slot_P[slot_B2]
         lower_B2 = upper_B3[:, :2] - 2 * h_B[:, None] * self.bound_K[label_B2]
         two = ((lower_B2[:, 0] <= upper_B3[:, 1]) & (lower_B2.amax(1) > upper_B3[:, 2])).nonzero()[:, 0]
@@ -346,7 +356,8 @@ class NearestSearch:
         for g, rows in enumerate(row_M.split(torch.bincount(g_M, minlength=len(self.groups)).tolist())):
             if len(rows):
                 ids, middle_D, local_DS, minus_square_S, longest = self.groups[g]
-                x_MD = x_ND.index_select(0, at_B[rows]).sub_(middle_D)  # twice as fast as x_ND[at_B[rows]]
+                x_MD = scratch("row", len(rows), x_ND.shape[1], torch.float32, x_ND.device)
+                torch.index_select(x_ND, 0, at_B[rows], out=x_MD).sub_(middle_D)  # twice as fast as x_ND[at_B[rows]]
                 length_M = x_MD.norm(dim=1)  # a tenth of vecdot's time
                 score_MS = torch.addmm(minus_square_S, x_MD, local_DS, alpha=2)
                 s_M = argmax(score_MS)[:, None]
@@ -362,15 +373,16 @@ class NearestSearch:
         best_BG.scatter_(1, g_B, next_BG.gather(1, g_B))
         return label_BG.gather(1, g_B)[:, 0], near_B, (best_BG - error_BG).clamp_(min=0).sqrt_()
 
-    def find(self, x_BD, norm_B, rounding_B, label_B, near_B, far_BG, fresh):
+    def find(self, x_BD, norm_B, rounding_B, label_B, near_B, far_BG):
         """New label_B, near_B, far_BG of points from their old ones (-1, inf and -inf where nothing is known).
-        far_BG need not hold for the first `fresh` centroids of every group."""
-        label_B, near_B, far_BG, open_BG = label_B.clone(), near_B.clone(), far_BG.clone(), far_BG <= near_B[:, None]
-        if fresh:
-            label_B, new_near_B, new_far_BG, open_BG = self.screen(x_BD, norm_B, rounding_B, label_B, fresh)
-            every = fresh * len(self.groups) == len(self.slot_P)
-            near_B, far_BG = (new_near_B, new_far_BG) if every else (near_B.fmin(new_near_B), far_BG.fmin(new_far_BG))
-            open_BG = open_BG if every else far_BG <= near_B[:, None]
+        far_BG need not hold for the first fresh_G centroids of every group."""
+        if self.every:
+            label_B, near_B, far_BG, open_BG = self.screen(x_BD, norm_B, rounding_B, label_B)
+        else:
+            if len(self.slot_P):
+                _, fresh_near_B, fresh_far_BG, _ = self.screen(x_BD, norm_B, rounding_B, label_B)
+                near_B, far_BG = near_B.fmin(fresh_near_B), far_BG.fmin(fresh_far_BG)
+            label_B, open_BG = label_B.clone(), far_BG <= near_B[:, None]
         left = open_BG.any(1).nonzero()[:, 0]
         if len(left):
             wanted_MG = open_BG[left].scatter_(1, self.group_K[label_B[left]][:, None], True)
@@ -405,39 +417,47 @@ class Assignment:
 
     def set_centroids(self, c_KD):
         """Take float32 centroids [K, D] and widen all bounds by their steps."""
-        product, before = product_for(c_KD.device), self.search
+        product, before, n = product_for(c_KD.device), self.search, len(self.norm_N)
         if before is None:
             groups = split_into_groups(c_KD, 1 if product == "fused" else GROUPS)
-            self.far_NG = torch.full((len(self.norm_N), len(groups)), -torch.inf, device=c_KD.device)
+            self.far_NG = torch.full((n, len(groups)), -torch.inf, device=c_KD.device)
             self.step_K = c_KD.new_zeros(len(c_KD))
         else:
             # 1 + 1e-6 and the last bits of near and far, which are at most the data's extent, cover float32's rounding.
-            extent = before.longest + (self.norm_N.max().item() if len(self.norm_N) else 0.0)
+            extent = before.longest + (self.norm_N.max().item() if n else 0.0)
             self.step_K = (c_KD.double() - before.c_KD.double()).norm(dim=1).float() * (1 + 1e-6) + 2.0**-22 * extent
-            groups, self.moves = before.group_GS, self.moves + 1
+            groups, self.moves = self.group_GS, self.moves + 1
         if self.moves == 1:  # means group better than seeds, and after this long a step no bound is worth keeping
             groups = split_into_groups(c_KD, len(groups))
             self.far_NG.fill_(-torch.inf)
-        step_GS = self.step_K[groups].masked_fill_(groups < 0, -1.0)
-        step_GS, order_GS = step_GS.sort(dim=1, descending=True, stable=True)
-        self.step_GS = torch.nn.functional.pad(step_GS.clamp(min=0), (0, 1))
-        self.search = NearestSearch(c_KD, groups.gather(1, order_GS), product)
+        step_GS, order_GS = self.step_K[groups].masked_fill_(groups < 0, 0.0).sort(dim=1, descending=True, stable=True)
+        self.group_GS, self.step_GS = groups.gather(1, order_GS), torch.nn.functional.pad(step_GS, (0, 1))
+        fresh_G = None if self.moves < 2 or product == "fused" or not n else self.choose_fresh(product)
+        self.search = NearestSearch(c_KD, self.group_GS, product, fresh_G)
 
-    def choose_fresh(self, label_B, near_B, far_BG):
-        """How many centroids of every group, the fastest, to multiply anew: what costs least on a sample of points."""
-        search, (n_groups, size) = self.search, self.search.group_GS.shape
-        label_B, near_B, far_BG = label_B[::32], near_B[::32], far_BG[::32]
-        if label_B[0] < 0:
-            return size
-        open_BG, costs = far_BG - self.step_GS[:, 0] <= near_B[:, None], {}
-        looked, step_B = open_BG.any(1).sum(), self.step_K[label_B]
-        if search.product != "float32":  # bfloat16 is so fast that only all or none were measured
-            return size if open_BG.sum() > 0.125 * looked * n_groups else 0
-        for fresh in (size * part // 16 for part in (0, 1, 2, 3, 4, 6, 8, 12, 16)):
-            near_M = near_B - step_B * (search.rank_K[label_B] < fresh)
-            n_open = (far_BG - self.step_GS[:, fresh] <= near_M[:, None]).sum() * (fresh < size)
-            costs[fresh] = (looked * n_groups * fresh + n_open * (size + GATHERING)).item()
-        return min(costs, key=costs.get)
+    def choose_fresh(self, product):
+        """How many centroids of every group to multiply anew, its fastest; None: all. What costs least for a sample of
+        points, in products of a point and a centroid. On a CPU."""
+        some, (n_groups, size) = slice(None, None, -(-len(self.norm_N) // 4096)), self.group_GS.shape
+        near_M, far_MG, label_M = self.near_N[some], self.far_NG[some], self.label_N[some]
+        step_M, group_M = self.step_K[label_M], self.search.group_K[label_M]
+        looked = (far_MG - self.step_GS[:, 0] <= (near_M + step_M)[:, None]).any(1)
+        near_M, far_MG, step_M, group_M = near_M[looked], far_MG[looked], step_M[looked], group_M[looked]
+        choices = torch.tensor([size * part // 16 for part in (0, 1, 2, 3, 4, 6, 8, 12, 16)])
+        rest_FG = self.step_GS.T[choices]  # the longest step of those that are not multiplied
+        near_FM = near_M + step_M * (step_M <= rest_FG[:, group_M])  # unless the own centroid is multiplied
+        open_FMG = far_MG - rest_FG[:, None] <= near_FM[:, :, None]
+        open_FMG[-1] = False
+        m, rate, pair, blurred = len(near_M), RATE[product], size + GATHERING, product != "float32"
+        f_G = (m * rate * choices[:, None] + pair * open_FMG.sum(1)).argmin(0)
+        own_MG = torch.nn.functional.one_hot(group_M, n_groups) > 0  # is compared if any other group is
+        left_MG = open_FMG[f_G, :, torch.arange(n_groups)].T
+        left_MG = left_MG | own_MG & (left_MG.any(1, keepdim=True) | blurred)  # bfloat16 leaves the own group open
+        cost_of_some = m * (50 + rate * choices[f_G].sum()) + pair * left_MG.sum()
+        cost_of_none, cost_of_all = pair * (open_FMG[0] | own_MG).sum(), m * (rate * len(self.step_K) + pair * blurred)
+        if cost_of_all < min(cost_of_some, cost_of_none):
+            return None
+        return choices[f_G] * (cost_of_some < cost_of_none)
 
     def update(self, block, read_rows):
         """Bring the labels of a block (a slice of the points) up to date, once after each `set_centroids`.
@@ -451,10 +471,10 @@ class Assignment:
         if len(looked_M) == 0:
             far_BG -= self.step_GS[:, 0]
             return None, looked_M, looked_M
-        fresh = self.choose_fresh(self.label_N[block], near_B, far_BG)
         at = block if len(looked_M) > 0.8 * len(near_B) else looked_M + block.start  # a contiguous read beats a gather
-        x_MD, old_M, far_MG = read_rows(at), self.label_N[at].clone(), self.far_NG[at] - self.step_GS[:, fresh]
+        rest_G = self.step_GS.gather(1, self.search.fresh_G[:, None])[:, 0]  # the longest step of those not multiplied
+        x_MD, old_M, far_MG = read_rows(at), self.label_N[at].clone(), self.far_NG[at] - rest_G
         far_BG -= self.step_GS[:, 0]
         known = (self.norm_N[at], self.rounding_N[at], old_M, self.near_N[at], far_MG)
-        self.label_N[at], self.near_N[at], self.far_NG[at] = self.search.find(x_MD, *known, fresh)
+        self.label_N[at], self.near_N[at], self.far_NG[at] = self.search.find(x_MD, *known)
         return x_MD, old_M, self.label_N[at]

@@ -122,23 +122,25 @@ def test_bounds_of_every_sieve_hold(name):
         norm, rest = x.norm(dim=1), (x - x.bfloat16().float()).norm(dim=1)
         everywhere = torch.ones(len(x), len(groups), dtype=torch.bool)
         nothing = torch.full((len(x),), -1), torch.full((len(x),), torch.inf), torch.full(everywhere.shape, -torch.inf)
-        size = groups.shape[1]
-        screened = search.screen(x, norm, rest, nothing[0], size)[:3]
+        screened = search.screen(x, norm, rest, nothing[0])[:3]
         compared = search.compare(x, everywhere, torch.arange(len(x)))
-        for label, near, far in (screened, search.find(x, norm, rest, *nothing, size), compared):
+        for label, near, far in (screened, search.find(x, norm, rest, *nothing), compared):
             own = true.gather(1, label[:, None])[:, 0]
             assert (near >= own).all(), case
             others = true.scatter(1, label[:, None], torch.inf)
             for g, ids in enumerate(groups):
                 assert (far[:, g] <= others[:, ids[ids >= 0]].amin(1)).all(), case
         if name != "fused":
-            given = torch.arange(len(x)).flip(0)
-            part, near_part, far, _ = search.screen(x, norm, rest, given, size // 2)
+            given, fresh = torch.arange(len(x)).flip(0), torch.tensor([7, 0, 1, 12])[: len(groups)]
+            some = km.NearestSearch(c, groups, name, fresh)
+            part, near_part, far, _ = some.screen(x, norm, rest, given)
             assert torch.equal(part, given) and (near_part >= true.gather(1, given[:, None])[:, 0]).all(), case
-            assert near_part.isinf().tolist() == (search.rank_K[given] >= size // 2).tolist(), case
+            assert near_part.isinf().tolist() == (~torch.isin(given, some.slot_P)).tolist(), case
             others = true.scatter(1, given[:, None], torch.inf)
-            for g, ids in enumerate(groups[:, : size // 2]):
-                assert (far[:, g] <= others[:, ids].amin(1)).all(), case
+            for g, (ids, n) in enumerate(zip(groups, fresh.tolist(), strict=True)):
+                assert (
+                    far[:, g] <= torch.cat([others[:, ids[:n]], torch.full((len(x), 1), torch.inf)], 1).amin(1)
+                ).all(), case
         extent = norm + c.norm(dim=1).max()
         assert (near.square() <= own.square() + 3e-5 * extent.square()).all(), case  # the second sieve's: not idly far
 
