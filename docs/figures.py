@@ -1,13 +1,14 @@
 """The pictures of README.md and docs/: `python -m docs.figures [--run FOLDER] [name ...]` draws them anew.
 
-evidence, optimisers and subsets need nothing; the others want the folder that `python train.py` leaves. What explains
-and shows nothing measured is not drawn here: student.svg is edited by hand, pack.png is of commit aaf07b4 (`pack`).
+pack, evidence, optimisers and subsets need nothing; the others want the folder that `python train.py` leaves. Only
+student.svg holds nothing that a program finds: it is edited by hand.
 """
 
 import amoe
 import curate
 import data
 import evaluate
+import images
 import toy
 from benchmarks import claims, tables
 from common import pictures
@@ -31,13 +32,18 @@ SCALE = 4  # of what is drawn, over what is shown; the file has half of it
 class Page:
     """A white page, drawn four times as large as it is shown and reduced to twice: smooth lines and letters.
 
-    Points are logical pixels, or on a chart values: xs from its box's left to its right, ys from its bottom up.
+    Points are logical pixels, or on a `part` of the page values: xs from its left to its right, ys from its bottom up.
     """
 
     def __init__(self, width, height):
         self.picture = Image.new("RGB", (width * SCALE, height * SCALE), "white")
         self.draw = ImageDraw.Draw(self.picture)
         self.box, self.xs, self.ys, self.log = (0, 0, width, height), (0, width), (height, 0), False
+
+    def part(self, box, xs, ys, log=False):
+        part = copy.copy(self)
+        part.box, part.xs, part.ys, part.log = box, xs, ys, log
+        return part
 
     def at(self, x, y):
         left, top, right, bottom = self.box
@@ -57,13 +63,20 @@ class Page:
     def polygon(self, points, colour):
         self.draw.polygon([self.at(*point) for point in points], colour)
 
+    def rectangle(self, x0, y0, x1, y1, fill=None, edge=None):
+        self.draw.rectangle([self.at(x0, y0), self.at(x1, y1)], fill, edge, SCALE)
+
+    def image(self, x, y, array, width, height, how=Image.Resampling.NEAREST):
+        """width, height: in pixels."""
+        size = round(width * SCALE), round(height * SCALE)
+        self.picture.paste(Image.fromarray(np.asarray(array)).resize(size, how), self.at(x, y))
+
     def dot(self, x, y, colour, radius):
         self.draw.circle(self.at(x, y), radius * SCALE, colour)
 
     def chart(self, title, box, xs, ys, x_name="", log=False):
         """A chart on the page: its lines, ticks and words; there are ticks below where x_name says what they are of."""
-        chart, (left, right), (low, high) = copy.copy(self), xs, ys
-        chart.box, chart.xs, chart.ys, chart.log = box, xs, ys, log
+        chart, (left, right), (low, high) = self.part(box, xs, ys, log), xs, ys
         for tick in pictures.ticks(low, high, log):
             chart.line([(left, tick), (right, tick)], FAINT)
             chart.text(left, tick, f"{tick:g}", 12, GREY, "rm", shift=(-6, 0))
@@ -83,6 +96,45 @@ class Page:
         for i, (words, (colour, rows)) in enumerate(lines.items()):
             self.line([*zip(xs, np.mean(rows, 0), strict=True)], colour, 2)
             self.text(self.xs[0], self.ys[1], words, 15, colour, shift=(right, down + 24 * i))
+
+
+def pack(_):
+    """Three images, the strip of tokens that they become, and who attends to whom."""
+    T, page = 64, Page(900, 625)
+    with tempfile.TemporaryDirectory() as folder:
+        place = toy.World(folder, 60).write()
+        files = [place / toy.World.name(i) for i in (24, 36, 50)]
+        rows, shapes = zip(*(amoe.to_rows(images.load_image(file, max_tokens=16)) for file in files), strict=True)
+    starts = amoe.pack(rows, shapes, T).starts.tolist()
+    strip, square = page.part((21, 236, 879, 266), (0, T), (1, 0)), page.part((87, 380, 317, 610), (0, T), (T, 0))
+    for i, ((h, w), colour, first, end) in enumerate(
+        zip(shapes, (BLUE, ORANGE, GREEN), starts[:3], starts[1:4], strict=True)
+    ):
+        centre = 21 + 858 * (first + end) / 2 / T
+        page.text(centre, 24, f"image {i}: {h} x {w} patches", 15, colour, "mm")
+        page.polygon([(centre - 4, 200), (centre + 4, 200), (centre, 230)], colour)
+        for n, row in enumerate(rows[i]):
+            patch = row.reshape(16, 16, 3)
+            page.image(centre + (n % w - w / 2) * 30, 118 + (n // w - h / 2) * 30, patch, 28, 28)
+            strip.image(first + 5 + n, 0, patch, 12.4, 30)
+        for n in range(5):
+            strip.rectangle(first + n, 0, first + n + 0.92, 1, "white" if n else colour, colour)
+        strip.rectangle(first, 1.13, end - 0.08, 1.3, colour)
+        strip.text(first, 1.7, f"{first}", 13, colour)
+        square.rectangle(first, first, end, end, colour)
+        square.text((first + end) / 2, (first + end) / 2, f"image {i}", 13, "white", "mm")
+    square.rectangle(0, 0, T, T, edge=FAINT)
+    for part, top in ((strip, 0), (square, starts[-1])):
+        part.rectangle(starts[-1], top, T, part.ys[0], FAINT)
+    strip.text(T, 1.7, f"{starts[-1]}: padding", 13, GREY, "rm")
+    square.text(T / 2, 0, "keys", 13, GREY, "mm", shift=(0, -10))
+    square.text(0, T / 2, "queries", 13, GREY, "rm", shift=(-8, 0))
+    says = f"One pack of T = {T} tokens. A filled square is an image's CLS, four open ones are its\nregisters,"
+    page.text(21, 328, f"{says} then come its patches in row-major order. No padding between images.")
+    says = "Who attends to whom: every token of an image to\nevery token of that image, and to no other. So packing\n"
+    says += "changes no result, and images of any shape share\none batch.\n\nThe blocks follow from `starts` ="
+    page.text(377, 485, f"{says} {starts}\nalone: nothing of T x T is ever evaluated.", 16)
+    return page
 
 
 def phi_s(run):
@@ -206,8 +258,7 @@ def curation(run):
         curate.main([*words, folder])
         kept = np.load(Path(folder) / "kept.npy")
         sheet = Image.open(Path(folder) / "clusters.png").convert("RGB")
-    size = 520 * SCALE, round(520 * SCALE * sheet.height / sheet.width)
-    page.picture.paste(sheet.resize(size, Image.Resampling.LANCZOS), page.at(372, 10))
+    page.image(372, 10, sheet, 520, 520 * sheet.height / sheet.width, Image.Resampling.LANCZOS)
     label = {i: world.scenes[n].label for i, n in world.index.items()}
     pool = np.bincount([label[i] for i in cache.all_ids().tolist()], minlength=len(toy.CLASSES))
     subset = np.bincount([label[i] for i in kept.tolist()], minlength=len(toy.CLASSES))
@@ -216,7 +267,7 @@ def curation(run):
         x_name = f"the {len(count)} concepts, most frequent first"
         chart = page.chart(title, (44, top, 340, top + 180), (0, len(count)), (0, 18), x_name)
         for i, percent in enumerate(100 * count[np.argsort(-pool)] / count.sum()):
-            chart.polygon([(i, 0), (i, percent), (i + 0.8, percent), (i + 0.8, 0)], colour)
+            chart.rectangle(i, percent, i + 0.8, 0, colour)
         page.text(44, top - 42, "% of images", 13, GREY)
     return page
 
@@ -228,7 +279,7 @@ def of_largest(run):
     return evaluate.run_sheet(cache, held[-4:], models)
 
 
-FIGURES = {f.__name__: f for f in (phi_s, arkd, curation, evidence, optimisers, subsets)} | {
+FIGURES = {f.__name__: f for f in (pack, phi_s, arkd, curation, evidence, optimisers, subsets)} | {
     "curves": lambda run: pictures.curves(run / "log.jsonl"),
     "toy": of_largest,
 }

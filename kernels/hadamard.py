@@ -6,6 +6,7 @@ Shape letters: n the order, q a prime.
 import math
 
 import torch
+from scipy.linalg import hadamard as sylvester
 
 
 def hadamard(n):
@@ -13,8 +14,8 @@ def hadamard(n):
 
     Sylvester doubling, Paley I (n - 1 prime, 3 mod 4) and Paley II (n / 2 - 1 prime, 1 mod 4), and their doublings.
     """
-    if n == 1:
-        return torch.ones(1, 1, dtype=torch.float64)
+    if n & (n - 1) == 0:
+        return torch.from_numpy(sylvester(n)).double()
     two = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
     if n % 2 == 0 and (half := hadamard(n // 2)) is not None:
         return torch.kron(two, half)
