@@ -35,7 +35,6 @@ import train
 from benchmarks.measure import ROOT, record
 from benchmarks.speed import mixed_shapes, random_pack, random_spaces
 from common.process import Process
-from kernels import arkd as arkd_file
 from kernels import moe as moe_file
 from kernels import triton
 from kernels.attention import BLOCK, mask_blocks
@@ -225,10 +224,6 @@ def compile_own():
             x, weight, w = (torch.ones(shape, requires_grad=True) for shape in ((64, 64), (64, 2), (2, 64, 64)))
             expert = torch.zeros(64, 2, dtype=torch.int64)
             moe_file.GroupedExperts.apply(x, expert, weight, w, w, w, dtype).sum().backward()
-        z, scalars = (torch.ones(64, 64), torch.ones(64)), torch.ones(4)
-        arkd_file.triton_distances(z, 0, 64)
-        for weights in (False, True):
-            arkd_file.triton_pairs(z, z, scalars, "arkd", 0, 64, weights)
     assembler = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
     for name, binary in binaries.values():
         code, words = binary.asm["ptx"], [assembler, "-v", "--gpu-name=sm_90a", "-", "-o", "/dev/null"]

@@ -1,9 +1,8 @@
 """Asymmetric relational distillation (E4; AMoE, arXiv 2512.20157): pairwise distances, student against teacher.
 
-`ref` builds the B x B distances by differences: any device, float32 or float64, and the definition.
-`chunked` goes through strips of rows in plain torch: any device, float32 or float64, nothing of B x B elements.
-`triton` fuses a strip's distances, gates and slopes: CUDA GPUs (written for Hopper, sm_90), float32. What it stores as
-wide as B is a strip of distances, and in the backward one of the weights that a matrix product turns into gradients.
+`ref` builds the B x B distances by differences: it is the definition.
+`chunked` goes through strips of rows in float64, where |a|^2 - 2ab + |b|^2 does not cancel: nothing of B x B elements.
+Both run on any device, in float32 or float64, and never make the host wait for it.
 
 With n = B (B - 1), g_ij the derivative of a pair's loss by D^S_ij and mu the student's mean distance,
 
@@ -15,25 +14,21 @@ then the gradient.
 Shape letters: B summaries in the global batch, D channels (student and teacher may differ), R rows of a strip.
 """
 
-import contextlib
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from kernels import check_impl, triton, why_not_triton
-
-if triton is not None:
-    import triton.language as tl
+from kernels import check_impl
 
 MODES = ("arkd", "rkd")
-IMPLS = ("ref", "chunked", "triton")
-DTYPES = (torch.float32,)  # of the Triton kernels
+IMPLS = ("ref", "chunked")
 MEDIAN_EXACT = 4096  # images up to which the teacher's median is over every pair
 MEDIAN_SHIFTS = 128  # beyond, over MEDIAN_SHIFTS * B seeded pairs: at B = 4097 the rank of the median is off by 0.07%
 TIE = 4  # machine epsilons: distances this near the median count as equal to it, whichever form rounded them
-CLOSE = 1e-2  # |a|^2 - 2ab + |b|^2 below this share of |a|^2 + |b|^2 has cancelled: such pairs are taken by differences
-STRIP = 1024  # rows of a strip: its weights take 128 MiB at B = 32k
+ZERO = (
+    1e-13  # a squared distance below this share of |a|^2 + |b|^2 is float64's rounding, and the images count as equal
+)
+STRIP = 1024  # rows of a strip: its weights take 256 MiB at B = 32k
 SMALL = 128  # images up to which `auto` takes ref: one graph to a compiler, and 2.5 against 1.8 ms on 2 cores, D = 128
 
 
@@ -83,19 +78,15 @@ def median_cut(teacher_BD, exact=lambda z_BD: F.pdist(z_BD).median()):  # of eac
     return median * (1 - TIE * torch.finfo(median.dtype).eps)
 
 
-# ---- strips of rows, in plain torch ----
+# ---- strips of rows ----
 
 
 def strip_distances(z, start, stop):
-    """||z_i - z_j|| of rows start <= i < stop with all, [R, B]; z: centred z_BD, and its squared norms."""
+    """||z_i - z_j|| of rows start <= i < stop with all, float64 [R, B]; z: centred z_BD, and its squared norms."""
     z_BD, square_B = z
     scale_RB = square_B[start:stop, None] + square_B
     squared_RB = torch.addmm(scale_RB, z_BD[start:stop], z_BD.T, alpha=-2)
-    # In chunks: a batch of duplicates makes every pair a close one.
-    for pairs in (squared_RB < CLOSE * scale_RB).nonzero().split(16384):
-        i, j = pairs.T
-        squared_RB[i, j] = (z_BD[start + i] - z_BD[j]).square().sum(1)
-    return squared_RB.clamp_(min=0).sqrt_()
+    return squared_RB.masked_fill_(squared_RB <= ZERO * scale_RB, 0).sqrt_()
 
 
 def strip_pairs(student, teacher, scalars, mode, start, stop, weights):
@@ -109,188 +100,69 @@ def strip_pairs(student, teacher, scalars, mode, start, stop, weights):
     if weights:
         return torch.where(student_RB > 0, (slope_RB - scalars[3]) / student_RB, 0)
     loss_RB = slope_RB * (excess_RB - slope_RB / 2)  # smooth L1: x^2 / 2 up to |x| = 1, |x| - 1/2 beyond
-    return torch.stack([t.sum(dtype=torch.float64) for t in (loss_RB, slope_RB * student_RB)])
-
-
-# ---- strips of rows, in Triton ----
-
-if triton is not None:
-    BLOCK, BLOCK_D = tl.constexpr(64), tl.constexpr(32)  # 64 x 64 pairs of a tile: 32 registers of accumulator a thread
-    CLOSE_SHARE = tl.constexpr(CLOSE)
-
-    @triton.jit
-    def tile_distances(z_ptr, square_ptr, i, j, stop, B, D):
-        """||z_i - z_j|| of a tile, 0 on the diagonal and outside the strip."""
-        row_i, row_j = i.to(tl.int64) * D, j.to(tl.int64) * D
-        real_i, real_j = i < stop, j < B
-        product = tl.zeros((i.shape[0], j.shape[0]), dtype=tl.float32)
-        for k in range(0, D, BLOCK_D):
-            channel = k + tl.arange(0, BLOCK_D)
-            mask = channel < D
-            a = tl.load(z_ptr + row_i[:, None] + channel[None, :], mask=real_i[:, None] & mask[None, :], other=0.0)
-            b = tl.load(z_ptr + row_j[:, None] + channel[None, :], mask=real_j[:, None] & mask[None, :], other=0.0)
-            product = tl.dot(a, tl.trans(b), product, input_precision="ieee")  # tf32 would err by 1e-3
-        square_i = tl.load(square_ptr + i, mask=real_i, other=0.0)
-        square_j = tl.load(square_ptr + j, mask=real_j, other=0.0)
-        scale = square_i[:, None] + square_j[None, :]
-        squared = scale - 2 * product
-        pair = real_i[:, None] & real_j[None, :] & (i[:, None] != j[None, :])
-        close = pair & (squared < scale * CLOSE_SHARE)
-        if tl.max(tl.max(close.to(tl.int32), 1), 0) > 0:  # rare: duplicates, tight clusters
-            exact = tl.zeros_like(squared)
-            for k in range(D):
-                a = tl.load(z_ptr + row_i + k, mask=real_i, other=0.0)
-                b = tl.load(z_ptr + row_j + k, mask=real_j, other=0.0)
-                difference = a[:, None] - b[None, :]
-                exact += difference * difference
-            squared = tl.where(close, exact, squared)
-        return tl.where(pair, tl.sqrt(tl.maximum(squared, 0.0)), 0.0)
-
-    @triton.jit
-    def distance_kernel(z_ptr, square_ptr, out_ptr, start, stop, B, D):
-        i = start + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        d = tile_distances(z_ptr, square_ptr, i, j, stop, B, D)
-        at = (i - start).to(tl.int64)[:, None] * B + j[None, :]
-        tl.store(out_ptr + at, d, mask=(i < stop)[:, None] & (j < B)[None, :])
-
-    @triton.jit
-    def pair_kernel(
-        student_ptr,
-        student_square_ptr,
-        teacher_ptr,
-        teacher_square_ptr,
-        scalar_ptr,  # mean of the student's distances, of the teacher's, the cut, and c where WEIGHTS
-        out_ptr,  # WEIGHTS: [R, B]; else the tiles' sums of the loss, then of slope * d
-        start,
-        stop,
-        B,
-        D_student,
-        D_teacher,
-        GATED: tl.constexpr,
-        WEIGHTS: tl.constexpr,
-    ):
-        i = start + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        student = tile_distances(student_ptr, student_square_ptr, i, j, stop, B, D_student)
-        teacher = tile_distances(teacher_ptr, teacher_square_ptr, i, j, stop, B, D_teacher)
-        excess = student / tl.load(scalar_ptr) - teacher / tl.load(scalar_ptr + 1)
-        if GATED:
-            near = teacher < tl.load(scalar_ptr + 2)
-            excess = tl.where(near, tl.maximum(excess, 0.0), tl.minimum(excess, 0.0))
-        slope = tl.minimum(tl.maximum(excess, -1.0), 1.0)
-        if WEIGHTS:
-            apart = student > 0
-            weight = tl.where(apart, (slope - tl.load(scalar_ptr + 3)) / tl.where(apart, student, 1.0), 0.0)
-            at = (i - start).to(tl.int64)[:, None] * B + j[None, :]
-            tl.store(out_ptr + at, weight, mask=(i < stop)[:, None] & (j < B)[None, :])
-        else:
-            at = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-            tiles = tl.num_programs(0) * tl.num_programs(1)
-            tl.store(out_ptr + at, tl.sum(tl.sum(slope * (excess - slope / 2), 1), 0))
-            tl.store(out_ptr + tiles + at, tl.sum(tl.sum(slope * student, 1), 0))
-
-
-def tiles(start, stop, B):
-    return triton.cdiv(stop - start, BLOCK.value), triton.cdiv(B, BLOCK.value)
-
-
-def triton_distances(z, start, stop):
-    """`strip_distances`."""
-    B, D = z[0].shape
-    out_RB = z[0].new_empty(stop - start, B)
-    distance_kernel[tiles(start, stop, B)](*z, out_RB, start, stop, B, D)
-    return out_RB
-
-
-def triton_pairs(student, teacher, scalars, mode, start, stop, weights):
-    """`strip_pairs`."""
-    (B, D), grid = student[0].shape, tiles(start, stop, len(student[0]))
-    out = student[0].new_empty((stop - start, B) if weights else (2, *grid))
-    sizes = (start, stop, B, D, teacher[0].shape[1])
-    pair_kernel[grid](*student, *teacher, scalars, out, *sizes, GATED=mode == "arkd", WEIGHTS=weights)
-    # A sum per tile and no atomics: the order of addition, and so the result, is the same every time.
-    return out if weights else out.sum((1, 2), dtype=torch.float64)
-
-
-FORMS = {"chunked": (strip_distances, strip_pairs), "triton": (triton_distances, triton_pairs)}
+    return torch.stack([t.sum() for t in (loss_RB, slope_RB * student_RB)])
 
 
 # ---- autograd ----
-
-
-@contextlib.contextmanager
-def full_float32():
-    """Float32 products in float32: neither autocast nor a process-wide TF32 setting may round them."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 class Relational(torch.autograd.Function):
     """The three passes over strips, and the sums that ranks share between them."""
 
     @staticmethod
-    def forward(ctx, student_BD, teacher_BD, mode, impl, rows, group):
-        distances, pairs = FORMS[impl]
-        B, dtype = len(student_BD), student_BD.dtype
+    def forward(ctx, student_BD, teacher_BD, mode, rows, group):
+        B = len(student_BD)
         span = rows if group is not None else (0, B)  # the rows whose sums this rank contributes
-        with full_float32():
-            student, teacher = both = centred(student_BD), centred(teacher_BD)
-            zero = student_BD.new_zeros(2, dtype=torch.float64)  # a rank may have been given no rows
-            total = lambda of, rows=span: sum((of(*strip) for strip in strips(*rows)), zero)  # noqa: E731
-            # First pass: the two means.
-            sums = lambda *strip: torch.stack([distances(z, *strip).sum(dtype=zero.dtype) for z in both])  # noqa: E731
-            means_2 = (over_ranks(total(sums), group) / (B * (B - 1))).to(dtype).clamp(min=torch.finfo(dtype).tiny)
-            cut = median_cut(teacher_BD, lambda _: strip_median(distances, teacher, span, group))
-            scalars = torch.cat([means_2, cut[None]])
-            # Second pass: the loss, and c.
-            sums = lambda *strip: pairs(student, teacher, scalars, mode, *strip, weights=False)  # noqa: E731
-            sums_2 = total(sums)
-            own = (sums_2 if span == rows else total(sums, rows))[0].clone()
-            c = over_ranks(sums_2[1].clone(), group).to(dtype) / means_2[0] / (B * (B - 1))
+        student, teacher = both = centred(student_BD), centred(teacher_BD)
+        zero = student_BD.new_zeros(2, dtype=torch.float64)  # a rank may have been given no rows
+        total = lambda of, rows=span: sum((of(*strip) for strip in strips(*rows)), zero)  # noqa: E731
+        # First pass: the two means.
+        sums = lambda *strip: torch.stack([strip_distances(z, *strip).sum() for z in both])  # noqa: E731
+        means_2 = (over_ranks(total(sums), group) / (B * (B - 1))).clamp(min=torch.finfo(torch.float32).tiny)
+        cut = median_cut(teacher_BD, lambda _: strip_median(teacher, span, group))
+        scalars = torch.cat([means_2, cut[None]])
+        # Second pass: the loss, and c.
+        sums = lambda *strip: strip_pairs(student, teacher, scalars, mode, *strip, weights=False)  # noqa: E731
+        sums_2 = total(sums)
+        own = (sums_2 if span == rows else total(sums, rows))[0].clone()
+        c = over_ranks(sums_2[1].clone(), group) / means_2[0] / (B * (B - 1))
         ctx.save_for_backward(*student, *teacher, torch.cat([scalars, c[None]]))
-        ctx.pairs, ctx.mode, ctx.rows = pairs, mode, rows
-        return (own / (B * (B - 1))).to(dtype)
+        ctx.mode, ctx.rows, ctx.dtype = mode, rows, student_BD.dtype
+        return (own / (B * (B - 1))).to(student_BD.dtype)
 
     @staticmethod
     def backward(ctx, grad):
         z_BD, square_B, *teacher, scalars = ctx.saved_tensors
         B, student, out_BD = len(z_BD), (z_BD, square_B), torch.zeros_like(z_BD)
-        with full_float32():
-            for start, stop in strips(*ctx.rows):
-                weight_RB = ctx.pairs(student, teacher, scalars, ctx.mode, start, stop, weights=True)
-                out_BD[start:stop] = z_BD[start:stop] * weight_RB.sum(1, keepdim=True) - weight_RB @ z_BD
-        return out_BD * (grad * 2 / (B * (B - 1)) / scalars[0]), None, None, None, None, None
+        for start, stop in strips(*ctx.rows):
+            weight_RB = strip_pairs(student, teacher, scalars, ctx.mode, start, stop, weights=True)
+            out_BD[start:stop] = z_BD[start:stop] * weight_RB.sum(1, keepdim=True) - weight_RB @ z_BD
+        return (out_BD * (grad * 2 / (B * (B - 1)) / scalars[0])).to(ctx.dtype), None, None, None, None
 
 
-def strip_median(distances, z, rows, group):
-    """The lower median over i != j, exactly, of distances that are neither kept nor sorted; `rows` are this rank's.
+def strip_median(z, rows, group):
+    """The lower median over i != j, in float32, of distances that are neither kept nor sorted; `rows` are this rank's.
 
     Floats that are not negative sort like their bits. A histogram of the leading 16 bits, summed over ranks, finds the
-    bin of the median; those of the next 16 bits, among the distances of that bin, narrow it down to one number.
+    bin of the median; those of the other 16 bits, among the distances of that bin, narrow it down to one number.
     """
     z_BD, B = z[0], len(z[0])
-    as_bits = {torch.float32: torch.int32, torch.float64: torch.int64}[z_BD.dtype]
     found, below = torch.zeros((), dtype=torch.int64, device=z_BD.device), (B * (B - 1) - 1) // 2 + B  # B: the diagonal
-    for shift in range(8 * as_bits.itemsize - 16, -1, -16):
+    for shift in (16, 0):
         count = torch.zeros(1 << 16, dtype=torch.int64, device=z_BD.device)
         for strip in strips(*rows):
-            bits = distances(z, *strip).view(as_bits).flatten().long() >> shift
+            bits = strip_distances(z, *strip).float().view(torch.int32).flatten().long() >> shift
             count.scatter_add_(0, bits & 0xFFFF, (bits >> 16 == found).long())
         through = over_ranks(count, group).cumsum(0)
         digit = torch.searchsorted(through, below + torch.zeros_like(found), right=True)
         below, found = below - (through[digit] - count[digit]), found << 16 | digit
-    return found.to(as_bits).view(z_BD.dtype)
+    return found.int().view(torch.float32)
 
 
 def centred(z_BD):
-    """z minus its mean, and its squared norms: far from the origin every pair would count as close, and be slow."""
-    z_BD = (z_BD - z_BD.mean(0)).contiguous()
+    """z minus its mean, in float64, and its squared norms: what all have in common would only cost digits."""
+    z_BD = z_BD.double()
+    z_BD = z_BD - z_BD.mean(0)
     return z_BD, z_BD.square().sum(1)
 
 
@@ -307,15 +179,12 @@ def over_ranks(sums, group):
 # ---- the operation ----
 
 
-def choose(impl, device, dtype, n, rows=None):
+def choose(impl, n, rows=None):
     """The form that `impl` means for n images; an explicit one that cannot run raises ValueError with the reason."""
     if impl == "auto":
-        if n <= SMALL and rows is None:
-            return "ref"
-        return "triton" if device.type == "cuda" and not why_not_triton(device, dtype, DTYPES) else "chunked"
+        return "ref" if n <= SMALL and rows is None else "chunked"
     whole = None if rows is None else "computes every row and was given rows="
-    reasons = {"ref": whole, "chunked": None, "triton": why_not_triton(device, dtype, DTYPES)}
-    return check_impl("arkd", impl, reasons, "chunked")
+    return check_impl("arkd", impl, {"ref": whole, "chunked": None}, "chunked")
 
 
 def arkd(student_BD, teacher_BD, mode="arkd", impl="auto", rows=None, group=None):
@@ -324,7 +193,7 @@ def arkd(student_BD, teacher_BD, mode="arkd", impl="auto", rows=None, group=None
     mode "arkd" gates by the teacher: pairs it holds closer than the median may not be further apart in the student, the
     others may not be closer. "rkd" (arXiv 1904.05068) pulls both ways on every pair. Fewer than two images give 0.
 
-    impl "auto" is ref up to SMALL images, and beyond triton on CUDA, chunked elsewhere.
+    impl "auto" is ref up to SMALL images, and chunked beyond.
 
     rows = (start, stop), stop exclusive, shares the work over ranks that all hold the whole batch. It returns those
     rows' part of the sum over i, still over B (B - 1); its gradient is the whole loss's for z_start to z_(stop - 1) and
@@ -333,7 +202,7 @@ def arkd(student_BD, teacher_BD, mode="arkd", impl="auto", rows=None, group=None
     averaged over ranks, as DDP does). The means are the global ones either way: with `group`, a torch.distributed
     process group, each rank sums its rows and three scalars are added up; without it every rank sums all rows itself.
 
-    Raises ValueError on unequal numbers of rows, an unknown mode or impl, or an impl that cannot run here.
+    Raises ValueError on unequal numbers of rows, an unknown mode or impl, or ref with rows.
     """
     B = len(student_BD)
     if mode not in MODES:
@@ -348,9 +217,9 @@ def arkd(student_BD, teacher_BD, mode="arkd", impl="auto", rows=None, group=None
     student_BD, teacher_BD = student_BD.to(dtype), teacher_BD.detach().to(dtype)
     if group is None and rows is not None and tuple(rows) == (0, B):
         rows = None  # a world of one
-    impl = choose(impl, student_BD.device, dtype, B, rows)
+    impl = choose(impl, B, rows)
     if B < 2:
         return student_BD.sum() * 0  # a zero that stays in the graph
     if impl == "ref":
         return arkd_ref(student_BD, teacher_BD, mode)
-    return Relational.apply(student_BD, teacher_BD, mode, impl, tuple(rows or (0, B)), group)
+    return Relational.apply(student_BD, teacher_BD, mode, tuple(rows or (0, B)), group)

@@ -86,7 +86,7 @@ def moe_case(dtype, shape):
 
 
 def arkd_case(B, D):
-    forms = forms_of(arkd_file, arkd_file.arkd, FLOAT32, B)
+    forms = {impl: functools.partial(arkd_file.arkd, impl=impl) for impl in arkd_file.IMPLS}
     if B > arkd_file.MEDIAN_EXACT:
         forms["ref"] = f"its {B} x {B} tensors would take {B * B * 4 / 2**30:.0f} GiB each"
     elif CUDA:
