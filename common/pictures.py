@@ -1,5 +1,6 @@
 """Pictures of a run: principal components of patch features, sheets of images, curves of the log."""
 
+import copy
 import json
 import math
 import sys
@@ -12,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, features
 from common.store import write_atomically
 
 PENS = ("#222222", "#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22")
-GREY, GREEN = (150, 150, 150), (0, 130, 70)
+INK, GREY, FAINT, GREEN = (40, 44, 52), (125, 130, 140), (226, 229, 234), (0, 130, 70)
 SIDE, ACROSS, LEFT, TOP = 72, 12, 190, 34  # of clusters: pixels of a picture's square, squares a row, margins
 
 
@@ -100,6 +101,51 @@ def draw(path, make):
         print(f"{path} was not drawn: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
 
 
+class Page:
+    """A white page, drawn `scale` times as large as it is laid out, to be reduced: smooth lines and letters.
+
+    Points are pixels, or on a `part` of the page values: xs from its left to its right, ys from its bottom up.
+    """
+
+    def __init__(self, width, height, scale):
+        self.picture, self.scale = Image.new("RGB", (width * scale, height * scale), "white"), scale
+        self.draw = ImageDraw.Draw(self.picture)
+        self.box, self.xs, self.ys, self.log = (0, 0, width, height), (0, width), (height, 0), False
+
+    def part(self, box, xs, ys, log=False):
+        part = copy.copy(self)
+        part.box, part.xs, part.ys, part.log = box, xs, ys, log
+        return part
+
+    def at(self, x, y):
+        left, top, right, bottom = self.box
+        low, high, y = map(math.log, (*self.ys, max(y, self.ys[0]))) if self.log else (*self.ys, y)
+        across, up = (x - self.xs[0]) / (self.xs[1] - self.xs[0]), (y - low) / (high - low or 1)
+        return round(self.scale * (left + (right - left) * across)), round(self.scale * (bottom - (bottom - top) * up))
+
+    def text(self, x, y, words, size=15, colour=INK, anchor="lm", shift=(0, 0)):
+        """Anchors are Pillow's: l, m or r of the words at x, then t, m or s of them at y. shift: pixels from there."""
+        (x, y), font = self.at(x, y), letters(size * self.scale)
+        place, anchor = (x + shift[0] * self.scale, y + shift[1] * self.scale), anchor if has_fonts() else None
+        self.draw.text(place, words, colour, font, anchor, spacing=size * self.scale // 2)
+
+    def line(self, points, colour=INK, width=1.0):
+        self.draw.line([self.at(*point) for point in points], colour, int(width * self.scale), "curve")
+
+    def chart(self, title, box, xs, ys, x_name=None, log=False):
+        """A chart on the page: its lines, ticks and words; there are ticks below where x_name says what they are of."""
+        chart, (left, right), (low, high) = self.part(box, xs, ys, log), xs, ys
+        for tick in ticks(low, high, log):
+            chart.line([(left, tick), (right, tick)], FAINT)
+            chart.text(left, tick, f"{tick:.6g}", 12, GREY, "rm", shift=(-6, 0))
+        for tick in () if x_name is None else ticks(left, right):
+            chart.text(tick, low, f"{tick:g}", 12, GREY, "mm", shift=(0, 12))
+        chart.line([(left, high), (left, low), (right, low)], GREY)
+        chart.text((left + right) / 2, low, x_name or "", 13, GREY, "mm", shift=(0, 30))
+        chart.text(left, high, title, 15, INK, "ls", shift=(0, -8))
+        return chart
+
+
 def curves(log, width=640, height=150):
     """A picture of a run's log.jsonl: losses by term, held-out figures, learning rate, experts' load, all by step.
 
@@ -113,34 +159,19 @@ def curves(log, width=640, height=150):
         "learning rate": ["lr"],
         "most and least loaded expert, over the mean": ["expert_load_max", "expert_load_min"],
     }
-    page = Image.new("RGB", (2 * (width + 340), 2 * len(panels) * (height + 40)), "white")  # reduced: smooth lines
-    pen, font, last = ImageDraw.Draw(page), letters(22), max((line["step"] for line in lines), default=1)
-
-    def write(x, y, words, fill="#555555"):
-        pen.text((2 * x, 2 * y), words, fill, font)
-
+    page, last = Page(width + 340, len(panels) * (height + 40), 2), max((line["step"] for line in lines), default=1)
     for n, (title, names) in enumerate(panels.items()):
         top, least = n * (height + 40) + 20, -math.inf if n else 0  # a logarithm is of positive numbers
         series = {k: [(x["step"], x[k]) for x in lines if least < x.get(k, math.nan) < math.inf] for k in names}
         values = [y for points in series.values() for _, y in points] or [1.0, 2.0]
-        scale = float if n else math.log10
-        low, high = scale(min(values)), scale(max(values))
-        rise = height / max(high - low, 1e-12)
-        across = lambda step: 70 + width * step / last  # noqa: E731
-        up = lambda y, top=top, rise=rise, high=high, scale=scale: top + rise * (high - scale(y))  # noqa: E731
-        write(70, top - 17, title, "black")
-        for y in ticks(min(values), max(values), n == 0):
-            pen.line([(140, 2 * up(y)), (2 * (70 + width), 2 * up(y))], "#dddddd", 2)
-            write(8, up(y) - 7, f"{y:.6g}")
-        for step in ticks(0, last):
-            write(across(step) - 4, top + height + 2, f"{step:.0f}")
-        pen.rectangle((140, 2 * top, 2 * (70 + width), 2 * (top + height)), outline="gray", width=2)
+        box, ys = (70, top, 70 + width, top + height), (min(values), max(values))
+        chart = page.chart(title, box, (0, last), ys, x_name="", log=n == 0)
         final = {name: points[-1][1] if points else -math.inf for name, points in series.items()}
         for i, name in enumerate(sorted(series, key=final.get, reverse=True)):
             colour = PENS[names.index(name) % 10]
-            pen.line([(2 * across(x), 2 * up(y)) for x, y in series[name]], colour, 4)
-            write(78 + width, top + 14 * i, f"{name}  {final[name]:.3g}", colour)
-    return page.reduce(2)
+            chart.line(series[name], colour, 2)
+            page.text(78 + width, top + 6 + 14 * i, f"{name}  {final[name]:.3g}", 11, colour)
+    return page.picture.reduce(2)
 
 
 def ticks(low, high, logarithmic=False):
@@ -152,6 +183,11 @@ def ticks(low, high, logarithmic=False):
     return [step * k for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
+def has_fonts():
+    """Whether Pillow was built with FreeType; without it there is one font of one size, that knows no anchors."""
+    return features.check("freetype2")
+
+
 def letters(size):
-    """A font, `size` pixels high; that of a Pillow built without FreeType has one size."""
-    return ImageFont.load_default(size) if features.check("freetype2") else ImageFont.load_default()
+    """A font, `size` pixels high where that can be had."""
+    return ImageFont.load_default(size) if has_fonts() else ImageFont.load_default()

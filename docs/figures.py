@@ -13,52 +13,27 @@ import toy
 from benchmarks import claims, tables
 from common import pictures
 from common.commands import run_command
+from common.pictures import FAINT, GREY
 
 # isort: split
 import argparse
-import copy
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
-INK, GREY, FAINT, PINK = (40, 44, 52), (125, 130, 140), (226, 229, 234), (252, 236, 232)
+PINK = (252, 236, 232)
 BLUE, ORANGE, GREEN, RED, PURPLE = (52, 110, 180), (222, 132, 24), (56, 146, 92), (200, 60, 60), (128, 84, 168)
-SCALE = 4  # of what is drawn, over what is shown; the file has half of it
+SCALE = 4  # of what is drawn; the file has half of it
 
 
-class Page:
-    """A white page, drawn four times as large as it is shown and reduced to twice: smooth lines and letters.
-
-    Points are logical pixels, or on a `part` of the page values: xs from its left to its right, ys from its bottom up.
-    """
+class Page(pictures.Page):
+    """A page of which the file has two pixels for each that is laid out, with all that figures need besides charts."""
 
     def __init__(self, width, height):
-        self.picture = Image.new("RGB", (width * SCALE, height * SCALE), "white")
-        self.draw = ImageDraw.Draw(self.picture)
-        self.box, self.xs, self.ys, self.log = (0, 0, width, height), (0, width), (height, 0), False
-
-    def part(self, box, xs, ys, log=False):
-        part = copy.copy(self)
-        part.box, part.xs, part.ys, part.log = box, xs, ys, log
-        return part
-
-    def at(self, x, y):
-        left, top, right, bottom = self.box
-        low, high, y = np.log([*self.ys, max(y, self.ys[0])]) if self.log else (*self.ys, y)
-        across, up = (x - self.xs[0]) / (self.xs[1] - self.xs[0]), (y - low) / (high - low)
-        return round(SCALE * (left + (right - left) * across)), round(SCALE * (bottom - (bottom - top) * up))
-
-    def text(self, x, y, words, size=15, colour=INK, anchor="lm", shift=(0, 0)):
-        """Anchors are Pillow's: l, m or r of the words at x, then t, m or s of them at y. shift: pixels from there."""
-        (x, y), (right, down) = self.at(x, y), shift
-        place, font = (x + right * SCALE, y + down * SCALE), pictures.letters(size * SCALE)
-        self.draw.text(place, words, colour, font, anchor, spacing=size * SCALE // 2)
-
-    def line(self, points, colour=INK, width=1.0):
-        self.draw.line([self.at(*point) for point in points], colour, int(width * SCALE), "curve")
+        super().__init__(width, height, SCALE)
 
     def polygon(self, points, colour):
         self.draw.polygon([self.at(*point) for point in points], colour)
@@ -73,19 +48,6 @@ class Page:
 
     def dot(self, x, y, colour, radius):
         self.draw.circle(self.at(x, y), radius * SCALE, colour)
-
-    def chart(self, title, box, xs, ys, x_name="", log=False):
-        """A chart on the page: its lines, ticks and words; there are ticks below where x_name says what they are of."""
-        chart, (left, right), (low, high) = self.part(box, xs, ys, log), xs, ys
-        for tick in pictures.ticks(low, high, log):
-            chart.line([(left, tick), (right, tick)], FAINT)
-            chart.text(left, tick, f"{tick:g}", 12, GREY, "rm", shift=(-6, 0))
-        for tick in pictures.ticks(left, right) if x_name else ():
-            chart.text(tick, low, f"{tick:g}", 12, GREY, "mm", shift=(0, 12))
-        chart.line([(left, high), (left, low), (right, low)], GREY)
-        chart.text((left + right) / 2, low, x_name, 13, GREY, "mm", shift=(0, 30))
-        chart.text(left, high, title, 15, INK, "ls", shift=(0, -16))
-        return chart
 
     def curves(self, xs, lines, right, down):
         """{words: (colour, rows of values at xs)}: means, bands of a standard deviation to either side, the words."""
@@ -189,7 +151,8 @@ def arkd(run):
 
 def evidence(_):
     """Differences from the run as it is, and their 95% intervals, from benchmarks/claims.json."""
-    arms = {arm: of for arm, of in claims.compared(tables.load("claims")).items() if claims.base_of(arm) == "as it is"}
+    runs = {arm: of for arm, of in tables.load("claims").items() if claims.base_of(arm) == "as it is"}
+    arms = claims.compared(runs)
     page = Page(980, 96 + 19 * len(arms))
     for i, arm in enumerate(arms):
         page.text(8, 50 + 19 * i, arm, 12)

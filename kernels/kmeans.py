@@ -279,14 +279,14 @@ class NearestSearch:
         self.factor_PE[:, d + 3] = self.bound_K[slot_P]
 
     def bounds(self, norm_B, lower_B, upper_BG):
-        """near_B, far_BG and open_BG from bounds of scores: |x - c|^2 = |x|^2 - 2 s, and float32's own rounding."""
+        """near_B and far_BG from bounds of scores: |x - c|^2 = |x|^2 - 2 s, and float32's own rounding."""
         square_B, error_B = norm_B.square(), (len(self.c_KD[0]) + 16) * UNIT * (norm_B + self.longest).square()
         near_B = (square_B - 2 * lower_B).add_(error_B).clamp_(min=0).sqrt_()
         far_BG = torch.sub((square_B - error_B)[:, None], upper_BG, alpha=2).clamp_(min=0).sqrt_()
-        return near_B, far_BG, far_BG <= near_B[:, None]
+        return near_B, far_BG
 
     def screen(self, x_BD, norm_B, rounding_B, label_B):
-        """label_B, near_B, far_BG, open_BG by one product. Of `every` centroid label_B becomes the best; of some of
+        """label_B, near_B and far_BG by one product. Of `every` centroid label_B becomes the best; of some of
         them it stays, and near is infinite where the own centroid is not one of these."""
         h_B = 2 * self.channels * UNIT * (norm_B + self.longest)
         if self.product == "float32":
@@ -336,19 +336,18 @@ class NearestSearch:
         return label_B, best_B, other_GB.T
 
     def screen_fused(self, x_BD, x_BE, norm_B, h_B):
-        """The same with the scores kept on the chip: one group. Where two centroids are left, differences decide."""
+        """The same with the scores kept on the chip: one group. Where two centroids are left, float64 decides."""
         slot_B2, upper_B3 = top3(x_BE, self.factor_PE, torch.zeros(len(self.slot_P), device=x_BE.device))
         label_B2 = self.slot_P[slot_B2]
         lower_B2 = upper_B3[:, :2] - 2 * h_B[:, None] * self.bound_K[label_B2]
+        near_B, far_B2 = self.bounds(norm_B, lower_B2[:, 0], upper_B3[:, 1:])
+        label_B, far_B1 = label_B2[:, 0].clone(), far_B2[:, :1].clone()
         two = ((lower_B2[:, 0] <= upper_B3[:, 1]) & (lower_B2.amax(1) > upper_B3[:, 2])).nonzero()[:, 0]
-        x_MD, (first_M, second_M) = x_BD[two].double(), label_B2[two].T
-        d2_M, other_d2_M = ((x_MD - self.exact_KD[ids_M]).square_().sum(1) for ids_M in (first_M, second_M))
-        chosen_B = torch.zeros_like(h_B, dtype=torch.int64)
-        chosen_B[two] = ((other_d2_M < d2_M) | ((other_d2_M == d2_M) & (second_M < first_M))).long()
-        label_B, lower_B = (t.gather(1, chosen_B[:, None])[:, 0] for t in (label_B2, lower_B2))
-        near_B, far_B1, open_B1 = self.bounds(norm_B, lower_B, upper_B3.gather(1, 1 - chosen_B[:, None]))
-        open_B1[two] = False
-        return label_B, near_B, far_B1, open_B1
+        d_M2, order_M2 = (x_BD[two, None].double() - self.exact_KD[label_B2[two]]).norm(dim=2).sort()
+        label_B[two] = label_B2[two].gather(1, order_M2)[:, 0]
+        near_B[two] = (d_M2[:, 0] * (1 + 2 * UNIT)).float()  # rounding takes at most one UNIT back
+        far_B1[two] = (d_M2[:, 1:] * (1 - 2 * UNIT)).float().minimum(far_B2[two, 1:])
+        return label_B, near_B, far_B1
 
     def compare(self, x_ND, wanted_BG, at_B):
         """label_B, near_B, far_BG of the points at_B from the wanted groups alone; far is infinite for the others."""
@@ -377,12 +376,11 @@ class NearestSearch:
         """New label_B, near_B, far_BG of points from their old ones (-1, inf and -inf where nothing is known).
         far_BG need not hold for the first fresh_G centroids of every group."""
         if self.every:
-            label_B, near_B, far_BG, open_BG = self.screen(x_BD, norm_B, rounding_B, label_B)
-        else:
-            if len(self.slot_P):
-                _, fresh_near_B, fresh_far_BG, _ = self.screen(x_BD, norm_B, rounding_B, label_B)
-                near_B, far_BG = near_B.fmin(fresh_near_B), far_BG.fmin(fresh_far_BG)
-            label_B, open_BG = label_B.clone(), far_BG <= near_B[:, None]
+            label_B, near_B, far_BG = self.screen(x_BD, norm_B, rounding_B, label_B)
+        elif len(self.slot_P):
+            label_B, fresh_near_B, fresh_far_BG = self.screen(x_BD, norm_B, rounding_B, label_B)
+            near_B, far_BG = near_B.fmin(fresh_near_B), far_BG.fmin(fresh_far_BG)
+        label_B, open_BG = label_B.clone(), far_BG <= near_B[:, None]
         left = open_BG.any(1).nonzero()[:, 0]
         if len(left):
             wanted_MG = open_BG[left].scatter_(1, self.group_K[label_B[left]][:, None], True)

@@ -122,7 +122,7 @@ def test_bounds_of_every_sieve_hold(name):
         norm, rest = x.norm(dim=1), (x - x.bfloat16().float()).norm(dim=1)
         everywhere = torch.ones(len(x), len(groups), dtype=torch.bool)
         nothing = torch.full((len(x),), -1), torch.full((len(x),), torch.inf), torch.full(everywhere.shape, -torch.inf)
-        screened = search.screen(x, norm, rest, nothing[0])[:3]
+        screened = search.screen(x, norm, rest, nothing[0])
         compared = search.compare(x, everywhere, torch.arange(len(x)))
         for label, near, far in (screened, search.find(x, norm, rest, *nothing), compared):
             own = true.gather(1, label[:, None])[:, 0]
@@ -133,7 +133,7 @@ def test_bounds_of_every_sieve_hold(name):
         if name != "fused":
             given, fresh = torch.arange(len(x)).flip(0), torch.tensor([7, 0, 1, 12])[: len(groups)]
             some = km.NearestSearch(c, groups, name, fresh)
-            part, near_part, far, _ = some.screen(x, norm, rest, given)
+            part, near_part, far = some.screen(x, norm, rest, given)
             assert torch.equal(part, given) and (near_part >= true.gather(1, given[:, None])[:, 0]).all(), case
             assert near_part.isinf().tolist() == (~torch.isin(given, some.slot_P)).tolist(), case
             others = true.scatter(1, given[:, None], torch.inf)
