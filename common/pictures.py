@@ -107,7 +107,7 @@ class Page:
     Points are pixels, or on a `part` of the page values: xs from its left to its right, ys from its bottom up.
     """
 
-    def __init__(self, width, height, scale):
+    def __init__(self, width, height, scale=4):
         self.picture, self.scale = Image.new("RGB", (width * scale, height * scale), "white"), scale
         self.draw = ImageDraw.Draw(self.picture)
         self.box, self.xs, self.ys, self.log = (0, 0, width, height), (0, width), (height, 0), False

@@ -26,28 +26,24 @@ from PIL import Image
 
 PINK = (252, 236, 232)
 BLUE, ORANGE, GREEN, RED, PURPLE = (52, 110, 180), (222, 132, 24), (56, 146, 92), (200, 60, 60), (128, 84, 168)
-SCALE = 4  # of what is drawn; the file has half of it
 
 
 class Page(pictures.Page):
-    """A page of which the file has two pixels for each that is laid out, with all that figures need besides charts."""
-
-    def __init__(self, width, height):
-        super().__init__(width, height, SCALE)
+    """A page with all that figures need besides charts; the file has two pixels for each that is laid out."""
 
     def polygon(self, points, colour):
         self.draw.polygon([self.at(*point) for point in points], colour)
 
     def rectangle(self, x0, y0, x1, y1, fill=None, edge=None):
-        self.draw.rectangle([self.at(x0, y0), self.at(x1, y1)], fill, edge, SCALE)
+        self.draw.rectangle([self.at(x0, y0), self.at(x1, y1)], fill, edge, self.scale)
 
     def image(self, x, y, array, width, height, how=Image.Resampling.NEAREST):
         """width, height: in pixels."""
-        size = round(width * SCALE), round(height * SCALE)
+        size = round(width * self.scale), round(height * self.scale)
         self.picture.paste(Image.fromarray(np.asarray(array)).resize(size, how), self.at(x, y))
 
     def dot(self, x, y, colour, radius):
-        self.draw.circle(self.at(x, y), radius * SCALE, colour)
+        self.draw.circle(self.at(x, y), radius * self.scale, colour)
 
     def curves(self, xs, lines, right, down):
         """{words: (colour, rows of values at xs)}: means, bands of a standard deviation to either side, the words."""
@@ -255,7 +251,7 @@ def main():
     args = parser.parse_args()
     for name in FIGURES if "all" in args.name else args.name:
         drawn, path = FIGURES[name](args.run), Path(__file__).with_name(f"{name}.png")
-        picture = drawn.picture.reduce(SCALE // 2) if isinstance(drawn, Page) else drawn
+        picture = drawn.picture.reduce(drawn.scale // 2) if isinstance(drawn, Page) else drawn
         picture.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
         print(f"docs/{path.name}: {picture.width} x {picture.height}, {path.stat().st_size / 1000:.0f} kB")
 

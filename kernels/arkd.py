@@ -179,14 +179,6 @@ def over_ranks(sums, group):
 # ---- the operation ----
 
 
-def choose(impl, n, rows=None):
-    """The form that `impl` means for n images; an explicit one that cannot run raises ValueError with the reason."""
-    if impl == "auto":
-        return "ref" if n <= SMALL and rows is None else "chunked"
-    whole = None if rows is None else "computes every row and was given rows="
-    return check_impl("arkd", impl, {"ref": whole, "chunked": None}, "chunked")
-
-
 def arkd(student_BD, teacher_BD, mode="arkd", impl="auto", rows=None, group=None):
     """The relational loss over ordered pairs i != j, float32 (or float64); gradients reach the student only.
 
@@ -217,7 +209,10 @@ def arkd(student_BD, teacher_BD, mode="arkd", impl="auto", rows=None, group=None
     student_BD, teacher_BD = student_BD.to(dtype), teacher_BD.detach().to(dtype)
     if group is None and rows is not None and tuple(rows) == (0, B):
         rows = None  # a world of one
-    impl = choose(impl, B, rows)
+    if impl == "auto":
+        impl = "ref" if B <= SMALL and rows is None else "chunked"
+    whole = None if rows is None else "computes every row and was given rows="
+    check_impl("arkd", impl, {"ref": whole, "chunked": None}, "chunked")
     if B < 2:
         return student_BD.sum() * 0  # a zero that stays in the graph
     if impl == "ref":

@@ -293,8 +293,8 @@ class NearestSearch:
             label_B, best_B, upper_BG = self.best_scores(x_BD, label_B)
             slack_B = h_B * self.longest
             return label_B, *self.bounds(norm_B, best_B - slack_B, upper_BG + slack_B[:, None])
-        h_B = 1.02 * (h_B + rounding_B + 1.01 * norm_B * self.rounding)  # 1.02: for rounding h itself
-        h_B = h_B.bfloat16().float()
+        h_B += rounding_B + 1.01 * norm_B * self.rounding
+        h_B = (1.02 * h_B).bfloat16().float()  # 1.02: for rounding h itself
         d, x_BE = x_BD.shape[1], scratch("x", len(x_BD), self.channels, torch.bfloat16, x_BD.device)
         x_BE[:, :d], x_BE[:, d : d + 3], x_BE[:, d + 3], x_BE[:, d + 4 :] = x_BD, 1, h_B, 0
         if self.product == "fused":
