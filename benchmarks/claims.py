@@ -72,11 +72,6 @@ ARMS = {
     "larger batch: no ARKD": "--accumulate 4 --steps 150 --arkd 0",
     "larger batch: ARKD at weight 2": "--accumulate 4 --steps 150 --arkd 2",
 }
-for steps in (75, 100, 150, 200):
-    ARMS[f"fewer steps: AdamW, {steps}"] = f"--steps {steps}"
-    ARMS[f"fewer steps: AdamW, WSD, {steps}"] = f"--schedule wsd --steps {steps}"
-    ARMS[f"fewer steps: Muon, {steps}"] = f"--optimizer muon --steps {steps}"
-    ARMS[f"fewer steps: Muon, lr 2e-2, {steps}"] = f"--optimizer muon --lr 2e-2 --steps {steps}"
 for part in (16, 8, 4):
     ARMS[f"curation to 1/{part}: random"] = f"random/{part}"
     ARMS[f"curation to 1/{part}: by the text teacher"] = f"0:9,90/{part}"
@@ -218,7 +213,7 @@ def run(work, out, arm, seed, photos):
 def base_of(arm):
     """The arm that another is compared with: the run as it is, or the first of its claim."""
     claim = arm.split(": ")[0] + ": "
-    return next(arm for arm in ARMS if arm.startswith(claim)) if claim.startswith(OWN_BASE) else "as it is"
+    return next((a for a in ARMS if a.startswith(claim)), arm) if claim.startswith(OWN_BASE) else "as it is"
 
 
 def compared(found, measures=MEASURES):

@@ -1,7 +1,6 @@
 """The pictures of README.md and docs/: `python -m docs.figures [--run FOLDER] [name ...]` draws them anew.
 
-pack, evidence, optimisers and subsets need nothing; the others want the folder that `python train.py` leaves. Only
-student.svg holds nothing that a program finds: it is edited by hand.
+pack, student, evidence and optimisers need nothing; the others want the folder that `python train.py` leaves.
 """
 
 import amoe
@@ -13,7 +12,7 @@ import toy
 from benchmarks import claims, tables
 from common import pictures
 from common.commands import run_command
-from common.pictures import FAINT, GREY
+from common.pictures import FAINT, GREY, INK
 
 # isort: split
 import argparse
@@ -65,9 +64,8 @@ def pack(_):
         rows, shapes = zip(*(amoe.to_rows(images.load_image(file, max_tokens=16)) for file in files), strict=True)
     starts = amoe.pack(rows, shapes, T).starts.tolist()
     strip, square = page.part((21, 236, 879, 266), (0, T), (1, 0)), page.part((87, 380, 317, 610), (0, T), (T, 0))
-    for i, ((h, w), colour, first, end) in enumerate(
-        zip(shapes, (BLUE, ORANGE, GREEN), starts[:3], starts[1:4], strict=True)
-    ):
+    for i, colour in enumerate((BLUE, ORANGE, GREEN)):
+        (h, w), first, end = shapes[i], *starts[i : i + 2]
         centre = 21 + 858 * (first + end) / 2 / T
         page.text(centre, 24, f"image {i}: {h} x {w} patches", 15, colour, "mm")
         page.polygon([(centre - 4, 200), (centre + 4, 200), (centre, 230)], colour)
@@ -87,11 +85,44 @@ def pack(_):
     strip.text(T, 1.7, f"{starts[-1]}: padding", 13, GREY, "rm")
     square.text(T / 2, 0, "keys", 13, GREY, "mm", shift=(0, -10))
     square.text(0, T / 2, "queries", 13, GREY, "rm", shift=(-8, 0))
-    says = f"One pack of T = {T} tokens. A filled square is an image's CLS, four open ones are its\nregisters,"
-    page.text(21, 328, f"{says} then come its patches in row-major order. No padding between images.")
-    says = "Who attends to whom: every token of an image to\nevery token of that image, and to no other. So packing\n"
-    says += "changes no result, and images of any shape share\none batch.\n\nThe blocks follow from `starts` ="
-    page.text(377, 485, f"{says} {starts}\nalone: nothing of T x T is ever evaluated.", 16)
+    page.text(21, 318, f"One pack of T = {T} tokens: each image's CLS (filled), registers and patches, row by row.")
+    says = "Who attends to whom: every token of an image to\nevery token of it, and to no other. So packing\n"
+    says += f"changes no result. The blocks follow from `starts`\nalone, {starts}: nothing of T x T is evaluated."
+    page.text(377, 485, says, 16)
+    return page
+
+
+def student(_):
+    """From rows of pixels to the losses, shapes on the arrows."""
+    page = Page(900, 460)
+
+    def arrow(x, y, shape):
+        page.line([(x, y), (x, y + 28)], INK, 1.4)
+        page.polygon([(x - 4, y + 21), (x + 4, y + 21), (x, y + 28)], INK)
+        page.text(x + 10, y + 12, shape, 13, GREY)
+
+    def box(x, y, words, colour=INK):
+        page.rectangle(x - 195, y, x + 195, y + 38, edge=colour)
+        page.text(x, y + 19, words, 13, colour, "mm")
+
+    box(240, 10, "rows of pixels, one a token")
+    arrow(240, 48, "[T, 768] uint8, taken to [-1, 1]")
+    box(240, 76, "img_projector; CLS and registers have learned tokens")
+    arrow(240, 114, "[T, D]")
+    box(240, 142, "blocks, one a layer", BLUE)
+    page.line([(435, 161), (480, 12), (480, 212), (435, 161)], BLUE)
+    page.text(492, 82, "x + attention(RMSNorm(x)), each image by itself:\nq, k: RMSNorm, golden RoPE; with sinks", 14)
+    page.text(492, 142, "x + experts(RMSNorm(x)), gated SiLU, K of E\nfor each token, chosen by a router", 14)
+    arrow(240, 180, "[T, D]")
+    box(240, 208, "RMSNorm: the trunk's own features")
+    page.line([(435, 227), (660, 227), (660, 246)], INK, 1.4)
+    for x, name, colour, registers in ((240, "text", PURPLE, ""), (660, "dense", GREEN, ", registers [M, R, C]")):
+        arrow(x, 246, "[T, D]")
+        box(x, 274, f"head of teacher '{name}': fc1, LayerNorm, GELU, fc2", colour)
+        arrow(x - 60, 312, f"patch [T, C], summary [M, C]{registers}")
+        box(x, 340, "PHI-S space (E1): errors by image (E2, E3), relations (E4)", colour)
+        page.line([(x, 378), (x + (450 - x) * 0.4, 412)], INK, 1.4)
+    box(450, 412, "loss: the sum over teachers (E5)")
     return page
 
 
@@ -147,8 +178,7 @@ def arkd(run):
 
 def evidence(_):
     """Differences from the run as it is, and their 95% intervals, from benchmarks/claims.json."""
-    runs = {arm: of for arm, of in tables.load("claims").items() if claims.base_of(arm) == "as it is"}
-    arms = claims.compared(runs)
+    arms = claims.compared({a: of for a, of in tables.load("claims").items() if claims.base_of(a) == "as it is"})
     page = Page(980, 96 + 19 * len(arms))
     for i, arm in enumerate(arms):
         page.text(8, 50 + 19 * i, arm, 12)
@@ -190,25 +220,6 @@ def optimisers(_):
     return page
 
 
-def subsets(_):
-    """Scores with all classes alike of students of a part of the toy's long-tailed pool, against its size."""
-    page, whole = Page(900, 330), np.mean(of_arm("long curation to 1: the whole pool", "knn_balanced"))
-    colours = {"random": GREY, "by the text teacher": PURPLE, "by the dense teacher": GREEN}
-    for left, kind, title, low, high in ((60, "", "short runs", 0.3, 0.61), (500, "long ", "default run", 0.5, 1.0)):
-        box, lines = (left, 60, left + 370, 280), {}
-        chart = page.chart(f"{title}: kNN, mean over classes", box, (-0.2, 2.2), (low, high))
-        for i, part in enumerate(("a 16th of the pool", "an 8th", "a 4th")):
-            chart.text(i, low, part, 12, GREY, "mm", shift=(0, 14))
-        for how, colour in colours.items():
-            arms = [f"{kind}curation to 1/{part}: {how}" for part in (16, 8, 4)]
-            if arms[0] in claims.ARMS:
-                lines[how] = colour, np.transpose([of_arm(arm, "knn_balanced") for arm in arms])
-        chart.curves(range(3), lines, 220, 148)
-    chart.line([(-0.2, whole), (2.2, whole)], GREY)
-    chart.text(-0.2, whole, "the whole pool", 12, GREY, shift=(8, -10))
-    return page
-
-
 def curation(run):
     """The toy's concepts by how often they occur, in the pool and in a curated subset, beside the contact sheet."""
     page, cache, world = Page(900, 622), data.Cache(run / "toy" / "cache"), toy.World(run / "toy")
@@ -238,7 +249,7 @@ def of_largest(run):
     return evaluate.run_sheet(cache, held[-4:], models)
 
 
-FIGURES = {f.__name__: f for f in (pack, phi_s, arkd, curation, evidence, optimisers, subsets)} | {
+FIGURES = {f.__name__: f for f in (pack, phi_s, arkd, curation, student, evidence, optimisers)} | {
     "curves": lambda run: pictures.curves(run / "log.jsonl"),
     "toy": of_largest,
 }

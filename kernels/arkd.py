@@ -161,8 +161,7 @@ def strip_median(z, rows, group):
 
 def centred(z_BD):
     """z minus its mean, in float64, and its squared norms: what all have in common would only cost digits."""
-    z_BD = z_BD.double()
-    z_BD = z_BD - z_BD.mean(0)
+    z_BD = z_BD.double() - z_BD.double().mean(0)
     return z_BD, z_BD.square().sum(1)
 
 

@@ -22,14 +22,11 @@ def image_runs(starts, n_tokens):
 
     Padding, the tokens from starts[-1] on, is a last group of its own.
     """
-    edges = starts.tolist()
-    if edges[-1] < n_tokens:
-        edges.append(n_tokens)
     out = []
-    for start, end in itertools.pairwise(edges):
+    for start, end in itertools.pairwise([*starts.tolist(), n_tokens]):
         if out and out[-1][2] == end - start:
             out[-1][1] += 1
-        else:
+        elif start < end:
             out.append([start, 1, end - start])
     return out
 

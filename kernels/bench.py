@@ -89,8 +89,6 @@ def arkd_case(B, D):
     forms = {impl: functools.partial(arkd_file.arkd, impl=impl) for impl in arkd_file.IMPLS}
     if B > arkd_file.MEDIAN_EXACT:
         forms["ref"] = f"its {B} x {B} tensors would take {B * B * 4 / 2**30:.0f} GiB each"
-    elif CUDA:
-        forms["compiled ref"] = torch.compile(forms["ref"], dynamic=False)
     flops = 7 * 2 * B * B * D  # two products for the means, two for the loss; in the backward two and weights @ z
     # A gate is a step: in float32 a pair or two fall on the other side of the median, about 1 / B of the gradient.
     exact, tolerance = functools.partial(arkd_file.arkd, impl="chunked"), (1e-4, 2 / B)
