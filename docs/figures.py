@@ -260,6 +260,8 @@ def main():
     parser.add_argument("name", nargs="*", choices=["all", *FIGURES], default="all", help="all of them by default")
     parser.add_argument("--run", type=Path, default="runs/toy", help="the folder that `python train.py` left")
     args = parser.parse_args()
+    if not {"pack", "student", "evidence", "optimisers"}.issuperset(args.name) and not (args.run / "toy").is_dir():
+        parser.error(f"{args.run} holds no run of the toy: `python train.py` makes one, or --run names another")
     for name in FIGURES if "all" in args.name else args.name:
         drawn, path = FIGURES[name](args.run), Path(__file__).with_name(f"{name}.png")
         picture = drawn.picture.reduce(drawn.scale // 2) if isinstance(drawn, Page) else drawn

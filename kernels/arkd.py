@@ -25,9 +25,7 @@ IMPLS = ("ref", "chunked")
 MEDIAN_EXACT = 4096  # images up to which the teacher's median is over every pair
 MEDIAN_SHIFTS = 128  # beyond, over MEDIAN_SHIFTS * B seeded pairs: at B = 4097 the rank of the median is off by 0.07%
 TIE = 4  # machine epsilons: distances this near the median count as equal to it, whichever form rounded them
-ZERO = (
-    1e-13  # a squared distance below this share of |a|^2 + |b|^2 is float64's rounding, and the images count as equal
-)
+ZERO = 1e-13  # images whose squared distance is below this share of |a|^2 + |b|^2 count as equal: float64's rounding
 STRIP = 1024  # rows of a strip: its weights take 256 MiB at B = 32k
 SMALL = 128  # images up to which `auto` takes ref: one graph to a compiler, and 2.5 against 1.8 ms on 2 cores, D = 128
 

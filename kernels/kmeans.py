@@ -28,7 +28,8 @@ if triton is not None:
 IMPLS = ("ref", "triton")  # of top3
 GROUPS = 32  # of centroids; a point keeps one float for each
 GATHERING = 300  # comparing a point with a group costs as much as so many more centroids: its row has to be gathered
-RATE = {"float32": 1.0, "bfloat16": 0.5}  # what a centroid costs in a search's first product, with what follows it
+RATE = {"float32": 1.0, "bfloat16": 0.5}  # cost of each centroid that `screen` multiplies, in float32 products
+SCREENING = 50  # cost of `screen` for a point, however few centroids it multiplies
 UNIT = 2.0**-24  # half a unit in the last place of float32, relative
 TILE_BYTES = 16 << 20  # of scores at a time: 4 to 32 MiB ran within 4% of each other, 256 MiB 1.3x slower
 
@@ -257,6 +258,8 @@ class NearestSearch:
         self.fresh_G = torch.full_like(group_GS[:, 0], group_GS.shape[1]) if self.every else fresh_G
         # What `screen` multiplies, group by group; of a short group -1 fills the last place, which never wins.
         self.slot_P = group_GS[torch.arange(group_GS.shape[1], device=c_KD.device) < self.fresh_G[:, None]]
+        self.place_K = torch.full((len(c_KD) + 1,), -1, device=c_KD.device)  # in slot_P; the last is that of -1
+        self.place_K[self.slot_P] = torch.arange(len(self.slot_P), device=c_KD.device)
         self.prepare_screen(length_K)
 
     def prepare_screen(self, length_K):
@@ -307,8 +310,6 @@ class NearestSearch:
         """The label and score of each point, and for each group the best score of the others. On a CPU."""
         n_groups, label_B, best_B = len(self.groups), label_B.clone(), torch.full((len(x_BE),), -torch.inf)
         other_GB = torch.full((n_groups, len(x_BE)), -3e38)
-        place_K = torch.full((len(self.c_KD) + 1,), -1)  # of a centroid in slot_P; the last is of -1
-        place_K[self.slot_P] = torch.arange(len(self.slot_P))
         for tile in tiles(len(x_BE), len(self.slot_P)):
             row_M = torch.arange(tile.stop - tile.start)
             score_PM = scratch("score", len(self.slot_P), len(row_M), x_BE.dtype, x_BE.device)
@@ -326,7 +327,7 @@ class NearestSearch:
                 top_GM[g_M, row_M] = own_MS.scatter_(1, s_M[:, None], -3e38).amax(1)
                 other_GB[:, tile] = top_GM
             else:
-                place_M = place_K[label_B[tile]]
+                place_M = self.place_K[label_B[tile]]
                 row_M = (place_M >= 0).nonzero()[:, 0]
                 own = place_M[row_M], row_M
                 best_B[tile.start + row_M], score_PM[own] = score_PM[own].float(), -3e38
@@ -423,7 +424,7 @@ class Assignment:
         else:
             # 1 + 1e-6 and the last bits of near and far, which are at most the data's extent, cover float32's rounding.
             extent = before.longest + (self.norm_N.max().item() if n else 0.0)
-            self.step_K = (c_KD.double() - before.c_KD.double()).norm(dim=1).float() * (1 + 1e-6) + 2.0**-22 * extent
+            self.step_K = (c_KD.double() - before.exact_KD).norm(dim=1).float() * (1 + 1e-6) + 2.0**-22 * extent
             groups, self.moves = self.group_GS, self.moves + 1
         if self.moves == 1:  # means group better than seeds, and after this long a step no bound is worth keeping
             groups = split_into_groups(c_KD, len(groups))
@@ -432,6 +433,7 @@ class Assignment:
         self.group_GS, self.step_GS = groups.gather(1, order_GS), torch.nn.functional.pad(step_GS, (0, 1))
         fresh_G = None if self.moves < 2 or product == "fused" or not n else self.choose_fresh(product)
         self.search = NearestSearch(c_KD, self.group_GS, product, fresh_G)
+        self.rest_G = self.step_GS.gather(1, self.search.fresh_G[:, None])[:, 0]  # the longest of those not multiplied
 
     def choose_fresh(self, product):
         """How many centroids of every group to multiply anew, its fastest; None: all. What costs least for a sample of
@@ -451,7 +453,7 @@ class Assignment:
         own_MG = torch.nn.functional.one_hot(group_M, n_groups) > 0  # is compared if any other group is
         left_MG = open_FMG[f_G, :, torch.arange(n_groups)].T
         left_MG = left_MG | own_MG & (left_MG.any(1, keepdim=True) | blurred)  # bfloat16 leaves the own group open
-        cost_of_some = m * (50 + rate * choices[f_G].sum()) + pair * left_MG.sum()
+        cost_of_some = m * (SCREENING + rate * choices[f_G].sum()) + pair * left_MG.sum()
         cost_of_none, cost_of_all = pair * (open_FMG[0] | own_MG).sum(), m * (rate * len(self.step_K) + pair * blurred)
         if cost_of_all < min(cost_of_some, cost_of_none):
             return None
@@ -470,8 +472,7 @@ class Assignment:
             far_BG -= self.step_GS[:, 0]
             return None, looked_M, looked_M
         at = block if len(looked_M) > 0.8 * len(near_B) else looked_M + block.start  # a contiguous read beats a gather
-        rest_G = self.step_GS.gather(1, self.search.fresh_G[:, None])[:, 0]  # the longest step of those not multiplied
-        x_MD, old_M, far_MG = read_rows(at), self.label_N[at].clone(), self.far_NG[at] - rest_G
+        x_MD, old_M, far_MG = read_rows(at), self.label_N[at].clone(), self.far_NG[at] - self.rest_G
         far_BG -= self.step_GS[:, 0]
         known = (self.norm_N[at], self.rounding_N[at], old_M, self.near_N[at], far_MG)
         self.label_N[at], self.near_N[at], self.far_NG[at] = self.search.find(x_MD, *known)
