@@ -27,7 +27,7 @@ if triton is not None:
 
 IMPLS = ("ref", "triton")  # of top3
 GROUPS = 32  # of centroids; a point keeps one float for each
-GATHERING = 300  # comparing a point with a group costs as much as so many more centroids: its row has to be gathered
+GATHERING = 160  # comparing a point with a group costs as much as so many more centroids: its row has to be gathered
 RATE = {"float32": 1.0, "bfloat16": 0.5}  # cost of each centroid that `screen` multiplies, in float32 products
 SCREENING = 50  # cost of `screen` for a point, however few centroids it multiplies
 UNIT = 2.0**-24  # half a unit in the last place of float32, relative
@@ -244,22 +244,25 @@ class NearestSearch:
         self.square_K = self.exact_KD.square().sum(1)
         length_K = self.square_K.sqrt().float()
         self.longest = length_K.max().item()
-        self.group_K = torch.empty(len(c_KD), dtype=torch.int64, device=c_KD.device)
-        self.groups = []  # ids, middle, centroids about it, their negative squares, the longest
-        for g, ids in enumerate(group_GS):
-            ids = ids[ids >= 0]
-            self.group_K[ids] = g
-            ids = ids.sort().values
-            middle_D = self.exact_KD[ids].mean(0).float()
-            local_SD = c_KD[ids] - middle_D
-            square_S = local_SD.double().square().sum(1).float()
-            self.groups.append((ids, middle_D, local_SD.T.contiguous(), -square_S, square_S.max().sqrt()))
+        k, device = len(c_KD), c_KD.device
+        self.id_GS = group_GS.masked_fill(group_GS < 0, k).sort(dim=1).values  # k: the last place of a short group
+        self.group_K = torch.empty(k + 1, dtype=torch.int64, device=device)
+        self.group_K[self.id_GS] = torch.arange(len(group_GS), device=device)[:, None]
+        self.group_K = self.group_K[:k]
+        # What `compare` multiplies: a group's centroids about its middle. The place that is left over scores -inf.
+        sum_GD = self.exact_KD.new_zeros(len(group_GS), c_KD.shape[1]).index_add_(0, self.group_K, self.exact_KD)
+        self.middle_GD = (sum_GD / (group_GS >= 0).sum(1, keepdim=True)).float()
+        local_GSD = torch.cat([c_KD, c_KD[:1]])[self.id_GS] - self.middle_GD[:, None]
+        square_GS = torch.linalg.vector_norm(local_GSD, dim=2, dtype=torch.float64).square_().float()
+        self.local_GDS, left_over_GS = local_GSD.mT.contiguous(), self.id_GS == k
+        self.longest_G = square_GS.masked_fill(left_over_GS, 0).amax(1).sqrt()
+        self.minus_square_GS = square_GS.neg_().masked_fill_(left_over_GS, -torch.inf)
         self.every = fresh_G is None
         self.fresh_G = torch.full_like(group_GS[:, 0], group_GS.shape[1]) if self.every else fresh_G
         # What `screen` multiplies, group by group; of a short group -1 fills the last place, which never wins.
-        self.slot_P = group_GS[torch.arange(group_GS.shape[1], device=c_KD.device) < self.fresh_G[:, None]]
-        self.place_K = torch.full((len(c_KD) + 1,), -1, device=c_KD.device)  # in slot_P; the last is that of -1
-        self.place_K[self.slot_P] = torch.arange(len(self.slot_P), device=c_KD.device)
+        self.slot_P = group_GS[torch.arange(group_GS.shape[1], device=device) < self.fresh_G[:, None]]
+        self.place_K = torch.full((k + 1,), -1, device=device)  # in slot_P; the last is that of -1
+        self.place_K[self.slot_P] = torch.arange(len(self.slot_P), device=device)
         self.prepare_screen(length_K)
 
     def prepare_screen(self, length_K):
@@ -308,7 +311,7 @@ class NearestSearch:
 
     def best_scores(self, x_BE, label_B):
         """The label and score of each point, and for each group the best score of the others. On a CPU."""
-        n_groups, label_B, best_B = len(self.groups), label_B.clone(), torch.full((len(x_BE),), -torch.inf)
+        n_groups, label_B, best_B = len(self.id_GS), label_B.clone(), torch.full((len(x_BE),), -torch.inf)
         other_GB = torch.full((n_groups, len(x_BE)), -3e38)
         for tile in tiles(len(x_BE), len(self.slot_P)):
             row_M = torch.arange(tile.stop - tile.start)
@@ -352,26 +355,36 @@ class NearestSearch:
 
     def compare(self, x_ND, wanted_BG, at_B):
         """label_B, near_B, far_BG of the points at_B from the wanted groups alone; far is infinite for the others."""
-        (g_M, row_M), found = wanted_BG.T.nonzero(as_tuple=True), []
-        for g, rows in enumerate(row_M.split(torch.bincount(g_M, minlength=len(self.groups)).tolist())):
-            if len(rows):
-                ids, middle_D, local_DS, minus_square_S, longest = self.groups[g]
-                x_MD = scratch("row", len(rows), x_ND.shape[1], torch.float32, x_ND.device)
-                torch.index_select(x_ND, 0, at_B[rows], out=x_MD).sub_(middle_D)  # twice as fast as x_ND[at_B[rows]]
-                length_M = x_MD.norm(dim=1)  # a tenth of vecdot's time
-                score_MS = torch.addmm(minus_square_S, x_MD, local_DS, alpha=2)
-                s_M = argmax(score_MS)[:, None]
-                best_M, next_M = score_MS.gather(1, s_M)[:, 0], score_MS.scatter_(1, s_M, -torch.inf).amax(1)
-                found.append((ids[s_M[:, 0]], length_M.square(), best_M, next_M, (length_M + longest).square_()))
-        label_M, square_M, best_M, next_M, error_M = (torch.cat(parts) for parts in zip(*found, strict=True))
-        best_BG = torch.full(wanted_BG.shape, torch.inf, device=x_ND.device)  # squared distances
-        next_BG, error_BG, label_BG = best_BG.clone(), torch.zeros_like(best_BG), torch.zeros_like(wanted_BG, dtype=int)
-        best_BG[row_M, g_M], next_BG[row_M, g_M], label_BG[row_M, g_M] = square_M - best_M, square_M - next_M, label_M
-        error_BG[row_M, g_M] = (x_ND.shape[1] + 16) * UNIT * error_M
-        g_B = best_BG.argmin(1)[:, None]
-        near_B = (best_BG.gather(1, g_B) + error_BG.gather(1, g_B))[:, 0].clamp_(min=0).sqrt_()
-        best_BG.scatter_(1, g_B, next_BG.gather(1, g_B))
-        return label_BG.gather(1, g_B)[:, 0], near_B, (best_BG - error_BG).clamp_(min=0).sqrt_()
+        g_M, row_M = wanted_BG.T.nonzero(as_tuple=True)
+        pairs = (self.compare_pairs(x_ND, at_B[row_M[m]], g_M[m]) for m in tiles(len(g_M), self.id_GS.shape[1]))
+        label_M, best_M, next_M, error_M = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+        far_BG = torch.full(wanted_BG.shape, torch.inf, device=x_ND.device)
+        far_BG[row_M, g_M] = best_M
+        won_M = far_BG.argmin(1)[row_M] == g_M
+        far_BG[row_M, g_M] = torch.where(won_M, next_M, best_M).sub_(error_M).clamp_(min=0).sqrt_()
+        won_B = torch.empty_like(at_B)  # the pair of each point's nearest centroid
+        won_B[row_M[won_M]] = won_M.nonzero()[:, 0]
+        return label_M[won_B], (best_M + error_M)[won_B].clamp_(min=0).sqrt_(), far_BG
+
+    def compare_pairs(self, x_ND, at_M, g_M):
+        """Of pairs of a point and a group, by group: the nearest centroid, its squared distance and the second's, and
+        by how much float32 may be off in both."""
+        score_MS = scratch("pair", len(g_M), self.id_GS.shape[1], torch.float32, x_ND.device)
+        d, length_M = x_ND.shape[1], torch.empty(len(g_M), device=x_ND.device)
+        lengths = torch.bincount(g_M, minlength=len(self.id_GS)).tolist()
+        for g, (at, length, score) in enumerate(
+            zip(*(t.split(lengths) for t in (at_M, length_M, score_MS)), strict=True)
+        ):
+            if len(at):
+                x_MD = scratch("row", len(at), d, torch.float32, x_ND.device)
+                torch.index_select(x_ND, 0, at, out=x_MD).sub_(self.middle_GD[g])  # twice as fast as x_ND[at]
+                torch.linalg.vector_norm(x_MD, dim=1, out=length)  # a tenth of vecdot's time
+                torch.addmm(self.minus_square_GS[g], x_MD, self.local_GDS[g], alpha=2, out=score)
+        s_M = argmax(score_MS)[:, None]  # for all groups at once: such small operations took a third of the time
+        square_M, best_M = length_M.square(), score_MS.gather(1, s_M)[:, 0]
+        next_M = score_MS.scatter_(1, s_M, -torch.inf).amax(1)
+        error_M = (length_M + self.longest_G[g_M]).square_().mul_((d + 16) * UNIT)
+        return self.id_GS[g_M, s_M[:, 0]], square_M - best_M, square_M - next_M, error_M
 
     def find(self, x_BD, norm_B, rounding_B, label_B, near_B, far_BG):
         """New label_B, near_B, far_BG of points from their old ones (-1, inf and -inf where nothing is known).
