@@ -812,11 +812,10 @@ def save(model, folder):
 
 def read_config(folder):
     """config.json of a folder; {} where it is missing or cannot be read."""
-    try:
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         about = json.loads((Path(folder) / "config.json").read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return about if isinstance(about, dict) else {}
+        return about if isinstance(about, dict) else {}
+    return {}
 
 
 def load(path, top_k=6):

@@ -31,6 +31,7 @@ from kernels.kmeans import PRODUCTS, Assignment, product_for
 from kernels.seeds import draw_seeds, random_of, single_threaded
 
 # isort: split
+import contextlib
 import itertools
 import json
 import os
@@ -566,10 +567,8 @@ def load_features(config):
 
 def read_thumbnail(source):
     """A small picture of a source, uint8 [H, W, 3], or None if it cannot be read."""
-    try:
+    with contextlib.suppress(ValueError):
         return load_image(source, max_tokens=64, draft=True).numpy()
-    except ValueError:
-        return None
 
 
 def check_same_tree(out, points, config):

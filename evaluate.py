@@ -117,14 +117,13 @@ def stream(model, dataset, entries, n_tokens=4096, stored=False, progress=None, 
                 continue
             answer, kinds = model(batch), ("summary", "patch")
             features = {h: {kind: f[kind].float().cpu() for kind in kinds if kind in f} for h, f in answer.items()}
-            finite = all(torch.isfinite(x).all() for f in features.values() for x in f.values())
             images, place = iter(packs[n]), {}
             for i, image_id in enumerate(batch.ids.tolist()):  # without those that could not be read
                 place[next(e for e in images if dataset.shard(e[0]).ids[e[1]] == image_id)] = i
             for entry, i in ((entry, place[entry]) for entry in part if entry in place):
                 at = {"summary": i, "patch": batch.patch_rows(i)}
                 of_image = {h: {kind: x[at[kind]] for kind, x in f.items()} for h, f in features.items()}
-                for head, f in () if finite else of_image.items():
+                for head, f in of_image.items():
                     if not all(torch.isfinite(x).all() for x in f.values()):
                         who, image = getattr(model, "name", "the model"), dataset.meta(entry)["source"]
                         raise ValueError(f"{who}, head '{head}': features of {image} that are not finite")
@@ -591,6 +590,8 @@ def measure_segment(args, model, budget):
             for head, probe in probes.items():
                 pixels[head] += confusion(probe, features[head]["patch"], shape, truth, classes, args.void)
         for head, c_KK in pixels.items():
+            if not c_KK.any():
+                raise ValueError(f"{roots[1]}/masks say nothing of what is tested: every pixel is --void {args.void}")
             ious, accuracy = class_ious(c_KK, args.void if args.published else None), c_KK.diag().sum() / c_KK.sum()
             found[head] = {"miou": float(ious.nanmean()), "pixel_accuracy": float(accuracy), "images": count}
             found[head]["iou_by_class"] = {k: iou for k, iou in enumerate(ious.tolist()) if iou == iou}
@@ -627,12 +628,11 @@ def measure_speed(args, model, budget, repeats=10):
 
     Square images at the budget, packed; bfloat16 on CUDA. The first two packs warm up; a minute is enough.
     """
-    side = int(budget**0.5)
+    side, seconds = int(budget**0.5), []
     images = max(1, args.tokens // (side * side + 5))
     random = torch.Generator().manual_seed(0)
     rows = [torch.randint(256, (side * side, amoe.ROW), dtype=torch.uint8, generator=random) for _ in range(images)]
     batch = pack(rows, [(side, side)] * images, registers=getattr(model, "registers", 4)).to(args.device)
-    seconds = []
     for n in tqdm(range(repeats + 2), desc=f"{budget}", unit="pack", leave=False):
         if n >= 5 and sum(seconds) > 60:
             break
@@ -740,7 +740,8 @@ def main(argv=None):
     opened = {name: open_model(name, args) for name in args.model}
     text = getattr(args, "text", None) and load_teachers([args.text], args.folder, args.device)[0]
     for name, model in opened.items():
-        for head in itertools.chain.from_iterable(h.split("+") for h in args.head or ([text.name] if text else ())):
+        heads = args.head or ([text.name] if text else ())
+        for head in heads if args.measure == "pca" else itertools.chain.from_iterable(h.split("+") for h in heads):
             if head not in model.heads:
                 raise ValueError(f"--head {head}: {name} has the heads {', '.join(model.heads)}")
     if args.measure == "pca" and len(opened) > 1:  # one sheet for all

@@ -672,15 +672,14 @@ def fit_spaces(teachers, decoded, device):
     """A Space for every teacher from a sample [(rows, shape, id)]: PHI-S from moments of its patches, and variances."""
     moments = {t.name: [0, 0.0, 0.0] for t in teachers}  # of patches: count, sum [C], sum of outer products [C, C]
     answers = {t.name: [] for t in teachers}  # summaries and registers, which are few
-    bar = tqdm(total=len(decoded), desc="fitting PHI-S", unit="image", disable=len(decoded) < 64)
-    for _, batch in in_packs(decoded, device):
-        for name, answer in run_teachers(teachers, batch).items():
-            x_NC = answer.pop("patch")[batch.is_patch].double()
-            count, sum_C, outer_CC = moments[name]
-            moments[name] = [count + len(x_NC), sum_C + x_NC.sum(0).cpu(), outer_CC + (x_NC.T @ x_NC).cpu()]
-            answers[name].append({kind: x.double().cpu() for kind, x in answer.items()})
-        bar.update(batch.n_images)
-    bar.close()
+    with tqdm(total=len(decoded), desc="fitting PHI-S", unit="image", disable=len(decoded) < 64) as bar:
+        for _, batch in in_packs(decoded, device):
+            for name, answer in run_teachers(teachers, batch).items():
+                x_NC = answer.pop("patch")[batch.is_patch].double()
+                count, sum_C, outer_CC = moments[name]
+                moments[name] = [count + len(x_NC), sum_C + x_NC.sum(0).cpu(), outer_CC + (x_NC.T @ x_NC).cpu()]
+                answers[name].append({kind: x.double().cpu() for kind, x in answer.items()})
+            bar.update(batch.n_images)
     return [fit_space(t, moments[t.name], answers[t.name]) for t in teachers]
 
 

@@ -169,7 +169,7 @@ def stored_png(image):
 
     height, width, *colours = image.shape
     size = struct.pack(">IIBBBBB", width, height, 8, 2 if colours else 0, 0, 0, 0)  # 8 bits a colour, or grey
-    rows = np.pad(image.reshape(height, -1), ((0, 0), (1, 0)))  # a row's first byte: 0, no filter
+    rows = np.hstack([np.zeros((height, 1), np.uint8), image.reshape(height, -1)])  # a row's first byte: no filter
     return b"\x89PNG\r\n\x1a\n" + part(b"IHDR", size) + part(b"IDAT", zlib.compress(rows, 0)) + part(b"IEND", b"")
 
 
@@ -219,8 +219,9 @@ class World:
                 (masks / "unfinished").write_bytes(stored_png(label))
                 (masks / "unfinished").rename(masks / self.name(i))
         words = [{"caption": scene.caption, "category": CLASSES[scene.label]} for scene in self.scenes]
-        captions = [{"file": self.name(i)} | of_scene for i, of_scene in enumerate(words)]
-        (images / "captions.json").write_text(json.dumps(captions))
+        (images / "captions.json").write_text(
+            json.dumps([{"file": self.name(i)} | said for i, said in enumerate(words)])
+        )
         return images
 
 

@@ -122,8 +122,7 @@ def parse(argv=None):
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
         how = {bool: {"action": argparse.BooleanOptionalAction}, tuple: {"action": "extend", "nargs": "+"}}
-        how |= {str: {"choices": allowed}, tuple[int, ...]: {"nargs": "+"}}
-        how = how.get(f.type, {})
+        how = (how | {str: {"choices": allowed}, tuple[int, ...]: {"nargs": "+"}}).get(f.type, {})
         if f.type not in (bool, tuple, str):
             how["type"] = in_range(float if f.type is float else int, *allowed)
         default = list(f.default) if f.type is tuple else f.default  # argparse appends to it
@@ -693,8 +692,7 @@ def held_out_scores(run):
     except ValueError as error:
         print(f"held-out images were not measured at step {run.step}: {error}", file=sys.stderr, flush=True)
         return {}
-    prefix = {"student": "held_out_", "teacher": "held_out_teacher_"}
-    found = {prefix[who] + name: value for who, figures in scores.items() for name, value in figures.items()}
+    found = {"held_out_" + "teacher_" * (who == "teacher") + n: v for who, of in scores.items() for n, v in of.items()}
     if found:  # there are held-out images
         tqdm.write(f"step {run.step}: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()), file=sys.stderr)
     return found
@@ -783,8 +781,7 @@ def measure(run, student):
     if scores:
         evaluate.print_table(scores, "at the start" if run.flags.init else "untrained")
     _, held = evaluate.split(dataset, 2000)
-    shown = held[:: max(1, len(held) // 8)][:8]
-    if shown:
+    if shown := held[:: max(1, len(held) // 8)][:8]:
         draw(run.folder / "pca.png", lambda: evaluate.run_sheet(dataset, shown, models))
     return scores
 

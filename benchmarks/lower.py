@@ -1,9 +1,9 @@
 """What torch makes of the training step for an H100, found without one: `python -m benchmarks.lower`.
 
-A CUDA build of torch and a C compiler are needed, and no GPU: tensors are fake, a library of stand-ins answers where
-CUDA's own would, and nothing is run. Dynamo, AOT autograd and Inductor lower the step of packs that differ in what they
-hold; an error says what is not as it must be: one graph, float32 where the design asks for it, forward and backward, a
-gradient for every parameter. Our own Triton kernels are compiled for sm_90a, which needs Triton alone (`--only own`).
+A CUDA build of torch and a C compiler are needed, and no GPU: tensors are fake, stand-ins answer where CUDA would, and
+nothing is run. The step of packs that differ in what they hold is lowered by Dynamo, AOT autograd and Inductor. It must
+give one graph, float32 where the design asks for it, and a gradient for every parameter. Our own Triton kernels are
+compiled for sm_90a, which needs Triton alone (`--only own`).
 
 The table counts each kernel's bytes as Inductor does (every tensor read and written once) and the operations of its
 products, and gives the time that these take at 3 TB/s and 0.8 PFLOP/s, whichever is longer: computed, not measured.

@@ -1,9 +1,8 @@
 """How fast a training step is: `python -m benchmarks.speed [--out FOLDER] [flags of train.py]`.
 
 With --cache or --images on those, else on random packs with teachers of real sizes (small ones without a GPU, where
-nothing says how fast a GPU is): the step and its kernels, and packs against the same images padded to one length.
-
-The result is printed as JSON and, with --out, kept under its name in FOLDER/step.json. kernels/bench.py runs this too.
+nothing says how fast a GPU is): the step and its kernels, and packs against the same images padded to one length. The
+result is printed as JSON and, with --out, kept under its name in FOLDER/step.json. kernels/bench.py runs this too.
 
 Shape letters: T tokens in the pack, M images in it, D model width, C channels of a teacher.
 """

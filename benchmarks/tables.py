@@ -51,11 +51,9 @@ def scores(runs, longer=()):
 def toy():
     runs, longer = ([load(path.stem) for path in sorted(HERE.glob(f"toy_{kind}*.json"))] for kind in ("seed", "longer"))
     seconds, training = [r["seconds"] for r in runs], [r["tokens"] / r["tokens_per_s"] for r in runs]
-    note = (
-        f"`python train.py --seed S`, n = {len(runs)} seeds, mean ± standard deviation; {min(seconds):.0f} to "
-        f"{max(seconds):.0f} s a run, everything included, {mean(training):.0f} of them training. "
-        f"`--steps {longer[0]['steps']}` (n = {len(longer)}): {mean(r['seconds'] for r in longer):.0f} s."
-    )
+    note = f"`python train.py --seed S`, n = {len(runs)} seeds, mean ± standard deviation; {min(seconds):.0f} to "
+    note += f"{max(seconds):.0f} s a run, everything included, {mean(training):.0f} of them training. "
+    note += f"`--steps {longer[0]['steps']}` (n = {len(longer)}): {mean(r['seconds'] for r in longer):.0f} s."
     return [*scores(runs, longer), "", note]
 
 

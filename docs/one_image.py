@@ -18,8 +18,7 @@ def show(value):
         return "{" + ", ".join(f"{key}: {show(v)}" for key, v in value.items()) + "}"
     if isinstance(value, tuple) and not isinstance(value, torch.Size):
         return "   ".join(map(show, value))
-    if isinstance(value, torch.Tensor):
-        return show(value.tolist())
+    value = value.tolist() if isinstance(value, torch.Tensor) else value
     if isinstance(value, list | torch.Size):
         return f"[{', '.join(map(show, value))}]"
     return f"{value:.2g}" if isinstance(value, float) else str(value)

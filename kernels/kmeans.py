@@ -8,8 +8,7 @@ The score of point n and centroid k is x_n.c_k + bias_k. With bias_k = -|c_k|^2 
 so the nearest centroid has the largest score. `top3` returns the second and third best as well: where the best leads by
 more than a low-precision product errs, its label is proven; where only the second is that close, two are left.
 
-dtypes of `top3`: float32, or bfloat16 (products exact, sums in float32); any N, K and D. Its Triton kernel runs on CUDA
-devices that have bfloat16 (compute capability 8.0 on), or under TRITON_INTERPRET=1; all else wherever torch does.
+`top3` takes float32, or bfloat16 (products exact, sums in float32); its Triton kernel needs a GPU that has bfloat16.
 
 Shape letters: N points, K centroids, D channels, G groups of S centroids, P = S G slots, B points of a block or tile,
 M points of a selection, E channels of an extended product, F choices.
@@ -206,7 +205,7 @@ def split_into_groups(c_KD, at_most=GROUPS):
     that follows the data lets more groups be ruled out together.
     """
     groups = [torch.arange(len(c_KD), device=c_KD.device)]
-    while 2 * len(groups) <= at_most and len(c_KD) >= 16 * len(groups):
+    while 2 * len(groups) <= at_most and len(c_KD) >= 8 * len(groups) ** 2:  # many small groups make long lists
         halves = []
         for ids in groups:
             x_MD = c_KD[ids] - c_KD[ids].mean(0)
@@ -246,17 +245,14 @@ class NearestSearch:
         self.longest = length_K.max().item()
         k, device = len(c_KD), c_KD.device
         self.id_GS = group_GS.masked_fill(group_GS < 0, k).sort(dim=1).values  # k: the last place of a short group
-        self.group_K = torch.empty(k + 1, dtype=torch.int64, device=device)
-        self.group_K[self.id_GS] = torch.arange(len(group_GS), device=device)[:, None]
-        self.group_K = self.group_K[:k]
+        self.group_K = self.id_GS.flatten().argsort()[:k] // self.id_GS.shape[1]
         # What `compare` multiplies: a group's centroids about its middle. The place that is left over scores -inf.
         sum_GD = self.exact_KD.new_zeros(len(group_GS), c_KD.shape[1]).index_add_(0, self.group_K, self.exact_KD)
         self.middle_GD = (sum_GD / (group_GS >= 0).sum(1, keepdim=True)).float()
         local_GSD = torch.cat([c_KD, c_KD[:1]])[self.id_GS] - self.middle_GD[:, None]
         square_GS = torch.linalg.vector_norm(local_GSD, dim=2, dtype=torch.float64).square_().float()
-        self.local_GDS, left_over_GS = local_GSD.mT.contiguous(), self.id_GS == k
-        self.longest_G = square_GS.masked_fill(left_over_GS, 0).amax(1).sqrt()
-        self.minus_square_GS = square_GS.neg_().masked_fill_(left_over_GS, -torch.inf)
+        self.longest_G = square_GS.masked_fill(self.id_GS == k, 0).amax(1).sqrt()
+        self.local_GDS, self.bias_GS = local_GSD.mT.contiguous(), (-square_GS).masked_fill(self.id_GS == k, -torch.inf)
         self.every = fresh_G is None
         self.fresh_G = torch.full_like(group_GS[:, 0], group_GS.shape[1]) if self.every else fresh_G
         # What `screen` multiplies, group by group; of a short group -1 fills the last place, which never wins.
@@ -358,8 +354,7 @@ class NearestSearch:
         g_M, row_M = wanted_BG.T.nonzero(as_tuple=True)
         pairs = (self.compare_pairs(x_ND, at_B[row_M[m]], g_M[m]) for m in tiles(len(g_M), self.id_GS.shape[1]))
         label_M, best_M, next_M, error_M = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-        far_BG = torch.full(wanted_BG.shape, torch.inf, device=x_ND.device)
-        far_BG[row_M, g_M] = best_M
+        far_BG = torch.full(wanted_BG.shape, torch.inf, device=x_ND.device).index_put_((row_M, g_M), best_M)
         won_M = far_BG.argmin(1)[row_M] == g_M
         far_BG[row_M, g_M] = torch.where(won_M, next_M, best_M).sub_(error_M).clamp_(min=0).sqrt_()
         won_B = torch.empty_like(at_B)  # the pair of each point's nearest centroid
@@ -367,19 +362,17 @@ class NearestSearch:
         return label_M[won_B], (best_M + error_M)[won_B].clamp_(min=0).sqrt_(), far_BG
 
     def compare_pairs(self, x_ND, at_M, g_M):
-        """Of pairs of a point and a group, by group: the nearest centroid, its squared distance and the second's, and
-        by how much float32 may be off in both."""
+        """Pairs (point, group), by group: the nearest centroid, squared distances of it and the next, their error."""
         score_MS = scratch("pair", len(g_M), self.id_GS.shape[1], torch.float32, x_ND.device)
         d, length_M = x_ND.shape[1], torch.empty(len(g_M), device=x_ND.device)
         lengths = torch.bincount(g_M, minlength=len(self.id_GS)).tolist()
-        for g, (at, length, score) in enumerate(
-            zip(*(t.split(lengths) for t in (at_M, length_M, score_MS)), strict=True)
-        ):
+        parts = zip(*(t.split(lengths) for t in (at_M, length_M, score_MS)), strict=True)
+        for g, (at, length, score) in enumerate(parts):
             if len(at):
                 x_MD = scratch("row", len(at), d, torch.float32, x_ND.device)
                 torch.index_select(x_ND, 0, at, out=x_MD).sub_(self.middle_GD[g])  # twice as fast as x_ND[at]
                 torch.linalg.vector_norm(x_MD, dim=1, out=length)  # a tenth of vecdot's time
-                torch.addmm(self.minus_square_GS[g], x_MD, self.local_GDS[g], alpha=2, out=score)
+                torch.addmm(self.bias_GS[g], x_MD, self.local_GDS[g], alpha=2, out=score)
         s_M = argmax(score_MS)[:, None]  # for all groups at once: such small operations took a third of the time
         square_M, best_M = length_M.square(), score_MS.gather(1, s_M)[:, 0]
         next_M = score_MS.scatter_(1, s_M, -torch.inf).amax(1)
@@ -451,7 +444,7 @@ class Assignment:
     def choose_fresh(self, product):
         """How many centroids of every group to multiply anew, its fastest; None: all. What costs least for a sample of
         points, in products of a point and a centroid. On a CPU."""
-        some, (n_groups, size) = slice(None, None, -(-len(self.norm_N) // 4096)), self.group_GS.shape
+        some, (n_groups, size) = slice(None, None, -(-len(self.norm_N) // 2048)), self.group_GS.shape
         near_M, far_MG, label_M = self.near_N[some], self.far_NG[some], self.label_N[some]
         step_M, group_M = self.step_K[label_M], self.search.group_K[label_M]
         looked = (far_MG - self.step_GS[:, 0] <= (near_M + step_M)[:, None]).any(1)

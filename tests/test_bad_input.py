@@ -202,6 +202,8 @@ CASES += [
     *((f"{SEGMENT} --train {{badmasks}}/{name}", rf"{name}/masks", 1) for name in ("none", "colour", "text", "small")),
     (SEGMENT + " --train {images}", "images", 1),
     (SEGMENT.replace("{masks}", "{badmasks}/void"), "void", 1),
+    (SEGMENT + " --test {badmasks}/void", "void", 1),
+    (PCA + " --head amoe+text", r"amoe\+text", 1),
     # runs that are to be resumed
     *((f"train --cache {{cache}} --tokens 400 --device cpu --resume --out {{runs}}/{kind}", r"step-000002\.pt", 1)
       for kind in ("empty", "text", "cut", "flipped", "foreign")),
