@@ -700,8 +700,7 @@ class AMoE(Student):
         special_SD = torch.cat([self.cls_token[0], self.storage_tokens[0]])
         x_TD = self.img_projector(normalise(batch.rows).to(special_SD.dtype)) * batch.is_patch[:, None]
         x_TD = x_TD + special_TS.to(x_TD.dtype) @ special_SD.to(x_TD.dtype)
-        rotation = rotations(batch.yx, self.freqs_cis_golden)
-        loads = []
+        rotation, loads = rotations(batch.yx, self.freqs_cis_golden), []
         for block in self.layers:
             if self.recompute and torch.is_grad_enabled():
                 x_TD, load_E = checkpoint(block, x_TD, rotation, mask, real_T, use_reentrant=False)

@@ -490,8 +490,7 @@ def measure_zeroshot(args, model, budget):
     """Images against their class's name, a folder a class"""
     dataset, entries = open_images(args.images, args, budget)
     spoken, templates = read_words(args)
-    names = sorted({category(dataset, e) for e in entries})
-    text = []
+    names, text = sorted({category(dataset, e) for e in entries}), []
     for name in names:
         words = spoken.get(name, name.replace("_", " "))
         words = words.lower() if args.published else words

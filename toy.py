@@ -14,7 +14,7 @@ objects.
 """
 
 import evaluate
-from common.store import name_hash
+from common.store import map_ahead, name_hash
 
 # isort: split
 import functools
@@ -23,6 +23,7 @@ import math
 import os
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -212,12 +213,17 @@ class World:
         images.mkdir(parents=True, exist_ok=True)
         masks.mkdir(parents=True, exist_ok=True)
         drawn = set(os.listdir(masks))  # a mask is written after its image
-        for i, scene in enumerate(self.scenes):  # threads would take longer: numpy holds the interpreter's lock
-            if self.name(i) not in drawn:
-                image, label = scene.render(np.random.default_rng([self.seed, 2, i]))
-                (images / self.name(i)).write_bytes(stored_png(image))
-                (masks / "unfinished").write_bytes(stored_png(label))
-                (masks / "unfinished").rename(masks / self.name(i))
+
+        def keep(picture):
+            i, image, label = picture
+            (images / self.name(i)).write_bytes(stored_png(image))
+            (masks / "unfinished").write_bytes(stored_png(label))
+            (masks / "unfinished").rename(masks / self.name(i))
+
+        left = (i for i in range(self.n) if self.name(i) not in drawn)
+        pictures = ((i, *self.scenes[i].render(np.random.default_rng([self.seed, 2, i]))) for i in left)
+        with ThreadPoolExecutor(1) as pool:  # one draws and one writes: two that draw wait for the interpreter's lock
+            list(map_ahead(pool, keep, pictures, 64))
         words = [{"caption": scene.caption, "category": CLASSES[scene.label]} for scene in self.scenes]
         (images / "captions.json").write_text(
             json.dumps([{"file": self.name(i)} | said for i, said in enumerate(words)])
