@@ -225,9 +225,8 @@ class World:
         with ThreadPoolExecutor(1) as pool:  # one draws and one writes: two that draw wait for the interpreter's lock
             list(map_ahead(pool, keep, pictures, 64))
         words = [{"caption": scene.caption, "category": CLASSES[scene.label]} for scene in self.scenes]
-        (images / "captions.json").write_text(
-            json.dumps([{"file": self.name(i)} | said for i, said in enumerate(words)])
-        )
+        captions = [{"file": self.name(i)} | said for i, said in enumerate(words)]
+        (images / "captions.json").write_text(json.dumps(captions))
         return images
 
 
