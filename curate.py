@@ -366,8 +366,7 @@ def even_shares(budget, size_M, seed=0):
     The shares are min(size, w) for the largest whole w that the budget allows; the seed picks who gets the rest.
     """
     size_M = np.asarray(size_M, np.int64)
-    budget = min(int(budget), int(size_M.sum()))
-    order = np.sort(size_M)
+    budget, order = min(int(budget), int(size_M.sum())), np.sort(size_M)
     filled = np.cumsum(order) + order * np.arange(len(order) - 1, -1, -1)  # the total at w = order[i]
     i = int(np.searchsorted(filled, budget, side="left"))
     level = (budget - int(order[:i].sum())) // max(len(order) - i, 1)

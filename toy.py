@@ -214,7 +214,7 @@ class World:
         masks.mkdir(parents=True, exist_ok=True)
         drawn = set(os.listdir(masks))  # a mask is written after its image
 
-        def keep(picture):
+        def write_files(picture):
             i, image, label = picture
             (images / self.name(i)).write_bytes(stored_png(image))
             (masks / "unfinished").write_bytes(stored_png(label))
@@ -222,8 +222,8 @@ class World:
 
         left = (i for i in range(self.n) if self.name(i) not in drawn)
         pictures = ((i, *self.scenes[i].render(np.random.default_rng([self.seed, 2, i]))) for i in left)
-        with ThreadPoolExecutor(1) as pool:  # one draws and one writes: two that draw wait for the interpreter's lock
-            list(map_ahead(pool, keep, pictures, 64))
+        with ThreadPoolExecutor(1) as pool:  # two threads that draw would wait for Python's lock; writing does not
+            list(map_ahead(pool, write_files, pictures, 64))
         words = [{"caption": scene.caption, "category": CLASSES[scene.label]} for scene in self.scenes]
         captions = [{"file": self.name(i)} | said for i, said in enumerate(words)]
         (images / "captions.json").write_text(json.dumps(captions))

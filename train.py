@@ -692,7 +692,8 @@ def held_out_scores(run):
     except ValueError as error:
         print(f"held-out images were not measured at step {run.step}: {error}", file=sys.stderr, flush=True)
         return {}
-    found = {"held_out_" + "teacher_" * (who == "teacher") + n: v for who, of in scores.items() for n, v in of.items()}
+    prefix = {"student": "held_out_", "teacher": "held_out_teacher_"}
+    found = {prefix[who] + name: value for who, figures in scores.items() for name, value in figures.items()}
     if found:  # there are held-out images
         tqdm.write(f"step {run.step}: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()), file=sys.stderr)
     return found

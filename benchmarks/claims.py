@@ -265,7 +265,7 @@ def main():
         asked = not args.only or {arm, arm.split(": ")[0]} & set(args.only)
         if asked and not (photos and words.startswith("toy-")) and seed not in found.setdefault(arm, {}):
             text = json.dumps(run(args.work, args.work / f"run-{os.getpid()}", words, seed, photos))
-            found[arm][seed] = json.loads(text, parse_float=lambda x: float(f"{float(x):.5g}"))  # the file stays small
+            found[arm][seed] = json.loads(text, parse_float=lambda x: float(f"{float(x):.5g}"))  # for a small file
             write_json(args.out, found)
             gc.collect()  # a run's cache, held by a cycle, has shards in memory
 

@@ -5,8 +5,8 @@
     step                            amoe-0.3b's training step (benchmarks/speed.py); the compiler takes minutes
 
 A form that is wrong against float64, gradients included, on the inputs it is timed on is not timed, and the exit status
-is 1. Without a GPU shapes are small, and forms that need one are left out. A part has a process of its own, which may
-spoil its GPU's context. "% of floor" is floor over time, at best 100: the floor is the time of an operation's products
+is 1. Without a GPU shapes are small, and forms that need one are left out. A part has a process of its own: it may
+spoil the GPU's context. "% of floor" is floor over time, at best 100: the floor is the time of an operation's products
 at the rate of a large one, or of its fewest bytes (inputs and outputs once) at that of a large copy, if that is longer.
 
 Shape letters: T tokens, D model width, E experts, F expert width, K experts a token or centroids, B images of the

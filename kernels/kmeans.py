@@ -25,7 +25,7 @@ if triton is not None:
     import triton.language as tl
 
 IMPLS = ("ref", "triton")  # of top3
-GROUPS = 32  # of centroids; a point keeps one float for each
+GROUPS = 32  # of centroids, at most; a point keeps one float for each
 GATHERING = 160  # comparing a point with a group costs as much as so many more centroids: its row has to be gathered
 RATE = {"float32": 1.0, "bfloat16": 0.5}  # cost of each centroid that `screen` multiplies, in float32 products
 SCREENING = 50  # cost of `screen` for a point, however few centroids it multiplies
@@ -205,7 +205,7 @@ def split_into_groups(c_KD, at_most=GROUPS):
     that follows the data lets more groups be ruled out together.
     """
     groups = [torch.arange(len(c_KD), device=c_KD.device)]
-    while 2 * len(groups) <= at_most and len(c_KD) >= 8 * len(groups) ** 2:  # many small groups make long lists
+    while 2 * len(groups) <= at_most and len(c_KD) >= 8 * len(groups) ** 2:  # at most the root of K / 2
         halves = []
         for ids in groups:
             x_MD = c_KD[ids] - c_KD[ids].mean(0)
@@ -249,7 +249,7 @@ class NearestSearch:
         # What `compare` multiplies: a group's centroids about its middle. The place that is left over scores -inf.
         sum_GD = self.exact_KD.new_zeros(len(group_GS), c_KD.shape[1]).index_add_(0, self.group_K, self.exact_KD)
         self.middle_GD = (sum_GD / (group_GS >= 0).sum(1, keepdim=True)).float()
-        local_GSD = torch.cat([c_KD, c_KD[:1]])[self.id_GS] - self.middle_GD[:, None]
+        local_GSD = c_KD[self.id_GS.clamp(max=k - 1)] - self.middle_GD[:, None]
         square_GS = torch.linalg.vector_norm(local_GSD, dim=2, dtype=torch.float64).square_().float()
         self.longest_G = square_GS.masked_fill(self.id_GS == k, 0).amax(1).sqrt()
         self.local_GDS, self.bias_GS = local_GSD.mT.contiguous(), (-square_GS).masked_fill(self.id_GS == k, -torch.inf)
@@ -362,7 +362,7 @@ class NearestSearch:
         return label_M[won_B], (best_M + error_M)[won_B].clamp_(min=0).sqrt_(), far_BG
 
     def compare_pairs(self, x_ND, at_M, g_M):
-        """Pairs (point, group), by group: the nearest centroid, squared distances of it and the next, their error."""
+        """For each pair of a point and a group, group by group: nearest centroid, d^2 to it and to the next, error."""
         score_MS = scratch("pair", len(g_M), self.id_GS.shape[1], torch.float32, x_ND.device)
         d, length_M = x_ND.shape[1], torch.empty(len(g_M), device=x_ND.device)
         lengths = torch.bincount(g_M, minlength=len(self.id_GS)).tolist()
