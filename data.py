@@ -392,8 +392,7 @@ def cache(
 
     images: what find_sources takes, or a list of Source. teachers: objects with name, dim and registers, called with a
     Batch. patches: False for summaries alone. pixels: False stores none; readers decode them again from the images.
-    shard_range (i, n): write every n-th shard from the i-th, so that n processes or machines share the work without
-    talking to one another.
+    shard_range (i, n): write every n-th shard from the i-th, so that n processes or machines share the work.
     ValueError for an existing cache of other contents, for unreadable images beyond the share max_skipped, for teachers
     whose answers do not fit, and for what cannot be written.
     """

@@ -492,6 +492,8 @@ def measure_zeroshot(args, model, budget):
     dataset, entries = open_images(args.images, args, budget)
     spoken, templates = read_words(args)
     names, text = sorted({category(dataset, e) for e in entries}), []
+    if spoken and spoken.keys().isdisjoint(names):
+        raise ValueError(f"{args.classes} names none of the classes of {dataset.path}: {', '.join(names[:5])}")
     for name in names:
         words = spoken.get(name, name.replace("_", " "))
         words = words.lower() if args.published else words

@@ -51,8 +51,7 @@ def choose_budget(seed, ids, budgets):
 def choose_view(seed, image_id, number):
     """The crop box (left, top, right, bottom, shares of the image) and flip of a view, fixed by its three arguments.
 
-    View 0 is the whole image. The others keep 40 to 100% of the area, change the aspect by up to 4:3, and flip every
-    second time.
+    View 0 is the whole image. The others keep 40 to 100% of the area, change the aspect by up to 4:3; half are flipped.
     """
     if number == 0:
         return (0.0, 0.0, 1.0, 1.0), False

@@ -606,8 +606,7 @@ def load_teachers(specs, images, device):
 def run_teachers(teachers, batch):
     """{teacher: {"patch" [T, C], "summary" [M, C], "registers" [M, R, C]}}, float32 copies on the batch's device.
 
-    On CUDA teachers run under bfloat16. ValueError where an answer has not the shapes that the teacher announced, or is
-    not finite.
+    On CUDA teachers run under bfloat16. ValueError where an answer is not finite or not of the shapes announced.
     """
     device, answers = batch.rows.device, {}
     for t in teachers:

@@ -354,8 +354,9 @@ def update(model, optimizer, average, measured, expert_load, bad_steps, step, fl
     optimizer.zero_grad(set_to_none=True)
     model.balance(expert_load, flags.expert_bias_rate * good)
     if average:
+        decay = min(flags.ema, (1 + step) / (10 + step))  # soon forgets the weights before training
         for name, p in model.named_parameters():
-            average[name].lerp_(p.detach(), (1 - flags.ema) * good)
+            average[name].lerp_(p.detach(), (1 - decay) * good)
     bad_steps[0] = torch.where(good, 0, bad_steps[0] + 1)
     bad_steps[1] += ~good
     return norm

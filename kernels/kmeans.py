@@ -30,7 +30,7 @@ GATHERING = 160  # comparing a point with a group costs as much as so many more 
 RATE = {"float32": 1.0, "bfloat16": 0.5}  # cost of each centroid that `screen` multiplies, in float32 products
 SCREENING = 50  # cost of `screen` for a point, however few centroids it multiplies
 UNIT = 2.0**-24  # half a unit in the last place of float32, relative
-TILE_BYTES = 16 << 20  # of scores at a time: 4 to 32 MiB ran within 4% of each other, 256 MiB 1.3x slower
+TILE_BYTES = 8 << 20  # of scores at a time: 4 and 16 MiB take up to a twentieth longer, 256 MiB 1.3 times as long
 
 
 # ---- references ----

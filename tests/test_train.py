@@ -209,6 +209,22 @@ def test_a_loss_that_is_not_finite_changes_nothing(cache):
     assert streak.tolist() == [0, 1] and not torch.equal(model.norm.weight, before["norm.weight"])
 
 
+def test_an_average_soon_forgets_the_weights_before_training(cache):
+    """Catches a student that is mostly its own initial weights after a run shorter than the average is long."""
+    flags = flags_for(cache, "--ema", "0.999", "--weight-decay", "0")
+    model = student(cache, flags)
+    optimizer = train.make_optimizer(model, flags)
+    average = {name: p.detach() + 1000 for name, p in model.named_parameters()}
+    streak, load = torch.zeros(2, dtype=torch.int64), torch.ones(len(model.layers), model.config.experts)
+    for step in range(12):
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        train.update(model, optimizer, average, {"loss": torch.ones(())}, load, streak, step, flags)
+    left = 1000 / math.comb(21, 9)  # the product of (1 + n) / (10 + n) for n below 12
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(average[name] - p, torch.full_like(p, left), atol=1e-4, rtol=0)
+
+
 def test_accumulated_blocks_recompute_to_the_same_gradient(cache):
     """Catches checkpointing that routes anew with other biases or counts the load twice."""
     flags = flags_for(cache)
