@@ -15,7 +15,7 @@ N rows of anything, B images of the global batch (all packs and ranks of a step)
 # Our modules come first: importing kernels sets how OpenMP's threads wait, which torch reads when it is loaded
 from common.commands import one_line_errors
 from common.pixels import PATCH, grid, to_rgb
-from common.plug_in import plug_in
+from common.plug_in import code_of, plug_in
 from common.store import read_state, write_atomically
 from hub.siglino import check_sizes, from_siglino, to_siglino
 from kernels.arkd import arkd
@@ -714,14 +714,15 @@ class PlugIn(Student):
     """A trunk of your own: a module with `dim` that, called with a Batch, returns [T, dim], a row per token.
 
     An image's rows are its summary, its registers (`trunk.registers`, by default 4) and its patches. factory: the
-    FILE.py:FACTORY that makes the trunk, called with the device.
+    FILE.py:FACTORY that makes the trunk, called with the device. code: run this in the place of what FILE.py holds.
     """
 
     layers = ()  # AMoE has its blocks here
 
-    def __init__(self, factory, spaces, device="cpu"):
+    def __init__(self, factory, spaces, device="cpu", code=None):
         super().__init__()
-        self.factory, self.trunk = factory, plug_in(factory, device, "student", ("dim", "parameters", "forward"))
+        self.factory, self.code = factory, code or code_of(factory, "student")
+        self.trunk = plug_in(factory, device, "student", ("dim", "parameters", "forward"), self.code)
         self.add_heads(self.trunk.dim, getattr(self.trunk, "registers", 4), spaces)
         for head in self.heads.values():
             head.initialise()
@@ -753,8 +754,11 @@ def describe(model):
     return {"trunk": asdict(model.config) if isinstance(model, AMoE) else {"factory": model.factory}, "heads": heads}
 
 
-def rebuild(about, state, source):
-    """The student that `describe` described, with the weights `state`, in eval mode; errors name `source`."""
+def rebuild(about, state, source, code=None):
+    """The student that `describe` described, with the weights `state`, in eval mode; errors name `source`.
+
+    code: of a trunk of your own, where its FILE.py may have changed.
+    """
     check_sizes(about, state, source)
     spaces, trunk = [], about["trunk"]
     for name, sizes in about["heads"].items():
@@ -764,7 +768,8 @@ def rebuild(about, state, source):
         weights = without_prefix(f"heads.{name}.pool.", state) or None
         pooled = {"pool": weights, "pool_heads": pool["heads"], "pool_eps": pool["eps"]}
         spaces.append(Space(name, C, sizes["registers"], phi_s, **pooled))
-    model = PlugIn(trunk["factory"], spaces) if "factory" in trunk else AMoE(Config(**trunk), spaces)
+    own = "factory" in trunk
+    model = PlugIn(trunk["factory"], spaces, code=code) if own else AMoE(Config(**trunk), spaces)
     for head, sizes in zip(model.heads.values(), about["heads"].values(), strict=True):
         C = sizes["dim"]
         head.fc2 = nn.Linear(C, C, bias=sizes["bias"])
@@ -792,15 +797,15 @@ def save(model, folder):
     The code is modeling_amoe.py, the same model in plain torch, or the FILE.py of a trunk of your own.
     """
     folder, student = Path(folder), folded(model)
-    about, code = {"model_type": "amoe", **describe(student)}, Path(__file__).parent / "hub" / "modeling_amoe.py"
+    about = {"model_type": "amoe", **describe(student)}
     if isinstance(model, AMoE):
         about["auto_map"] = {"AutoConfig": "modeling_amoe.AMoEConfig", "AutoModel": "modeling_amoe.AMoEModel"}
+        code = {"modeling_amoe.py": (Path(__file__).parent / "hub" / "modeling_amoe.py").read_bytes()}
     else:
-        code = Path(model.factory.rpartition(":")[0])
         about["trunk"]["factory"] = Path(model.factory).name
+        code = {Path(model.factory.rpartition(":")[0]).name: model.code.encode()}
     state = {key: value.clone().contiguous() for key, value in student.state_dict().items()}  # unties weights
-    files = {
-        code.name: code.read_bytes(),
+    files = code | {
         "model.safetensors": safetensors.torch.save(state, {"format": "pt"}),
         "config.json": (json.dumps(about, indent=1) + "\n").encode(),
     }

@@ -141,7 +141,9 @@ class Cache:
             unused = [name_hash(json.loads(line)["source"]) for line in lines]
             sources = sources.subset(np.concatenate([self.all_ids(), np.array(unused, np.int64)]))
         if sources.names_hash() != about["sources_hash"]:
-            raise ValueError(f"{self.path} was made of other images than {images}")
+            if len(self.numbers) < self.n_shards and len(sources) < about["sources"]:
+                raise ValueError(f"{self.path} lacks shards, so the images of its --subset are not known: {RERUN}")
+            raise ValueError(f"{self.path} was made of other images than those given")
         layout = {key: about[key] for key in ("min_tokens", "max_tokens", "views", "seed", "shard_images")}
         return Images(sources, images, **layout)
 
@@ -353,7 +355,8 @@ def open_summaries(path, teacher):
 
 
 def thumbnails(path, ids, images=None):
-    """The cached images of the given ids, uint8 [16 h, 16 w, 3] each, in the order asked for; images: as for Cache."""
+    """The cached images of the given ids, uint8 [16 h, 16 w, 3] each, in the order asked for; images: as for Cache.
+    One that cannot be read is None."""
     cache, ids = Cache(path, images), np.asarray(ids, np.int64)
     known = cache.all_ids()
     at = np.flatnonzero(is_in(known, np.unique(ids)))
@@ -362,7 +365,12 @@ def thumbnails(path, ids, images=None):
         raise ValueError(f"{path} holds no image of id {missing[0]}")
     numbers = [int(np.searchsorted(cache.firsts, at[i], side="right")) - 1 for i in ids.tolist()]
     entries = [(n, at[i] - int(cache.firsts[n])) for n, i in zip(numbers, ids.tolist(), strict=True)]
-    return [cache.read([entry], with_targets=False).images()[0].numpy() for entry in entries]
+
+    def picture(entry):
+        with contextlib.suppress(Damage):
+            return cache.read([entry], with_targets=False).images()[0].numpy()
+
+    return list(map(picture, entries))
 
 
 # ---- writing ----

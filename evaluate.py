@@ -243,7 +243,8 @@ def patch_labels(mask_HW, h, w, classes, void=VOID):
 def linear_probe(x_NC, share_NK, iterations=40, decay=1e-4):
     """Softmax regression of patch features onto class shares: (weight [K, C], bias [K]) for the features as they are.
 
-    Full-batch L-BFGS from zero on features with each channel standardised: nothing to tune, nothing random.
+    Full-batch L-BFGS from zero on features with each channel standardised: nothing random. It stops before it has
+    converged, and more iterations may give less.
     """
     mean, std = require_finite(x_NC).mean(0), x_NC.std(0, correction=min(1, len(x_NC) - 1)).clamp(min=1e-6)
     x, total_N1 = (x_NC - mean) / std, share_NK.sum(1, keepdim=True)
@@ -668,8 +669,8 @@ FLAGS = (  # (the measures that have it, its name, how it is read, its help)
     ("all", "--model", NEEDED | SEVERAL, f"what to measure, several in one table: {MODELS}"),
     ("all", "--top-k", number(int, 1, 1024, 6), "experts per token of a SigLino checkpoint (0.15B: 2)"),
     ("all", "--max-tokens", number(int, 1, 65536, [256]) | SEVERAL, "token budgets; the table has a line for each"),
-    ("all", "--head", SEVERAL, "heads by name, by default all; 'amoe' is the trunk, a+b an ensemble"),
     ("all", "--device", {"default": "auto"}, "where the model runs: auto, cpu, cuda or cuda:N"),
+    ("images", "--head", SEVERAL, "heads by name, by default all; 'amoe' is the trunk, a+b an ensemble (not of pca)"),
     ("speed", "--tokens", number(int, 1, 2**20, 16384), "tokens in a pack, at most"),
     ("images", "--min-tokens", number(int, 1, 65536, 1), "patches below which an image is enlarged"),
     ("images", "--enlarge", SET, "enlarge smaller images to the budget"),
@@ -742,7 +743,7 @@ def main(argv=None):
     opened = {name: open_model(name, args) for name in args.model}
     text = getattr(args, "text", None) and load_teachers([args.text], args.folder, args.device)[0]
     for name, model in opened.items():
-        heads = args.head or ([text.name] if text else ())
+        heads = getattr(args, "head", None) or ([text.name] if text else ())
         for head in heads if args.measure == "pca" else itertools.chain.from_iterable(h.split("+") for h in heads):
             if head not in model.heads:
                 raise ValueError(f"--head {head}: {name} has the heads {', '.join(model.heads)}")

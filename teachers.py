@@ -550,9 +550,9 @@ def load_teacher(spec, device="cpu"):
     tokenizer.json is looked for beside the weights. Every error is a ValueError of one line.
     """
     name, _, where = spec.partition("=")
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or not where or name == "amoe":
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or not where or name == "amoe" or hasattr(torch.nn.ModuleDict(), name):
         forms = "NAME=FILE.safetensors, NAME=FILE.pth or NAME=FILE.py:FACTORY"
-        raise ValueError(f"'{spec}' is no teacher: write {forms}, NAME of letters, digits, _ and -, and not 'amoe'")
+        raise ValueError(f"'{spec}' is no teacher: write {forms}, NAME of letters, digits, _, -, not 'amoe' or 'train'")
     if re.fullmatch(r".*\.py(:\w*)?", where):
         teacher = plug_in(where, device, "teacher", ("name", "dim", "registers", "__call__"))
     else:
@@ -594,10 +594,11 @@ def load_teachers(specs, images, device):
     for spec, teacher in zip(specs, loaded, strict=True):
         table = getattr(sys.modules[type(teacher).__module__], "text_table", None)
         if table and spec.endswith(":text_aligned") and captions.is_file() and not hasattr(teacher, "encode_text"):
-            entries, rows_NC = json.loads(captions.read_bytes()), table()
+            with one_line_errors(captions):
+                entries, rows_NC = json.loads(captions.read_bytes()), table()
+                row = {entry.get("caption"): i for i, entry in enumerate(entries)}
             if len(entries) != len(rows_NC):
                 raise ValueError(f"{captions} has {len(entries)} entries, text_table() of {spec} {len(rows_NC)} rows")
-            row = {entry["caption"]: i for i, entry in enumerate(entries)}
             teacher.encode_text = lambda texts, row=row, rows_NC=rows_NC: rows_NC[[row[text] for text in texts]]
     return loaded
 

@@ -315,7 +315,8 @@ def arkd_gradients(model, packs, spaces, flags, process, forward, counts):
             summaries = {name: summary.detach() for name, summary in only_forward[0].items()}
         else:
             bare = model.module if hasattr(model, "module") else model  # DDP has nothing to exchange here
-            with torch.no_grad():
+            devices = [process.device] if process.device.type == "cuda" else []
+            with torch.no_grad(), torch.random.fork_rng(devices):  # so that dropout is the same in `gradients`
                 outs = [forward(bare, spaces, *pack)[0] for pack in packs]
             summaries = {space.name: torch.cat([out[space.name] for out in outs]) for space in spaces}
     measured, gradient = {}, {}
@@ -400,6 +401,7 @@ def state_of(run):
     return {
         "step": run.step,
         "student": amoe.describe(run.model),
+        "code": getattr(run.model, "code", None),
         "model": weights,
         "optimizer": moments,
         "average": run.average,
@@ -439,6 +441,8 @@ def restore(run, path, state):
     if math.prod(then) != math.prod(now):  # packs a step
         before, now = ("{} rank(s) with --accumulate {}".format(*pair) for pair in (then, now))
         raise ValueError(f"--resume: {path} was trained by {before}, not {now}: another batch")
+    if run.flags.fsdp and not state["flags"]["fsdp"]:
+        raise ValueError(f"--resume: {path} was saved without --fsdp: go on without it")
     before, step = state["flags"]["steps"], state["step"]
     if run.flags.steps < step:
         raise ValueError(f"--steps {run.flags.steps} lies behind {path}: give at least {step}, or another --out")
@@ -470,10 +474,13 @@ def restore(run, path, state):
 def prepare(flags, process, compiled):
     """The Run at its beginning, or at the newest checkpoint of --out under --resume."""
     folder, began, subset = Path(flags.out), time.perf_counter(), read_subset(flags.subset)
-    old = clear_run_folder(folder, flags) if process.rank == 0 else []
+    old = files_of_old_run(folder, flags) if process.rank == 0 else []
     found, state = newest_checkpoint(folder, process.rank > 0) if flags.resume else (None, None)
     if found:
         check_same_flags(flags, found, state)  # before anything is written for others
+    first_student(flags)  # likewise, for what is wrong with --init or --sizes
+    for name in () if flags.resume or process.rank > 0 else ("skipped.jsonl", "spaces.json"):  # PHI-S is fitted anew
+        (folder / name).unlink(missing_ok=True)
     dataset, spaces, teachers, world = open_data(flags, process, compiled)
     spaces = spaces_to_learn(flags, dataset, spaces, teachers, process.device)
     model = build(flags, spaces, process.device, quiet=process.rank > 0)
@@ -489,10 +496,12 @@ def prepare(flags, process, compiled):
         restore(run, found, state)
         if process.rank == 0:
             print(f"resuming from {found}", flush=True)
+            if state.get("code") not in (None, getattr(model, "code", None)):
+                print(f"--student {flags.student} was changed since: it goes on as it is now", flush=True)
     elif flags.resume and process.rank == 0:
         print(f"--resume: {folder} holds no checkpoint, so this is the beginning", flush=True)
     data.read_pack(dataset, next(order.packs(run.position))[0], flags.tokens, model.registers, flags.on_corrupt)
-    for path in old:  # only now: what went wrong so far has left that run alone, and no new one behind
+    for path in old:  # only now, when the new run can begin
         path.unlink()
     run.log = Log(folder, process.rank, run.step, flags)
     if not found:
@@ -500,19 +509,14 @@ def prepare(flags, process, compiled):
     return run
 
 
-def clear_run_folder(folder, flags):
-    """Remove what a new run makes first; return an old one's other files, for later. ValueError without --overwrite."""
+def files_of_old_run(folder, flags):
+    """The files of an old run that a new one will remove; ValueError where it is there without --overwrite."""
     names = ("log.jsonl", "result.json", "student/config.json")
     old = [*checkpoints(folder), *(folder / name for name in names if (folder / name).exists())]
     if flags.resume:
         return []
     if old and not flags.overwrite:
         raise ValueError(f"{folder} holds a run: give --resume to go on, --overwrite to begin anew, or another --out")
-    for name in ("skipped.jsonl", "spaces.json"):  # PHI-S is fitted anew
-        (folder / name).unlink(missing_ok=True)
-    drawn = 0 if flags.cache or flags.images else len(list((folder / "toy/masks").glob("*.png")))
-    if drawn not in (0, flags.toy_images):
-        shutil.rmtree(folder / "toy")  # another world
     return old
 
 
@@ -529,6 +533,8 @@ def open_data(flags, process, compiled=False):
         return *open_images(flags, process, compiled), None
     world = toy.World(Path(flags.out) / "toy", flags.toy_images)
     if process.rank == 0:
+        if len(list(world.folder.glob("masks/*.png"))) not in (0, world.n):
+            shutil.rmtree(world.folder)  # another world
         print(f"caching two oracle teachers' features of {world.n} toy images in {world.folder}", flush=True)
         oracles = [toy.TextOracle(world), toy.DenseOracle(world)]
         data.cache(world.write(), oracles, world.folder / "cache", max_tokens=64)
@@ -563,6 +569,8 @@ def spaces_to_learn(flags, dataset, spaces, teachers, device):
         return spaces
     spread = {}
     if flags.standardise == "channels":
+        if not dataset.about.get("patches", True):
+            raise ValueError(f"--standardise channels measures patches, and {dataset.path} holds none")
         entries = evaluate.split(dataset, 512)[0][:512]
         targets = evaluate.stream(evaluate.of_targets(spaces, teachers, device), dataset, entries, stored=not teachers)
         patches = {name: torch.cat(kinds["patch"]) for name, kinds in evaluate.gather(targets).items()}
@@ -581,6 +589,8 @@ def with_sizes(config, sizes):
     c = replace(config, **changed)
     if c.dense_layers == c.layers:  # no layer has experts
         c = replace(c, experts=0, top_k=0, expert_hidden=0)
+    if c.dense_layers == 0:
+        c = replace(c, dense_hidden=0)
     dense = c.dense_layers == 0 or c.dense_hidden > 0
     sparse = c.dense_layers >= c.layers or (1 <= c.top_k <= c.experts and c.expert_hidden > 0)
     possible = min(c.layers, c.dim, c.heads, c.head_dim) > 0 == c.head_dim % 4 and c.dense_layers <= c.layers  # RoPE
@@ -589,9 +599,8 @@ def with_sizes(config, sizes):
     return c
 
 
-def build(flags, spaces, device, quiet=False):
-    """A new student, the same on every rank and device for a seed; prints what it takes over from --init."""
-    torch.manual_seed(flags.seed)
+def first_student(flags, quiet=True):
+    """(the Config of a new student, the student of --init or None); ValueError where --sizes or --init do not fit."""
     config = with_sizes(amoe.CONFIGS[flags.model], flags.sizes)
     parent = amoe.load(flags.init, config.top_k or 6) if flags.init else None
     if isinstance(parent, amoe.PlugIn) and not flags.student:
@@ -603,7 +612,17 @@ def build(flags, spaces, device, quiet=False):
         if not same_sizes and not quiet:
             print(f"--init {flags.init}: sizes of its own, top-{parent.config.top_k} experts", flush=True)
         config = parent.config
-    model = amoe.PlugIn(flags.student, spaces, device) if flags.student else amoe.AMoE(config, spaces)
+    return config, parent
+
+
+def build(flags, spaces, device, quiet=False, code=None):
+    """A new student, the same on every rank and device for a seed; prints what it takes over from --init.
+
+    code: of --student, where its file may have changed.
+    """
+    torch.manual_seed(flags.seed)
+    config, parent = first_student(flags, quiet)
+    model = amoe.PlugIn(flags.student, spaces, device, code) if flags.student else amoe.AMoE(config, spaces)
     if parent:
         fresh = amoe.inherit(model, parent)
         kept = ", ".join(["the trunk", *(f"the head of {name}" for name in model.heads if name not in fresh)])
@@ -669,7 +688,7 @@ def save_checkpoint(run):
 
 def student_of(state):
     """The student of a checkpoint's state, or its average under --ema."""
-    student = amoe.rebuild(state["student"], state["model"], "the checkpoint")
+    student = amoe.rebuild(state["student"], state["model"], "the checkpoint", state.get("code"))
     student.load_state_dict(state["average"], strict=False)  # empty but under --ema
     return student
 
@@ -765,7 +784,7 @@ def write_card(folder, state):
 def measure(run, student):
     """Print the table of the student, its teachers and the untrained student, draw pca.png; returns the scores."""
     dataset, spaces, teachers, device = run.dataset, run.spaces, run.teachers, run.process.device
-    untrained = build(run.flags, spaces, device, quiet=True).eval()
+    untrained = build(run.flags, spaces, device, quiet=True, code=getattr(run.model, "code", None)).eval()
     imitated = evaluate.of_targets(spaces, teachers, device)
     models = {"student": evaluate.of_student(student), "teacher": imitated, "untrained": evaluate.of_student(untrained)}
 

@@ -106,7 +106,10 @@ class Order:
         shapes = np.concatenate([np.zeros((0, 2), np.int32), *(shard.shapes for shard in shards)])
         new_rows = n_old + np.flatnonzero(self.keeps(ids[n_old:], shapes[n_old:]))
         random = np.random.default_rng([self.seed, position.epoch, position.window + 1])
-        row = np.concatenate([starts[place] + carried[:, 1], random.permutation(new_rows)])
+        there = carried[:, 1] < sizes[place]  # a shard that was written anew may hold fewer images, in other places
+        old_rows = (starts[place] + carried[:, 1])[there]
+        old_rows = old_rows[self.keeps(ids[old_rows], shapes[old_rows])]
+        row = np.concatenate([old_rows, random.permutation(new_rows)])
         length = self.special + shapes[row, 0].astype(np.int64) * shapes[row, 1]
         return np.stack([np.repeat(numbers, sizes), np.arange(len(ids)) - np.repeat(starts, sizes)], 1)[row], length
 

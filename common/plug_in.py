@@ -8,21 +8,34 @@ from common.commands import one_line_errors
 from common.store import name_hash
 
 
-def plug_in(spec, device, kind, needs):
-    """What FACTORY(device) of a FILE.py:FACTORY returns: a `kind`, "teacher" or "student", with the attributes `needs`.
-
-    ValueError of one line for whatever the file raises.
-    """
+def path_and_factory(spec):
+    """The two parts of FILE.py:FACTORY."""
     path, _, factory = (f"{spec}:" if spec.endswith(".py") else spec).rpartition(":")
     if not factory:
         raise ValueError(f"{path} needs the name of its factory: write {path}:FACTORY")
+    return path, factory
+
+
+def code_of(spec, kind):
+    """What the file of FILE.py:FACTORY holds, as text; ValueError where there is none."""
+    path, _ = path_and_factory(spec)
     if not Path(path).is_file():
         raise ValueError(f"no plug-in {kind} at {path}")
+    with one_line_errors(f"{spec} made no {kind}"):
+        return importlib.util.decode_source(Path(path).read_bytes())
+
+
+def plug_in(spec, device, kind, needs, code=None):
+    """What FACTORY(device) of a FILE.py:FACTORY returns: a `kind`, "teacher" or "student", with the attributes `needs`.
+
+    code: run this in the place of what the file holds. ValueError of one line for whatever it raises.
+    """
+    (path, factory), code = path_and_factory(spec), code or code_of(spec, kind)
     name = f"{kind}_{Path(path).stem}_{name_hash(str(Path(path).resolve()))}"  # two folders may each have a real.py
     found = importlib.util.spec_from_file_location(name, path)
     module = sys.modules[name] = importlib.util.module_from_spec(found)  # dataclasses look their module up
     with one_line_errors(f"{spec} made no {kind}"):
-        found.loader.exec_module(module)
+        exec(compile(code, path, "exec"), module.__dict__)
         if not hasattr(module, factory):
             raise AttributeError(f"it has no '{factory}'")
         made = getattr(module, factory)(device)

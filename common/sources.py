@@ -232,7 +232,8 @@ class Sources:
         A larger one's files are compared when they are read.
         """
         try:
-            if any(os.stat(path).st_mtime_ns != when for path, when in self.about["folders"].items()):
+            folders = self.about["folders"].items()
+            if any((os.stat(path).st_mtime_ns if os.path.exists(path) else 0) != when for path, when in folders):
                 return False
             few = self[: len(self) if len(self) <= 20_000 else 0]
             return all(is_remote(s.path) or s.unchanged() for s in few)
@@ -347,6 +348,8 @@ def jobs(paths, places, folders):
         for in_tar, group in itertools.groupby(names, lambda name: name.lower().endswith(".tar")):
             while part := list(itertools.islice(group, 1 if in_tar else 1024)):
                 place = [join(root, part[0]) if in_tar else root, in_tar]
+                if in_tar:  # of one without images nothing else is known
+                    note_time(place[0], folders)
                 if in_tar or places[-1:] != [place]:
                     places.append(place)
                 yield len(places) - 1, *place, [(name, notes.pop(name, b"")) for name in part]
@@ -379,8 +382,8 @@ def listed(path, parent, folders, seen):
 
 
 def note_time(path, folders):
-    if not is_remote(path) and os.path.exists(path):
-        folders[path] = os.stat(path).st_mtime_ns
+    if not is_remote(path):  # 0 where there is nothing yet
+        folders[path] = os.stat(path).st_mtime_ns if os.path.exists(path) else 0
 
 
 def walk(folder, folders, seen):
@@ -403,9 +406,9 @@ def walk(folder, folders, seen):
 def read_notes(folder, root, folders):
     """What the captions.json of a folder says, {name below root: JSON}; nothing where there is none."""
     path, below = f"{folder}/captions.json", "" if folder == root else folder.removeprefix(f"{root}/") + "/"
+    note_time(path, folders)
     try:
         raw = read_bytes(path)[0]
-        note_time(path, folders)
         entries = json.loads(raw.decode("utf-8-sig", errors="replace"))
         said = {os.path.normpath(below + entry["file"]): labels_of(entry) for entry in entries}
         no_string = sum(not isinstance(entry.get("caption") or "", str) for entry in entries)

@@ -168,6 +168,20 @@ def load(folder=Path(__file__).parent):
     return model.eval()
 
 
+def grid(height, width, max_patches):
+    """Patches (h, w) of an image, as in training: rounded, or the largest grid of the same aspect that fits."""
+    a, b = height / 16, width / 16
+    h, w = max(1, round(a)), max(1, round(b))
+    if h * w <= max_patches:
+        return h, w
+    larger = 1, 1
+    while larger[0] * larger[1] <= max_patches:
+        h, w = larger
+        tall, wide = (h + 0.5) * b, (w + 0.5) * a  # as the scale grows, the lesser rounds up first
+        larger = h + (tall <= wide), w + (wide <= tall)
+    return h, w
+
+
 def open_image(path, max_patches=256):
     """An image file as uint8 [16 h, 16 w, 3], its size in whole patches, shrunk to max_patches; needs Pillow."""
     from PIL import Image, ImageOps
@@ -178,8 +192,7 @@ def open_image(path, max_patches=256):
     if image.has_transparency_data:  # over white, as in training
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     image = image.convert("RGB")
-    scale = min(1.0, 16 * math.sqrt(max_patches / (image.width * image.height)))
-    w, h = (max(1, int(n * scale / 16)) * 16 for n in image.size)
+    h, w = (16 * n for n in grid(image.height, image.width, max_patches))
     return torch.frombuffer(bytearray(image.resize((w, h), 3).tobytes()), dtype=torch.uint8).view(h, w, 3)
 
 

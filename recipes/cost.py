@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import amoe
 import train
 from benchmarks.speed import flops_per_token
+from common.commands import in_range
 from teachers import Sizes
 
 REAL = {  # ViT-L and So400m (patch 16, with its text tower)
@@ -69,8 +70,8 @@ def cost(flags, budgets, gpus, mfu, peak):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--budgets", type=int, nargs="+", default=[256], help="patches of an image, at most")
-    parser.add_argument("--gpus", type=int, default=8)
-    parser.add_argument("--mfu", type=float, default=0.2, help="share of --peak that a step reaches")
+    parser.add_argument("--gpus", type=in_range(int, 1, 10**6), default=8, help="how many")
+    parser.add_argument("--mfu", type=in_range(float, 1e-6, 1), default=0.2, help="share of --peak that a step reaches")
     parser.add_argument("--peak", type=float, default=989e12, help="bfloat16 FLOP/s of a GPU (H100 SXM)")
     args, words = parser.parse_known_args(argv)
     flags = train.parse(words)

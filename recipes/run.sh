@@ -1,6 +1,6 @@
 # What the recipes share; sourced, not run. `--dry` as the first word prints the commands and runs none of them.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+[ "$PWD" -ef "$(dirname "${BASH_SOURCE[0]}")/.." ] || { echo "run recipes in the checkout's own folder" >&2; exit 2; }
 python=${PYTHON:-python} dry=
 if [ "${1:-}" = --dry ]; then dry=1 && shift; fi
 run() {

@@ -88,6 +88,7 @@ def test_sizes_take_the_place_of_the_models(cache, tmp_path):
     ):
         with pytest.raises(ValueError, match="--sizes"):
             train.with_sizes(amoe.CONFIGS["toy"], (bad,))
+    assert train.with_sizes(amoe.CONFIGS["toy"], ("dense_hidden=256",)) == amoe.CONFIGS["toy"]  # no layer has them
 
 
 def test_muon_makes_steps_orthogonal():

@@ -119,6 +119,9 @@ CASES += [
     (CACHE + " --min-tokens 300 --max-tokens 256", "300", 1),
     (TRAIN + " --tokens 10", "--tokens 10", 1),
     (TRAIN + " --init {student} --model dense-30m", "--model", 1),
+    (CACHE.replace("{plug}", "train=plug.py:make"), "not 'amoe' or 'train'", 1),
+    (TRAIN.replace("{cache}", "{lean}") + " --standardise channels", "measures patches", 1),
+    (SPEED + " --head vit", "--head", 2),
     (CURATE + " --levels 5 20", "levels", 1),
     (CURATE + " --levels 5 5", "levels", 1),
     (CURATE + " --levels 101 5", "101", 1),
@@ -346,11 +349,13 @@ def places(tmp_path_factory, cache, world, oracles):
     with contextlib.redirect_stdout(None):
         runs(tmp / "runs", cache)
         images = world.folder / "images"
-        data.cache(images, oracles, tmp / "other", max_tokens=64, shard_images=20, seed=5, calibrate=30, progress=False)
+        kind = {"max_tokens": 64, "shard_images": 20, "progress": False}
+        data.cache(images, oracles, tmp / "other", seed=5, calibrate=30, **kind)
+        data.cache(images, oracles, tmp / "lean", patches=False, **kind)
     shutil.copytree(tmp / "runs/whole", tmp / "finished")
     words = {name: tmp / name for name in ("file", "empty", "junk", "images", "classes", "flat", "captions", "masks",
                                            "badmasks", "caches", "students", "runs", "other", "finished")}  # fmt: skip
-    words |= {name: f"t={tmp}/{name}.py:make" for name in ("plug", "texts", "badtexts")}
+    words |= {"lean": tmp / "lean"} | {name: f"t={tmp}/{name}.py:make" for name in ("plug", "texts", "badtexts")}
     words |= {"student": tmp / "student", "npy": tmp / "npy.npy", "tar": tmp / "broken.tar", "tmp": tmp}
     return words | {"cache": cache.path}
 

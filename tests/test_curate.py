@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -521,7 +522,7 @@ def test_an_image_counts_once_whatever_its_views(world, oracles, tmp_path):
 
 def test_a_cache_without_pixels_has_pictures_where_images_are_given(world, oracles, tmp_path, capsys):
     """Catches a run of hours that ends in an error at its last step, the pictures."""
-    kind = {"max_tokens": 64, "patches": False, "pixels": False, "progress": False}
+    kind = {"max_tokens": 64, "patches": False, "pixels": False, "shard_images": 20, "progress": False}
     lean = data.cache(world.folder / "images", oracles, tmp_path / "c", **kind)
     words = ["--features", str(lean.path), "--levels", "12", "4", "--keep", "30", "--out", str(tmp_path / "out")]
     curate.main(words)
@@ -529,7 +530,13 @@ def test_a_cache_without_pixels_has_pictures_where_images_are_given(world, oracl
     with pytest.raises(ValueError, match="was made of other images than"):  # before the work, not after it
         curate.main([*words[:-1], str(tmp_path / "none"), "--images", str(world.folder)])
     assert not (tmp_path / "none").exists()
-    curate.main([*words, "--images", str(world.folder / "images")])
+    photos = Path(shutil.copytree(world.folder / "images", tmp_path / "photos"))
+    curate.main([*words, "--images", str(photos)])
+    sheet = (tmp_path / "out/clusters.png").read_bytes()
+    os.utime(photos / "000003.png", (1, 1))  # of its shard no picture is believed, and the others are shown
+    capsys.readouterr()
+    curate.main([*words, "--images", str(photos)])
+    assert "cannot be read" in capsys.readouterr().out and (tmp_path / "out/clusters.png").read_bytes() != sheet
     assert (np.asarray(Image.open(tmp_path / "out/clusters.png")) != 255).any(2).mean() > 0.2
 
 

@@ -218,6 +218,15 @@ def test_a_subset_is_cached_alone(world, oracles, tmp_path, capsys):
         data.cache(world.folder / "images", oracles, tmp_path / "b", subset=[5], progress=False)
 
 
+def test_an_unfinished_subset_without_pixels_is_not_said_to_be_of_other_images(world, oracles, tmp_path):
+    """Catches an error that sends the user to look for other images, where the cache lacks shards."""
+    ids = [s.id for s in find_sources(world.folder / "images")][10:30]
+    kind = {"max_tokens": 64, "pixels": False, "shard_images": 7, "shard_range": (0, 2), "progress": False}
+    data.cache(world.folder / "images", oracles, tmp_path / "c", subset=ids, **kind)
+    with pytest.raises(ValueError, match="lacks shards, so the images of its --subset are not known"):
+        data.Cache(tmp_path / "c", world.folder / "images")
+
+
 def test_a_cache_without_a_shard_is_described(cache, tmp_path, capsys):
     """Catches a sum over no shards: a writer that was killed early left a cache whose info was a traceback."""
     shutil.copytree(cache.path, tmp_path / "cache", ignore=lambda folder, names: {"shards", "index"} & set(names))
@@ -505,6 +514,16 @@ def test_the_order_goes_on_from_any_position(cache):
     for cut in (1, 7, 20):
         assert walk(order, 40 - cut, whole[cut - 1][1]) == whole[cut:]
     assert walk(Order(cache, 300, seed=2), 40) != whole
+
+
+def test_images_carried_over_from_a_shard_written_anew_are_asked_for_again(cache):
+    """Catches held-out images that are trained on, and numbers beyond a shard, after a resume."""
+    order = data.Order(cache, 400, seed=0)
+    out = next((number, i) for number in cache.numbers for i in range(20) if i not in order.kept(number))
+    into = next((number, int(i)) for number in cache.numbers for i in order.kept(number))
+    carried = (out, into, (cache.numbers[0], 20), (cache.numbers[0], 10**6))
+    images, _ = order.in_window(Position(0, 1, 0, carried))
+    assert tuple(images[0].tolist()) == into and out not in map(tuple, images.tolist()) and images[:, 1].max() < 20
 
 
 @pytest.mark.parametrize("threads", [0, 2])

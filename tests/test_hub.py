@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import amoe
 import images
 import train
+from common.pixels import grid
 
 ROOT = Path(train.__file__).parent
 SIZES = {
@@ -377,6 +378,43 @@ def test_a_trunk_of_ones_own_trains_resumes_evaluates_and_exports(cache, world, 
     run([sys.executable, "evaluate.py", *words, "--out", str(tmp_path / "knn.json")])
     begun = json.loads((tmp_path / "whole" / "log.jsonl").read_text().splitlines()[0])
     assert begun["model"] == {"factory": f"{own}:student"}
+
+
+def test_a_trunk_edited_during_a_run_is_the_one_that_was_trained(cache, tmp_path, monkeypatch, capsys):
+    """Catches scores, an exported folder and an untrained student of code that the run never trained."""
+    own, out = tmp_path / "own.py", tmp_path / "run"
+    own.write_text(TRUNK)
+    words = [*command(cache, out, "--student", f"{own}:student")[2:], "--device", "cpu"]
+    save = train.save
+
+    def edit_and_save(*arguments):
+        save(*arguments)
+        own.write_text(TRUNK.replace("return self.drop(", "return self.drop(-3 * "))
+
+    monkeypatch.setattr(train, "save", edit_and_save)
+    train.main(words)
+    edited = json.loads((out / "result.json").read_text())
+    assert (out / "student/own.py").read_text() == TRUNK
+    own.unlink()
+    train.main(["--export", str(out)])
+    assert (out / "student/own.py").read_text() == TRUNK
+    own.write_text(TRUNK)
+    monkeypatch.setattr(train, "save", save)
+    train.main([*words[:-4], "--device", "cpu", "--student", f"{own}:student", "--overwrite"])
+    for who in ("student", "untrained"):
+        assert json.loads((out / "result.json").read_text())[who] == edited[who]
+    own.write_text(TRUNK + "# another\n")
+    capsys.readouterr()
+    train.main([*words, "--steps", "13", "--resume"])
+    assert "own.py:student was changed since" in capsys.readouterr().out
+
+
+def test_the_plain_student_takes_as_many_patches_as_training():
+    """Catches sides that are rounded down, and budgets that leave room for a row or a column."""
+    random, own = np.random.default_rng(0), plain_module(ROOT / "hub").grid
+    for n in (1, 4, 64, 196, 256, 1024):
+        for height, width in np.exp(random.uniform(np.log(16), np.log(3000), (200, 2))).astype(int).tolist():
+            assert own(height, width, n) == grid(height, width, 1, n)
 
 
 def test_what_is_no_trunk_gets_one_line(cache, tmp_path):

@@ -313,6 +313,23 @@ def test_a_table_is_made_once_and_again_when_images_change(tmp_path, monkeypatch
     assert sources_file.find_sources(folder)[3].caption == "another caption" and len(scanned) == 4
 
 
+def test_a_table_is_made_again_for_captions_beside_a_list_and_for_tars_that_were_empty(tmp_path, monkeypatch):
+    """Catches what was absent when the table was made, and is never looked for again."""
+    monkeypatch.setenv("AMOE_INDEX", str(tmp_path / "index"))
+    folder, listed = photos(tmp_path / "a"), tmp_path / "list.txt"
+    listed.write_text("a/1.png\n")
+    make_tar(folder / "empty.tar", {})
+    for path in (tmp_path, folder, listed, folder / "empty.tar"):
+        os.utime(path, (2, 2))
+    assert sources_file.find_sources(listed)[0].caption is None
+    before = len(sources_file.find_sources(folder))
+    (tmp_path / "captions.json").write_text('[{"file": "a/1.png", "caption": "red"}]')
+    make_tar(folder / "empty.tar", {"x.png": (folder / "1.png").read_bytes()})
+    os.utime(folder, (2, 2))
+    assert sources_file.find_sources(listed)[0].caption == "red"
+    assert len(sources_file.find_sources(folder)) == before + 1
+
+
 def test_a_folder_without_room_for_the_table_is_named(tmp_path, monkeypatch):
     """Catches "No space left on device" that does not say which."""
     folder = photos(tmp_path / "a")

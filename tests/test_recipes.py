@@ -30,6 +30,13 @@ def recipe(name, *words, **more):
     return [shlex.split(line[2:]) for line in done.stdout.splitlines() if line.startswith("+ ")], done.stdout
 
 
+def test_recipes_do_not_look_for_paths_in_another_folder(tmp_path):
+    """Catches images and results of the same names in the checkout, which are not those that were meant."""
+    words = ["bash", str(ROOT / "recipes/photos.sh"), "--dry", "photos", "out", "t=x.py:make"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "in the checkout's own folder" in done.stderr and not done.stdout
+
+
 @pytest.fixture
 def pictures(tmp_path):
     """Two classes of colours, in train/ and test/, with captions.json in neither; and a teacher that sees colours."""

@@ -685,12 +685,13 @@ def test_a_plug_in_is_called_with_the_device_and_named(tmp_path):
 
 
 def test_plug_ins_of_one_file_name_have_their_own_text_tables(tmp_path):
-    """Catches modules named by the file alone: the first teacher would speak with the second one's captions."""
+    """Catches modules named by the file alone: the first teacher would speak with the second one's captions; and an
+    image without a caption."""
     more = "\nimport torch\ntext_aligned = make\ndef text_table(): return torch.full((2, 768), {}.0)\n"
     for number, folder in enumerate(("first", "second")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "plug.py").write_text(PLUG_IN + more.format(number))
-    (tmp_path / "captions.json").write_text('[{"file": "a.png", "caption": "a"}, {"file": "b.png", "caption": "b"}]')
+    (tmp_path / "captions.json").write_text('[{"file": "a.png"}, {"file": "b.png", "caption": "b"}]')
     specs = [f"{folder}={tmp_path / folder / 'plug.py'}:text_aligned" for folder in ("first", "second")]
     for number, teacher in enumerate(teachers.load_teachers(specs, tmp_path, "cpu")):
         assert (teacher.encode_text(["b"]) == number).all()

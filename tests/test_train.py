@@ -85,6 +85,37 @@ def test_packing_order_and_accumulation_change_neither_loss_nor_gradient(cache, 
     assert one[1].abs().sum() > 0
 
 
+def test_dropout_in_accumulated_packs_is_that_of_one_graph(cache, tmp_path):
+    """Catches a relational gradient taken with other random numbers than those of the graph that it goes through."""
+    (tmp_path / "own.py").write_text(
+        "import torch\n"
+        "class Trunk(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.dim, self.rows, self.drop = 32, torch.nn.Linear(768, 32), torch.nn.Dropout(0.3)\n"
+        "    def forward(self, batch): return self.drop(torch.tanh(self.rows(batch.rows.float() / 255)))\n"
+        "def make(device): return Trunk().to(device)\n"
+    )
+    flags = flags_for(cache, "--arkd", "10", "--student", f"{tmp_path}/own.py:make")
+    model, images = student(cache, flags), entries_of(cache, 16)
+    packs = [(cache.read(part), None) for part in (images[:6], images[6:])]
+    torch.manual_seed(3)
+    measured, _ = train.gradients(model, packs, cache.spaces, flags, place())
+    got = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+    model.zero_grad()
+    torch.manual_seed(3)
+    outs = [train.forward(model, cache.spaces, *pack) for pack in packs]
+    loss = sum(sum(kinds.values()) for _, losses, _ in outs for kinds in losses.values()) / len(images)
+    for space in cache.spaces:
+        summaries = torch.cat([out[space.name] for out, _, _ in outs])
+        said = torch.cat([batch.targets[space.name]["summary"] for batch, _ in packs])
+        loss = loss + flags.arkd * amoe.arkd_loss(summaries, said)
+    loss.backward()
+    want = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+    assert float(loss.detach()) == pytest.approx(float(measured["loss"]), rel=1e-5)
+    assert (got - want).abs().max() <= 1e-4 * want.abs().max()
+
+
 def test_the_gradient_is_that_of_the_logged_loss(cache, random_images):
     """Catches a part that is logged but not trained on: the gradient against finite differences in float64."""
     flags = flags_for(cache)
@@ -525,6 +556,8 @@ def test_two_ranks_train_and_resume_sharded_or_not(cache, tmp_path):
     assert all(torch.allclose(v, other["model"][k], atol=1e-5) for k, v in state["model"].items())
     again = torchrun(*words, "6", "--resume")
     assert again.returncode == 0, again.stderr[-3000:]
+    other = torchrun("train.py", *command(cache, tmp_path / "whole")[2:], "--fsdp", "--steps", "6", "--resume")
+    assert other.returncode and "was saved without --fsdp: go on without it" in other.stderr
     assert sorted(losses(tmp_path / "run")) == [1, 2, 3, 4, 5, 6]
     left = (tmp_path / "run" / "student" / "model.safetensors").read_bytes()
     for path in [*(tmp_path / "run" / "student").iterdir(), tmp_path / "run" / "log.jsonl"]:
@@ -648,6 +681,10 @@ def test_what_a_run_was_prepared_for_is_not_taken_for_other_flags(world, plug_in
     with pytest.raises(ValueError, match="--calibrate 16, not 32"):
         own("--calibrate", "32", "--resume")
     assert calibrated(tmp_path / "run") == 16
+    for wrong in (["--init", str(tmp_path / "none")], ["--sizes", "top_k=0"]):
+        with pytest.raises(ValueError, match=r"no weights at|no such student"):
+            own("--calibrate", "32", "--overwrite", *wrong)
+        assert calibrated(tmp_path / "run") == 16
     own("--calibrate", "32", "--overwrite")
     assert calibrated(tmp_path / "run") == 32
     for wrong in (["--cache"], ["--teacher", plug_in, "--images"]):
