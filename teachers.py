@@ -551,8 +551,8 @@ def load_teacher(spec, device="cpu"):
     """
     name, _, where = spec.partition("=")
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or not where or name == "amoe" or hasattr(torch.nn.ModuleDict(), name):
-        forms = "NAME=FILE.safetensors, NAME=FILE.pth or NAME=FILE.py:FACTORY"
-        raise ValueError(f"'{spec}' is no teacher: write {forms}, NAME of letters, digits, _, -, not 'amoe' or 'train'")
+        forms, free = "NAME=FILE.safetensors, NAME=FILE.pth or NAME=FILE.py:FACTORY", "and not 'amoe' or 'train'"
+        raise ValueError(f"'{spec}' is no teacher: write {forms}, NAME of letters, digits, _ and -, {free}")
     if re.fullmatch(r".*\.py(:\w*)?", where):
         teacher = plug_in(where, device, "teacher", ("name", "dim", "registers", "__call__"))
     else:
