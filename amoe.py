@@ -642,7 +642,9 @@ class Student(Float32Buffers):
             pairs = [any_to_rows(image, max_tokens) for image in images]
             rows, shapes = [rows for rows, _ in pairs], [shape for _, shape in pairs]
         else:
-            rows = list(images)
+            rows = [torch.as_tensor(row) for row in images]
+        if len(rows) != len(shapes):
+            raise ValueError(f"encode was given {len(rows)} images and {len(shapes)} shapes")
         if centre and (lacking := [name for name, head in self.heads.items() if head.patch_mean is None]):
             raise ValueError(f"centre=True: this student holds no mean of the features of '{lacking[0]}'")
         out = []

@@ -5,7 +5,7 @@ A cache is a folder, or what tensorstore makes of a URL, of format 4:
     cache.json                    what it was made of: format, teachers, dtype, seed, token budget, hash of the sources;
                                   and its own hash, which every shard repeats
     teachers/<name>.safetensors   phi_s.{mean,rotation,sigma}, summary_mean, summary_variance, register_variance,
-                                  pool.*, and probe [C], a summary by which a rerun recognises its teacher
+                                  pool.*; probe [C], the summary of image probe_id: so a rerun knows its teacher
     skipped.jsonl                 {"source", "reason"} for every image left out
     summary.<t>/    float32 [shards * places, C]    in teacher t's own space; a chunk per shard, unused places are zero
     index/                        written like a shard, after all shards: `images`, (id, h << 16 | w) of each, and
@@ -526,8 +526,8 @@ def calibrated(teachers, dataset, views, device):
     sample = [(*answer, view.source.id) for view, answer in answers if not isinstance(answer, str)]
     if not sample:
         raise ValueError(f"none of {len(views)} calibration images can be decoded: is --images {dataset.path} right?")
-    known_by = probes(teachers, sample[0], device)
-    return {space.name: space_bytes(space, known_by[space.name]) for space in fit_spaces(teachers, sample, device)}
+    known_by, spaces = probes(teachers, sample[0], device), fit_spaces(teachers, sample, device)
+    return {space.name: space_bytes(space, known_by[space.name], sample[0][2]) for space in spaces}
 
 
 def read_spaces(store, about, path):
@@ -543,17 +543,19 @@ def read_spaces(store, about, path):
 
 def check_same(before, about, store, out, teachers, dataset, views, device):
     """ValueError where `before` (an existing JSON) differs from `about`, or where a teacher of a known name is another
-    one, by its summary of the first calibration image."""
+    one, by its summary of the first calibration image that was decoded then."""
     for key, value in about.items():
         if before.get(key, value) != value:  # one made before a key was written down lacks it
             others = "other images (names, sizes)" if key.endswith("_hash") else f"{key} {before[key]!r}, not {value!r}"
             raise ValueError(f"{out} was made with {others}: choose another --out")
-    decoded = ((view, dataset.decode(view)) for view in views)
-    view, answer = next(((v, answer) for v, answer in decoded if not isinstance(answer, str)), (None, None))
-    if view is None:
-        return  # the images are gone; writing shards will report that
+    raws = {name: store.read(f"teachers/{name}.safetensors").result().value for name in about["teachers"]}
+    known = {name: safetensors.torch.load(raw) for name, raw in raws.items()}
+    known_by = next(iter(known.values())).get("probe_id", views[0].source.id)  # an older file lacks it
+    view = next((view for view in views if view.source.id == known_by), None)
+    if view is None or isinstance(answer := dataset.decode(view), str):
+        return  # the image is gone; writing shards will report that
     for name, now in probes(teachers, (*answer, view.source.id), device).items():
-        before = safetensors.torch.load(store.read(f"teachers/{name}.safetensors").result().value)["probe"]
+        before = known[name]["probe"]
         change = float((now - before).norm() / before.norm())
         if change > 0.1:  # rounding, also that of bfloat16 on another machine, stays under 0.02
             others = f"another teacher '{name}' or other images: summaries of {view.source.name} differ by {change:.0%}"
@@ -570,7 +572,8 @@ def write_shards(teachers, numbers, dataset, out, device):
     for number, after in itertools.zip_longest(numbers, numbers[1:]):
         answers = list(zip(dataset.views_of(number), ahead, strict=True))
         ahead = after is not None and dataset.decode_all(dataset.views_of(after))
-        bad = [{"source": view.source.name, "reason": answer} for view, answer in answers if isinstance(answer, str)]
+        unused = [(view, answer) for view, answer in answers if isinstance(answer, str)]  # a crop may be too small
+        bad = [{"source": view.source.name, "reason": answer} for view, answer in unused if view.number == 0]
         decoded = [(view, *answer) for view, answer in answers if not isinstance(answer, str)]
         arrays = image_arrays(decoded, dataset.seed, cache.about["pixels"])
         power = {t.name: np.zeros(2) for t in teachers}
@@ -581,7 +584,7 @@ def write_shards(teachers, numbers, dataset, out, device):
         record["power"] = {name: [float(f"{x:.8g}") for x in both] for name, both in power.items()}
         record["content"] = dataset.sources.content_hash(*dataset.span_of(number))
         write_shard(cache, number, arrays, record | {"skipped": bad})
-        yield len(bad), [entry["source"] for entry in bad]
+        yield len(unused), [entry["source"] for entry in bad]
 
 
 def image_arrays(decoded, seed, pixels):

@@ -235,7 +235,8 @@ class Images:
         size = view_size(np.where(wrong, PATCH, height), np.where(wrong, PATCH, width), box)
         shapes = np.stack(grid(*size, self.min_tokens, choose_budget(self.seed, ids, self.max_tokens)), 1)
         shapes[wrong] = 0
-        bad = [self.view((number, i)) for i in np.flatnonzero(wrong).tolist()]
+        # An image is bad if the whole of it is; a crop that is smaller than a patch is left out without a word.
+        bad = [self.view((number, i)) for i in np.flatnonzero(wrong).tolist() if i % self.n_views == 0]
         self.skip_unusable(bad, self.pool.map(self.shape, bad), self.quiet, len(ids) - len(bad))
         return Headers(ids, shapes)
 
@@ -252,8 +253,9 @@ class Images:
                     if not quiet:
                         self.report(view.source.name, answer)
             self.seen += len(answers) + n_good
-            if len(self.bad) > self.max_skipped * max(100, self.seen):
-                seen = f"{len(self.bad)} of the first {self.seen} images of {self.path} are unusable"
+            seen = min(self.seen // self.n_views, len(self.sources))  # the bad ones are counted once, in all epochs
+            if len(self.bad) > self.max_skipped * max(100, seen):
+                seen = f"{len(self.bad)} of the first {seen} images of {self.path} are unusable"
                 raise ValueError(f"{seen}, beyond the share {self.max_skipped:g}; the last: {[*self.bad.items()][-1]}")
         return [None if isinstance(answer, str) else answer for answer in answers]
 

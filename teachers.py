@@ -711,10 +711,10 @@ def probes(teachers, decoded, device):
     return {name: answer["summary"][0].cpu() for name, answer in run_teachers(teachers, batch).items()}
 
 
-def space_bytes(space, probe_C):
+def space_bytes(space, probe_C, probe_id):
     """A Space as a .safetensors file, with every scalar and the teacher's summary of one image (see `probes`)."""
     tensors = {f"phi_s.{k}": v for k, v in space.phi_s.state_dict().items()}
-    tensors |= {"summary_mean": space.summary_mean, "probe": probe_C}
+    tensors |= {"summary_mean": space.summary_mean, "probe": probe_C, "probe_id": torch.tensor(probe_id)}
     for key in ("summary_variance", "register_variance"):
         tensors[key] = torch.tensor(getattr(space, key), dtype=torch.float64)
     tensors |= {f"pool.{k}": v.contiguous() for k, v in (space.pool or {}).items()}

@@ -276,6 +276,16 @@ def test_padding_changes_no_feature(random_images):
         assert (padded["a"][kind] - plain["a"][kind]).abs().max() < 1e-5
 
 
+def test_encode_refuses_shapes_of_other_images(random_images):
+    """Catches fewer answers than images were given, and rows that are arrays."""
+    model = amoe.AMoE(amoe.CONFIGS["toy"], []).eval()
+    rows, shapes = random_images
+    assert len(model.encode([row.numpy() for row in rows], shapes)) == 5
+    for some in (shapes[:4], [*shapes, (1, 1)]):
+        with pytest.raises(ValueError, match=f"5 images and {len(some)} shapes"):
+            model.encode(rows, some)
+
+
 def test_encode_takes_images_as_well_as_rows(random_images):
     """Catches (channel, row, col) order for images where rows are (row, col, channel)."""
     rows, shapes = random_images

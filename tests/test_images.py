@@ -108,6 +108,35 @@ def test_every_orientation_is_that_of_pillow(orientation):
     assert images.image_shape(file) == (seen.shape[0] // 16, seen.shape[1] // 16)
 
 
+def test_bad_images_are_counted_once_whatever_their_views(tmp_path):
+    """Catches a share of views, of which twenty hide any number of bad images."""
+    folder = tmp_path / "a"
+    folder.mkdir()
+    for i in range(120):
+        Image.effect_noise((48, 48), 90).save(folder / f"{i:03d}.png")
+    for path in sorted(folder.glob("*.png"))[::6]:
+        path.write_bytes(path.read_bytes()[:-400])
+    dataset = images.Images(
+        sources_file.find_sources(folder), folder, views=20, max_tokens=4, shard_images=30, quiet=True
+    )
+    with pytest.raises(ValueError, match="10 of the first 120 images"):
+        for _ in range(3):
+            for number in dataset.numbers:
+                dataset.read([(number, i) for i in range(len(dataset.shard(number).ids))])
+
+
+def test_a_crop_below_a_patch_makes_no_bad_image(tmp_path, capsys):
+    """Catches small images that are refused, whole, for one of their crops."""
+    folder = tmp_path / "a"
+    folder.mkdir()
+    for i in range(40):
+        Image.new("RGB", (24, 24), (i, 0, 0)).save(folder / f"{i}.png")
+    dataset = images.Images(sources_file.find_sources(folder), folder, views=4)
+    shapes = dataset.shard(0).shapes.prod(1).reshape(40, 4)
+    assert (shapes[:, 0] > 0).all() and (shapes[:, 1:] == 0).any() and not dataset.bad
+    assert not capsys.readouterr().err
+
+
 def test_views_are_fixed_and_crop_what_they_say():
     """Catches a generator shared between views, and boxes in pixels of another size."""
     assert images.choose_view(0, 7, 0) == ((0.0, 0.0, 1.0, 1.0), False)

@@ -202,6 +202,20 @@ def test_other_weights_under_the_same_name_are_an_error(plug_in, tmp_path):
         data.cache(tmp_path, teachers, tmp_path / "c", shard_images=4, progress=False)
 
 
+def test_a_teacher_is_recognised_though_the_image_it_is_known_by_is_gone(plug_in, tmp_path):
+    """Catches a summary of one image that is held against that of another: the same teacher was refused."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(12):
+        Image.new("RGB", (64, 64), (20 * i, 9, 0)).save(folder / f"{i:02d}.png")
+    kind = {"shard_images": 4, "max_skipped": 0.5, "progress": False}
+    data.cache(folder, load_teachers([plug_in], folder, "cpu"), tmp_path / "c", shard_range=(2, 3), **kind)
+    raw = (folder / "00.png").read_bytes()
+    (folder / "00.png").write_bytes(raw[:60] + bytes(len(raw) - 60))
+    made = data.cache(folder, load_teachers([plug_in], folder, "cpu"), tmp_path / "c", **kind)
+    assert len(made.all_ids()) == 11
+
+
 def test_a_shard_of_another_cache_is_not_taken_for_ones_own(cache, world, oracles, tmp_path):
     """Catches shards whose features are in another cache's PHI-S space."""
     images = world.folder / "images"
