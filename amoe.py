@@ -805,7 +805,7 @@ def save(model, folder):
         code = {"modeling_amoe.py": (Path(__file__).parent / "hub" / "modeling_amoe.py").read_bytes()}
     else:
         about["trunk"]["factory"] = Path(model.factory).name
-        code = {Path(model.factory.rpartition(":")[0]).name: model.code.encode()}
+        code = {Path(model.factory.rpartition(":")[0]).name: model.code}
     state = {key: value.clone().contiguous() for key, value in student.state_dict().items()}  # unties weights
     files = code | {
         "model.safetensors": safetensors.torch.save(state, {"format": "pt"}),

@@ -479,9 +479,7 @@ def prepare(flags, process, compiled):
     if found:
         check_same_flags(flags, found, state)  # before anything is written for others
     first_student(flags)  # likewise, for what is wrong with --init or --sizes
-    for name in () if flags.resume or process.rank > 0 else ("skipped.jsonl", "spaces.json"):  # PHI-S is fitted anew
-        (folder / name).unlink(missing_ok=True)
-    dataset, spaces, teachers, world = open_data(flags, process, compiled)
+    dataset, spaces, teachers, world = open_data(flags, process, compiled, anew=not flags.resume)
     spaces = spaces_to_learn(flags, dataset, spaces, teachers, process.device)
     model = build(flags, spaces, process.device, quiet=process.rank > 0)
     order = Order(dataset, flags.tokens, flags.seed, subset, model.registers)
@@ -520,8 +518,8 @@ def files_of_old_run(folder, flags):
     return old
 
 
-def open_data(flags, process, compiled=False):
-    """(dataset, spaces, the teachers to run at every step, toy world or None).
+def open_data(flags, process, compiled=False, anew=False):
+    """(dataset, spaces, the teachers to run at every step, toy world or None). anew: forget an earlier run's spaces.
 
     Without a cache, rank 0 first fits the teachers' spaces and keeps them under --out for --resume. The toy's oracles
     are slow, so their features are cached.
@@ -530,7 +528,7 @@ def open_data(flags, process, compiled=False):
         cache = data.Cache(flags.cache, flags.images or None).drop_damaged(flags.on_corrupt)
         return cache, cache.spaces, [], None
     if flags.images:
-        return *open_images(flags, process, compiled), None
+        return *open_images(flags, process, compiled, anew), None
     world = toy.World(Path(flags.out) / "toy", flags.toy_images)
     if process.rank == 0:
         if len(list(world.folder.glob("masks/*.png"))) not in (0, world.n):
@@ -543,12 +541,14 @@ def open_data(flags, process, compiled=False):
     return cache, cache.spaces, [], world
 
 
-def open_images(flags, process, compiled):
+def open_images(flags, process, compiled, anew=False):
     """(Images, spaces, teachers) of --images and --teacher; the spaces are fitted by rank 0 where they are new."""
     out, teachers = Path(flags.out), load_teachers(flags.teacher, flags.images[0], process.device)
     layout = {"min_tokens": flags.min_tokens, "max_tokens": flags.max_tokens, "views": flags.views}
     skipped, quiet = out / "skipped.jsonl", process.rank > 0
     sources, path = find_sources(flags.images), " ".join(flags.images)
+    for name in ("skipped.jsonl", "spaces.json") if anew and not quiet else ():
+        (out / name).unlink(missing_ok=True)
     dataset = Images(sources, path, **layout, seed=flags.seed, skipped=skipped, quiet=quiet)
     store, about = open_store(out), {"images_hash": sources.about["sizes_hash"]}  # which --resume compares
     if process.rank == 0:

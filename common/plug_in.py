@@ -17,12 +17,11 @@ def path_and_factory(spec):
 
 
 def code_of(spec, kind):
-    """What the file of FILE.py:FACTORY holds, as text; ValueError where there is none."""
+    """The bytes of the file of FILE.py:FACTORY; ValueError where there is none."""
     path, _ = path_and_factory(spec)
     if not Path(path).is_file():
         raise ValueError(f"no plug-in {kind} at {path}")
-    with one_line_errors(f"{spec} made no {kind}"):
-        return importlib.util.decode_source(Path(path).read_bytes())
+    return Path(path).read_bytes()
 
 
 def plug_in(spec, device, kind, needs, code=None):

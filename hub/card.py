@@ -62,7 +62,7 @@ subtracted first: `patch_mean` and `summary_mean` of a head hold it, and `centre
 ## Licences
 
 The weights were learned from the teachers' features: find out whether the teachers' licences extend to them.
-{licences} The images have terms of their own. modeling_amoe.py is Apache-2.0.
+{licences} The images have terms of their own.{code}
 """
 
 
@@ -112,5 +112,6 @@ def card(folder, state, changed):
         versions=", ".join(f"{name} {version}" for name, version in begun["versions"].items()),
         device=begun["device"],
         scores=score_table(result),
+        code="" if file else " modeling_amoe.py is Apache-2.0.",
         licences=" ".join(LICENCES.get(name, f"That of {name} is not known here.") for name in heads),
     )

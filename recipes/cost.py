@@ -69,10 +69,14 @@ def cost(flags, budgets, gpus, mfu, peak):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--budgets", type=int, nargs="+", default=[256], help="patches of an image, at most")
+    parser.add_argument(
+        "--budgets", type=in_range(int, 1, 65536), nargs="+", default=[256], help="patches of an image, at most"
+    )
     parser.add_argument("--gpus", type=in_range(int, 1, 10**6), default=8, help="how many")
     parser.add_argument("--mfu", type=in_range(float, 1e-6, 1), default=0.2, help="share of --peak that a step reaches")
-    parser.add_argument("--peak", type=float, default=989e12, help="bfloat16 FLOP/s of a GPU (H100 SXM)")
+    parser.add_argument(
+        "--peak", type=in_range(float, 1e9, 1e18), default=989e12, help="bfloat16 FLOP/s of a GPU (H100 SXM)"
+    )
     args, words = parser.parse_known_args(argv)
     flags = train.parse(words)
     print(f"{flags.steps} steps on {args.gpus} GPUs at {args.mfu:g} of {args.peak / 1e12:.0f} TFLOP/s, by the formula:")

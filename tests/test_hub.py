@@ -369,7 +369,8 @@ def test_a_trunk_of_ones_own_trains_resumes_evaluates_and_exports(cache, world, 
     own.unlink()  # the folder has all of it
     folder = tmp_path / "whole" / "student"
     assert sorted(p.name for p in folder.iterdir()) == ["README.md", "config.json", "model.safetensors", "own.py"]
-    assert "runs own.py" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert "runs own.py" in card and "modeling_amoe.py is" not in card
     model = amoe.load(tmp_path / "whole")
     answers = [model.encode(pictures())[0] for _ in range(2)]
     assert answers[0]["patch"]["text"].shape == (24, 64) and answers[0]["summary"]["amoe"].shape == (48,)
@@ -383,27 +384,28 @@ def test_a_trunk_of_ones_own_trains_resumes_evaluates_and_exports(cache, world, 
 def test_a_trunk_edited_during_a_run_is_the_one_that_was_trained(cache, tmp_path, monkeypatch, capsys):
     """Catches scores, an exported folder and an untrained student of code that the run never trained."""
     own, out = tmp_path / "own.py", tmp_path / "run"
-    own.write_text(TRUNK)
+    code = ("# coding: latin-1\n" + TRUNK + "assert len('é') == 1\n").encode("latin-1")
+    own.write_bytes(code)
     words = [*command(cache, out, "--student", f"{own}:student")[2:], "--device", "cpu"]
     save = train.save
 
     def edit_and_save(*arguments):
         save(*arguments)
-        own.write_text(TRUNK.replace("return self.drop(", "return self.drop(-3 * "))
+        own.write_bytes(code.replace(b"return self.drop(", b"return self.drop(-3 * "))
 
     monkeypatch.setattr(train, "save", edit_and_save)
     train.main(words)
     edited = json.loads((out / "result.json").read_text())
-    assert (out / "student/own.py").read_text() == TRUNK
+    assert (out / "student/own.py").read_bytes() == code
     own.unlink()
     train.main(["--export", str(out)])
-    assert (out / "student/own.py").read_text() == TRUNK
-    own.write_text(TRUNK)
+    assert (out / "student/own.py").read_bytes() == code
+    own.write_bytes(code)
     monkeypatch.setattr(train, "save", save)
     train.main([*words[:-4], "--device", "cpu", "--student", f"{own}:student", "--overwrite"])
     for who in ("student", "untrained"):
         assert json.loads((out / "result.json").read_text())[who] == edited[who]
-    own.write_text(TRUNK + "# another\n")
+    own.write_bytes(code + b"# another\n")
     capsys.readouterr()
     train.main([*words, "--steps", "13", "--resume"])
     assert "own.py:student was changed since" in capsys.readouterr().out

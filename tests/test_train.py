@@ -690,6 +690,7 @@ def test_what_a_run_was_prepared_for_is_not_taken_for_other_flags(world, plug_in
     for wrong in (["--cache"], ["--teacher", plug_in, "--images"]):
         with pytest.raises(ValueError, match="nowhere"):  # and the run is still there
             train.main([*wrong, str(tmp_path / "nowhere"), "--out", str(tmp_path / "run"), "--overwrite"])
+        assert calibrated(tmp_path / "run") == 32
         for init in ("none", "run", "run/student", "run/student/model.safetensors"):
             with pytest.raises(ValueError, match="no weights at" if init == "none" else "writes over"):
                 own("--calibrate", "32", "--overwrite", "--init", str(tmp_path / init))
