@@ -593,6 +593,8 @@ class Student(Float32Buffers):
     Its subclasses, AMoE (its own trunk) and PlugIn (any other), define `tokens` and call `add_heads`.
     """
 
+    code = None  # PlugIn has the bytes of its trunk's file here
+
     def add_heads(self, dim, registers, spaces):
         """Add a Head for each Space; registers: how many register tokens an image has in the student's packs."""
         for space in spaces:

@@ -401,7 +401,7 @@ def state_of(run):
     return {
         "step": run.step,
         "student": amoe.describe(run.model),
-        "code": getattr(run.model, "code", None),
+        "code": run.model.code,
         "model": weights,
         "optimizer": moments,
         "average": run.average,
@@ -494,8 +494,8 @@ def prepare(flags, process, compiled):
         restore(run, found, state)
         if process.rank == 0:
             print(f"resuming from {found}", flush=True)
-            if state.get("code") not in (None, getattr(model, "code", None)):
-                print(f"--student {flags.student} was changed since: it goes on as it is now", flush=True)
+            if state.get("code") not in (None, model.code):
+                print(f"--student {flags.student} was changed since: training goes on with its new code", flush=True)
     elif flags.resume and process.rank == 0:
         print(f"--resume: {folder} holds no checkpoint, so this is the beginning", flush=True)
     data.read_pack(dataset, next(order.packs(run.position))[0], flags.tokens, model.registers, flags.on_corrupt)
@@ -784,7 +784,7 @@ def write_card(folder, state):
 def measure(run, student):
     """Print the table of the student, its teachers and the untrained student, draw pca.png; returns the scores."""
     dataset, spaces, teachers, device = run.dataset, run.spaces, run.teachers, run.process.device
-    untrained = build(run.flags, spaces, device, quiet=True, code=getattr(run.model, "code", None)).eval()
+    untrained = build(run.flags, spaces, device, quiet=True, code=run.model.code).eval()
     imitated = evaluate.of_targets(spaces, teachers, device)
     models = {"student": evaluate.of_student(student), "teacher": imitated, "untrained": evaluate.of_student(untrained)}
 

@@ -115,7 +115,7 @@ class Interval:
         self.steps, self.tokens, self.waited, self.began = 0, 0, 0.0, time.perf_counter()
 
     def so_far(self, world):
-        """(tokens, seconds) of the whole run in training; padding is not counted. Ranks count as if alike."""
+        """(tokens, seconds) of training so far, without padding; every rank is taken to have as many tokens as this."""
         seconds = time.perf_counter() - self.began if self.steps else 0.0
         return self.earlier_tokens + self.tokens * world, self.earlier_seconds + seconds
 
